@@ -1,0 +1,52 @@
+// One convolution problem: what every layer of the project passes around. No torch, no CUDA.
+#pragma once
+
+#include <compare>
+#include <cstdint>
+
+namespace fused_cna {
+
+enum class DType : int32_t { float32, float16, bfloat16 };
+
+constexpr int64_t size_in_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+constexpr const char* dtype_name(DType dtype) {
+    switch (dtype) {
+        case DType::float32: return "float32";
+        case DType::float16: return "float16";
+        case DType::bfloat16: return "bfloat16";
+    }
+    return "unknown";
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct ConvProblem {
+    int64_t n = 0, c = 0, h = 0, w = 0;  // input: batch, channels, height, width
+    int64_t k = 0, r = 0, s = 0;         // output channels, filter height, filter width
+    int64_t stride_h = 1, stride_w = 1;
+    int64_t pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;
+    int64_t dil_h = 1, dil_w = 1;
+    int64_t groups = 1;
+    DType dtype = DType::float32;
+
+    constexpr int64_t padded_h() const { return h + pad_top + pad_bottom; }
+    constexpr int64_t padded_w() const { return w + pad_left + pad_right; }
+
+    // Output height and width, the floor formula of torch.nn.Conv2d.
+    constexpr int64_t p() const { return (padded_h() - dil_h * (r - 1) - 1) / stride_h + 1; }
+    constexpr int64_t q() const { return (padded_w() - dil_w * (s - 1) - 1) / stride_w + 1; }
+
+    constexpr int64_t c_per_group() const { return c / groups; }
+    constexpr int64_t k_per_group() const { return k / groups; }
+
+    // The convolution as one matrix product per group: [gemm_m, gemm_k] x [gemm_k, gemm_n].
+    constexpr int64_t gemm_m() const { return n * p() * q(); }
+    constexpr int64_t gemm_n() const { return k_per_group(); }
+    constexpr int64_t gemm_k() const { return r * s * c_per_group(); }
+
+    // Plans are memoised by problem, so a problem is ordered.
+    auto operator<=>(const ConvProblem&) const = default;
+};
+
+}  // namespace fused_cna

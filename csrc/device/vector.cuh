@@ -1,0 +1,52 @@
+// Accesses of several values at once, in 16-byte pieces, converted to and from float. Portable.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include <device/types.cuh>
+
+namespace fused_cna::device {
+
+// A 16-byte piece of memory as the hardware moves it: one load or store instruction.
+struct alignas(16) Vector16 {
+    uint32_t words[4];
+};
+
+template <class T>
+inline constexpr int values_per_vector = 16 / sizeof(T);
+
+__device__ __forceinline__ bool is_aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Reads Count values from 16-byte aligned memory.
+template <int Count, class T>
+__device__ __forceinline__ void load_vector(const T* source, float (&values)[Count]) {
+    constexpr int per_vector = values_per_vector<T>;
+    static_assert(Count % per_vector == 0, "a vector access moves whole 16-byte pieces");
+#pragma unroll
+    for (int i = 0; i < Count; i += per_vector) {
+        const Vector16 piece = *reinterpret_cast<const Vector16*>(source + i);
+        T parts[per_vector];
+        memcpy(parts, &piece, sizeof(piece));
+#pragma unroll
+        for (int j = 0; j < per_vector; ++j) values[i + j] = to_float(parts[j]);
+    }
+}
+
+// Writes Count values to 16-byte aligned memory, each rounded once.
+template <int Count, class T>
+__device__ __forceinline__ void store_vector(T* destination, const float (&values)[Count]) {
+    constexpr int per_vector = values_per_vector<T>;
+    static_assert(Count % per_vector == 0, "a vector access moves whole 16-byte pieces");
+#pragma unroll
+    for (int i = 0; i < Count; i += per_vector) {
+        T parts[per_vector];
+#pragma unroll
+        for (int j = 0; j < per_vector; ++j) parts[j] = from_float<T>(values[i + j]);
+        Vector16 piece;
+        memcpy(&piece, parts, sizeof(piece));
+        *reinterpret_cast<Vector16*>(destination + i) = piece;
+    }
+}
+
+}  // namespace fused_cna::device

@@ -1,0 +1,81 @@
+// What happens to an accumulator before it is stored: fold, residual, activation. Names and pointers only.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+namespace fused_cna {
+
+enum class Activation : int32_t {
+    identity,
+    relu,
+    relu6,
+    leaky_relu,
+    elu,
+    silu,
+    gelu,
+    gelu_tanh,
+    hardswish,
+    hardsigmoid,
+    sigmoid,
+    tanh,
+    mish,
+};
+
+struct ActivationInfo {
+    Activation value;
+    std::string_view name;
+    int params;  // how many numbers act_params holds: the negative slope of leaky_relu, the alpha of elu
+};
+
+inline constexpr std::array<ActivationInfo, 13> activations{{
+    {Activation::identity, "identity", 0},
+    {Activation::relu, "relu", 0},
+    {Activation::relu6, "relu6", 0},
+    {Activation::leaky_relu, "leaky_relu", 1},
+    {Activation::elu, "elu", 1},
+    {Activation::silu, "silu", 0},
+    {Activation::gelu, "gelu", 0},
+    {Activation::gelu_tanh, "gelu_tanh", 0},
+    {Activation::hardswish, "hardswish", 0},
+    {Activation::hardsigmoid, "hardsigmoid", 0},
+    {Activation::sigmoid, "sigmoid", 0},
+    {Activation::tanh, "tanh", 0},
+    {Activation::mish, "mish", 0},
+}};
+
+constexpr std::optional<ActivationInfo> find_activation(std::string_view name) {
+    for (const ActivationInfo& info : activations) {
+        if (info.name == name) return info;
+    }
+    return std::nullopt;
+}
+
+// add_act: act(z + residual), as in ResNet. act_add: act(z) + residual, as in darknet and CSP.
+enum class ResidualOrder : int32_t { add_act, act_add };
+
+constexpr std::optional<ResidualOrder> find_residual_order(std::string_view name) {
+    if (name == "add_act") return ResidualOrder::add_act;
+    if (name == "act_add") return ResidualOrder::act_add;
+    return std::nullopt;
+}
+
+// Each vector has K elements, is contiguous, and is null where the layer has none. The conv bias has the storage type; the
+// four norm vectors are all float32 or all the storage type. They stay as trained: the kernel folds them on every call, so
+// nothing derived from a parameter can go stale.
+struct Epilogue {
+    const void* bias = nullptr;
+    const void* norm_weight = nullptr;
+    const void* norm_bias = nullptr;
+    const void* running_mean = nullptr;
+    const void* running_var = nullptr;
+    float eps = 0;
+    bool norm_is_float32 = false;
+    Activation activation = Activation::identity;
+    float activation_param = 0;
+    ResidualOrder residual_order = ResidualOrder::add_act;
+};
+
+}  // namespace fused_cna

@@ -1,0 +1,226 @@
+// Any convolution: any stride, padding, dilation, groups and memory format, with 64-bit offsets. An implicit GEMM on the
+// CUDA cores that recomputes every coordinate. The fallback of the fast kernels, and the one they are checked against.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include <device/launch.cuh>
+#include <device/ptx.cuh>
+#include <device/types.cuh>
+
+#include "../conv_args.h"
+#include "epilogue.cuh"
+
+namespace fused_cna::kernels {
+
+// A block makes tile.m pixels x tile.n channels of one group, tile.k products a step; a thread ThreadM x ThreadN of them.
+template <Tile tile, int ThreadM, int ThreadN>
+struct DirectTile {
+    static constexpr int m = tile.m, n = tile.n, k = tile.k, thread_m = ThreadM, thread_n = ThreadN;
+    static constexpr int threads_m = m / thread_m, threads_n = n / thread_n, threads = threads_m * threads_n;
+    static constexpr int channels_per_store = n % 8 == 0 ? 8 : 1;
+    static_assert(m % thread_m == 0 && n % thread_n == 0, "threads must tile the block's tile");
+    static_assert(k <= 64, "more than 64 products in one running sum lose accuracy");
+};
+
+// An output pixel; n is -1 beyond the last one.
+struct Pixel {
+    int64_t n;
+    int p, q;
+};
+
+// Rows are one value longer than the tile, so that writes down a column spread over the banks.
+template <class Traits>
+struct DirectShared {
+    struct Operands {
+        float x[Traits::k][Traits::m + 1];
+        float weight[Traits::k][Traits::n + 1];
+    };
+    union {
+        Operands operands;
+        float accumulators[Traits::m][Traits::n + 1];
+    };
+    Pixel pixels[Traits::m];
+    ChannelFold folds[Traits::n];
+    static_assert(sizeof(Operands) <= 40 * 1024, "direct must fit the 48 KB that need no opt-in");
+};
+
+// The block's place in the output, and the extents that its loops run over.
+struct DirectBlock {
+    int64_t first_row;  // of gemm_m
+    int group;
+    int first_channel;      // within the group
+    int channels_in_group;  // gemm_n
+    int c_per_group;
+    int products;  // gemm_k
+
+    // Channel tiles run fastest over the grid: blocks that share pixels run together and find them in the L2.
+    template <class Traits>
+    static __device__ DirectBlock of(const ConvProblem& problem) {
+        const int k_per_group = static_cast<int>(problem.k_per_group());
+        const int c_per_group = static_cast<int>(problem.c_per_group());
+        const int tiles_per_group = static_cast<int>(ceil_div(k_per_group, Traits::n));
+        const int64_t tiles_n = tiles_per_group * problem.groups;
+        const int tile_n = static_cast<int>(device::block_x() % tiles_n);
+        return {.first_row = device::block_x() / tiles_n * Traits::m,
+                .group = tile_n / tiles_per_group,
+                .first_channel = tile_n % tiles_per_group * Traits::n,
+                .channels_in_group = k_per_group,
+                .c_per_group = c_per_group,
+                .products = static_cast<int>(problem.gemm_k())};
+    }
+
+    __device__ int64_t output_channel(int column) const {
+        return static_cast<int64_t>(group) * channels_in_group + first_channel + column;
+    }
+};
+
+template <class T, class Traits>
+__device__ void prepare_tables(const ConvArgs& args, const DirectBlock& block, DirectShared<Traits>& shared) {
+    const ConvProblem& problem = args.problem;
+    const int64_t p = problem.p(), q = problem.q(), rows = problem.n * p * q;
+    for (int i = device::thread_x(); i < Traits::m; i += Traits::threads) {
+        const int64_t row = block.first_row + i;
+        shared.pixels[i] =
+            row < rows ? Pixel{row / (p * q), static_cast<int>(row / q % p), static_cast<int>(row % q)} : Pixel{-1, 0, 0};
+    }
+    for (int i = device::thread_x(); i < Traits::n; i += Traits::threads) {
+        const bool exists = block.first_channel + i < block.channels_in_group;
+        shared.folds[i] = exists ? fold_channel<T>(args.epilogue, block.output_channel(i)) : ChannelFold{};
+    }
+}
+
+// Products are numbered with the input channel fastest, then s, then r: neighbours in channels_last memory.
+template <class T>
+__device__ float load_activation(const ConvArgs& args, const DirectBlock& block, const Pixel& pixel, int product) {
+    const ConvProblem& problem = args.problem;
+    const int tap = product / block.c_per_group;
+    const int s = static_cast<int>(problem.s);
+    const int64_t c = static_cast<int64_t>(block.group) * block.c_per_group + product % block.c_per_group;
+    const int64_t h = pixel.p * problem.stride_h - problem.pad_top + tap / s * problem.dil_h;
+    const int64_t w = pixel.q * problem.stride_w - problem.pad_left + tap % s * problem.dil_w;
+    if (pixel.n < 0 || h < 0 || h >= problem.h || w < 0 || w >= problem.w) return 0.0f;
+    const Strides& strides = args.x_strides;
+    return device::to_float(
+        static_cast<const T*>(args.x)[pixel.n * strides.n + c * strides.c + h * strides.h + w * strides.w]);
+}
+
+template <class T>
+__device__ float load_weight(const ConvArgs& args, const DirectBlock& block, int column, int product) {
+    if (block.first_channel + column >= block.channels_in_group) return 0.0f;
+    const int tap = product / block.c_per_group;
+    const int s = static_cast<int>(args.problem.s);
+    const FilterStrides& strides = args.weight_strides;
+    return device::to_float(static_cast<const T*>(
+        args.weight)[block.output_channel(column) * strides.k + product % block.c_per_group * strides.c +
+                     tap / s * strides.r + tap % s * strides.s]);
+}
+
+// Brings `depth` products of every row and column into shared memory.
+template <class T, class Traits>
+__device__ void load_operands(const ConvArgs& args, const DirectBlock& block, int first_product, int depth,
+                              DirectShared<Traits>& shared) {
+    // Neighbouring threads read along whichever dimension of x is dense: channels, or else pixels.
+    const bool channels_dense = args.x_strides.c == 1;
+    for (int i = device::thread_x(); i < Traits::m * Traits::k; i += Traits::threads) {
+        const int product = channels_dense ? i % Traits::k : i / Traits::m;
+        const int row = channels_dense ? i / Traits::k : i % Traits::m;
+        if (product < depth) {
+            shared.operands.x[product][row] = load_activation<T>(args, block, shared.pixels[row], first_product + product);
+        }
+    }
+    for (int i = device::thread_x(); i < Traits::n * Traits::k; i += Traits::threads) {
+        const int product = i % Traits::k, column = i / Traits::k;
+        if (product < depth) {
+            shared.operands.weight[product][column] = load_weight<T>(args, block, column, first_product + product);
+        }
+    }
+}
+
+// A thread's rows and columns lie threads_m and threads_n apart, so that a warp reads neighbouring words.
+template <class Traits>
+__device__ void multiply(const DirectShared<Traits>& shared, int depth, float (&total)[Traits::thread_m][Traits::thread_n]) {
+    const int first_row = device::thread_x() / Traits::threads_n, first_column = device::thread_x() % Traits::threads_n;
+    // Summed apart and then added: one running sum over thousands of products has several times the error.
+    float chunk[Traits::thread_m][Traits::thread_n] = {};
+    for (int product = 0; product < depth; ++product) {
+        float x[Traits::thread_m], weight[Traits::thread_n];
+#pragma unroll
+        for (int i = 0; i < Traits::thread_m; ++i) x[i] = shared.operands.x[product][first_row + i * Traits::threads_m];
+#pragma unroll
+        for (int j = 0; j < Traits::thread_n; ++j) {
+            weight[j] = shared.operands.weight[product][first_column + j * Traits::threads_n];
+        }
+#pragma unroll
+        for (int i = 0; i < Traits::thread_m; ++i) {
+#pragma unroll
+            for (int j = 0; j < Traits::thread_n; ++j) chunk[i][j] = fmaf(x[i], weight[j], chunk[i][j]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < Traits::thread_m; ++i) {
+#pragma unroll
+        for (int j = 0; j < Traits::thread_n; ++j) total[i][j] += chunk[i][j];
+    }
+}
+
+template <class Traits>
+__device__ void stage_accumulators(const float (&total)[Traits::thread_m][Traits::thread_n], DirectShared<Traits>& shared) {
+    const int first_row = device::thread_x() / Traits::threads_n, first_column = device::thread_x() % Traits::threads_n;
+#pragma unroll
+    for (int i = 0; i < Traits::thread_m; ++i) {
+#pragma unroll
+        for (int j = 0; j < Traits::thread_n; ++j) {
+            shared.accumulators[first_row + i * Traits::threads_m][first_column + j * Traits::threads_n] = total[i][j];
+        }
+    }
+}
+
+template <class T, class Traits>
+__device__ void store_tile(const ConvArgs& args, const DirectBlock& block, const DirectShared<Traits>& shared) {
+    constexpr int width = Traits::channels_per_store, stores_per_row = Traits::n / width;
+    // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
+    const bool channels_dense = args.y_strides.c == 1;
+#pragma unroll 1
+    for (int i = device::thread_x(); i < Traits::m * stores_per_row; i += Traits::threads) {
+        const int row = channels_dense ? i / stores_per_row : i % Traits::m;
+        const int column = (channels_dense ? i % stores_per_row : i / Traits::m) * width;
+        const Pixel& pixel = shared.pixels[row];
+        const int remaining = block.channels_in_group - block.first_channel - column;
+        if (pixel.n < 0 || remaining <= 0) continue;
+        const int valid = remaining < width ? remaining : width;
+        const int64_t channel = block.output_channel(column);
+        const auto offset = [&](const Strides& strides) {
+            return pixel.n * strides.n + channel * strides.c + pixel.p * strides.h + pixel.q * strides.w;
+        };
+        const T* residual = static_cast<const T*>(args.residual);
+        finish_channels<width, T>(&shared.accumulators[row][column], &shared.folds[column], valid,
+                                  {residual ? residual + offset(args.residual_strides) : nullptr, args.residual_strides.c},
+                                  {static_cast<T*>(args.y) + offset(args.y_strides), args.y_strides.c}, args.epilogue);
+    }
+}
+
+template <class T, class Traits>
+__global__ void __launch_bounds__(Traits::threads, 3) direct(const __grid_constant__ ConvArgs args) {
+    auto& shared = device::shared_storage<DirectShared<Traits>>();
+    const DirectBlock block = DirectBlock::of<Traits>(args.problem);
+    prepare_tables<T>(args, block, shared);
+    device::sync_threads();
+
+    float total[Traits::thread_m][Traits::thread_n] = {};
+    for (int first_product = 0; first_product < block.products; first_product += Traits::k) {
+        const int remaining = block.products - first_product;
+        const int depth = remaining < Traits::k ? remaining : Traits::k;
+        load_operands<T>(args, block, first_product, depth, shared);
+        device::sync_threads();
+        multiply(shared, depth, total);
+        device::sync_threads();
+    }
+
+    stage_accumulators(total, shared);
+    device::sync_threads();
+    store_tile<T>(args, block, shared);
+}
+
+}  // namespace fused_cna::kernels

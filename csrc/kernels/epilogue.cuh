@@ -1,0 +1,96 @@
+// Fold, residual, activation, rounding, store: the end of every kernel.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include <device/types.cuh>
+#include <device/vector.cuh>
+
+#include "../epilogue.h"
+#include "activation.cuh"
+
+namespace fused_cna::kernels {
+
+// Batch norm and conv bias of one output channel, applied as z = (acc - offset) * scale + beta. In this form the error does
+// not exceed that of the separate operations; with the offset multiplied out it does, where mean and accumulator cancel.
+struct ChannelFold {
+    float scale;
+    float offset;
+    float beta;
+};
+
+template <class T>
+__device__ __forceinline__ float load_norm(const void* vector, int64_t channel, bool is_float32) {
+    if (is_float32) return static_cast<const float*>(vector)[channel];
+    return device::to_float(static_cast<const T*>(vector)[channel]);
+}
+
+// Folds the raw vectors of one channel: done once per channel and block, the result kept in shared memory.
+template <class T>
+__device__ __forceinline__ ChannelFold fold_channel(const Epilogue& epilogue, int64_t channel) {
+    const float bias = epilogue.bias ? device::to_float(static_cast<const T*>(epilogue.bias)[channel]) : 0.0f;
+    if (!epilogue.running_mean) return {1.0f, -bias, 0.0f};
+    const bool is_float32 = epilogue.norm_is_float32;
+    const float mean = load_norm<T>(epilogue.running_mean, channel, is_float32);
+    const float var = load_norm<T>(epilogue.running_var, channel, is_float32);
+    const float gamma = epilogue.norm_weight ? load_norm<T>(epilogue.norm_weight, channel, is_float32) : 1.0f;
+    const float beta = epilogue.norm_bias ? load_norm<T>(epilogue.norm_bias, channel, is_float32) : 0.0f;
+    return {gamma / sqrtf(var + epilogue.eps), mean - bias, beta};
+}
+
+// Neighbouring output channels of one pixel in memory. The stride is in elements.
+template <class T>
+struct Channels {
+    T* data;
+    int64_t stride;
+};
+
+// 16-byte accesses need all Width channels to exist, to lie densely and to start on a 16-byte boundary.
+template <int Width, class T>
+__device__ __forceinline__ bool takes_vectors(const Channels<T>& channels, int valid) {
+    return valid == Width && channels.stride == 1 && device::is_aligned_16(channels.data);
+}
+
+template <int Width, class T>
+__device__ __forceinline__ void load_channels(const Channels<const T>& source, int valid, float (&values)[Width]) {
+    if constexpr (Width % device::values_per_vector<T> == 0) {
+        if (takes_vectors<Width>(source, valid)) return device::load_vector(source.data, values);
+    }
+#pragma unroll
+    for (int i = 0; i < Width; ++i) values[i] = i < valid ? device::to_float(source.data[i * source.stride]) : 0.0f;
+}
+
+template <int Width, class T>
+__device__ __forceinline__ void store_channels(const Channels<T>& destination, int valid, const float (&values)[Width]) {
+    if constexpr (Width % device::values_per_vector<T> == 0) {
+        if (takes_vectors<Width>(destination, valid)) return device::store_vector(destination.data, values);
+    }
+#pragma unroll
+    for (int i = 0; i < Width; ++i) {
+        if (i < valid) destination.data[i * destination.stride] = device::from_float<T>(values[i]);
+    }
+}
+
+// Finishes and stores Width neighbouring output channels of one pixel, of which the first `valid` exist; accumulators and
+// folds hold all Width. residual.data is null where the layer has none.
+template <int Width, class T>
+__device__ __forceinline__ void finish_channels(const float* accumulators, const ChannelFold* folds, int valid,
+                                                const Channels<const T>& residual, const Channels<T>& y,
+                                                const Epilogue& epilogue) {
+    float values[Width];
+    float added[Width] = {};
+    if (residual.data) load_channels<Width, T>(residual, valid, added);
+    const bool add_first = epilogue.residual_order == ResidualOrder::add_act;
+#pragma unroll
+    for (int i = 0; i < Width; ++i) {
+        const float z = fmaf(accumulators[i] - folds[i].offset, folds[i].scale, folds[i].beta);
+        values[i] = add_first ? z + added[i] : z;
+    }
+    activate(values, epilogue.activation, epilogue.activation_param);
+#pragma unroll
+    for (int i = 0; i < Width; ++i) values[i] = add_first ? values[i] : values[i] + added[i];
+    store_channels<Width, T>(y, valid, values);
+}
+
+}  // namespace fused_cna::kernels

@@ -1,0 +1,14 @@
+// From arguments and a plan to a launch. Free of torch, so that the simulator runs this very path.
+#pragma once
+
+#include "conv_args.h"
+#include "plan.h"
+#include "stream.h"
+
+namespace fused_cna {
+
+// Launches the planned kernel on the stream and returns without waiting. An empty output launches nothing.
+// Throws std::runtime_error with the problem, the plan and the cause where the launch fails.
+void run(const ConvArgs& args, const Plan& plan, Stream stream);
+
+}  // namespace fused_cna
