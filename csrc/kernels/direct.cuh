@@ -11,6 +11,7 @@
 
 #include "../conv_args.h"
 #include "epilogue.cuh"
+#include "rows.cuh"
 
 namespace fused_cna::kernels {
 
@@ -19,15 +20,8 @@ template <Tile tile, int ThreadM, int ThreadN>
 struct DirectTile {
     static constexpr int m = tile.m, n = tile.n, k = tile.k, thread_m = ThreadM, thread_n = ThreadN;
     static constexpr int threads_m = m / thread_m, threads_n = n / thread_n, threads = threads_m * threads_n;
-    static constexpr int channels_per_store = n % 8 == 0 ? 8 : 1;
     static_assert(m % thread_m == 0 && n % thread_n == 0, "threads must tile the block's tile");
     static_assert(k <= 64, "more than 64 products in one running sum lose accuracy");
-};
-
-// An output pixel; n is -1 beyond the last one.
-struct Pixel {
-    int64_t n;
-    int p, q;
 };
 
 // Rows are one value longer than the tile, so that writes down a column spread over the banks.
@@ -42,8 +36,9 @@ struct DirectShared {
         float accumulators[Traits::m][Traits::n + 1];
     };
     Pixel pixels[Traits::m];
+    RowPlace places[Traits::m];
     ChannelFold folds[Traits::n];
-    static_assert(sizeof(Operands) <= 40 * 1024, "direct must fit the 48 KB that need no opt-in");
+    static_assert(sizeof(Operands) <= 32 * 1024, "direct must fit the 48 KB that need no opt-in");
 };
 
 // The block's place in the output, and the extents that its loops run over.
@@ -78,12 +73,9 @@ struct DirectBlock {
 
 template <class T, class Traits>
 __device__ void prepare_tables(const ConvArgs& args, const DirectBlock& block, DirectShared<Traits>& shared) {
-    const ConvProblem& problem = args.problem;
-    const int64_t p = problem.p(), q = problem.q(), rows = problem.n * p * q;
     for (int i = device::thread_x(); i < Traits::m; i += Traits::threads) {
-        const int64_t row = block.first_row + i;
-        shared.pixels[i] =
-            row < rows ? Pixel{row / (p * q), static_cast<int>(row / q % p), static_cast<int>(row % q)} : Pixel{-1, 0, 0};
+        shared.pixels[i] = pixel_of_row(args.problem, block.first_row + i);
+        shared.places[i] = place_of_pixel(args, shared.pixels[i]);
     }
     for (int i = device::thread_x(); i < Traits::n; i += Traits::threads) {
         const bool exists = block.first_channel + i < block.channels_in_group;
@@ -100,7 +92,7 @@ __device__ float load_activation(const ConvArgs& args, const DirectBlock& block,
     const int64_t c = static_cast<int64_t>(block.group) * block.c_per_group + product % block.c_per_group;
     const int64_t h = pixel.p * problem.stride_h - problem.pad_top + tap / s * problem.dil_h;
     const int64_t w = pixel.q * problem.stride_w - problem.pad_left + tap % s * problem.dil_w;
-    if (pixel.n < 0 || h < 0 || h >= problem.h || w < 0 || w >= problem.w) return 0.0f;
+    if (!pixel.exists() || h < 0 || h >= problem.h || w < 0 || w >= problem.w) return 0.0f;
     const Strides& strides = args.x_strides;
     return device::to_float(
         static_cast<const T*>(args.x)[pixel.n * strides.n + c * strides.c + h * strides.h + w * strides.w]);
@@ -178,30 +170,6 @@ __device__ void stage_accumulators(const float (&total)[Traits::thread_m][Traits
 }
 
 template <class T, class Traits>
-__device__ void store_tile(const ConvArgs& args, const DirectBlock& block, const DirectShared<Traits>& shared) {
-    constexpr int width = Traits::channels_per_store, stores_per_row = Traits::n / width;
-    // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
-    const bool channels_dense = args.y_strides.c == 1;
-#pragma unroll 1
-    for (int i = device::thread_x(); i < Traits::m * stores_per_row; i += Traits::threads) {
-        const int row = channels_dense ? i / stores_per_row : i % Traits::m;
-        const int column = (channels_dense ? i % stores_per_row : i / Traits::m) * width;
-        const Pixel& pixel = shared.pixels[row];
-        const int remaining = block.channels_in_group - block.first_channel - column;
-        if (pixel.n < 0 || remaining <= 0) continue;
-        const int valid = remaining < width ? remaining : width;
-        const int64_t channel = block.output_channel(column);
-        const auto offset = [&](const Strides& strides) {
-            return pixel.n * strides.n + channel * strides.c + pixel.p * strides.h + pixel.q * strides.w;
-        };
-        const T* residual = static_cast<const T*>(args.residual);
-        finish_channels<width, T>(&shared.accumulators[row][column], &shared.folds[column], valid,
-                                  {residual ? residual + offset(args.residual_strides) : nullptr, args.residual_strides.c},
-                                  {static_cast<T*>(args.y) + offset(args.y_strides), args.y_strides.c}, args.epilogue);
-    }
-}
-
-template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::threads, 3) direct(const __grid_constant__ ConvArgs args) {
     auto& shared = device::shared_storage<DirectShared<Traits>>();
     const DirectBlock block = DirectBlock::of<Traits>(args.problem);
@@ -220,7 +188,9 @@ __global__ void __launch_bounds__(Traits::threads, 3) direct(const __grid_consta
 
     stage_accumulators(total, shared);
     device::sync_threads();
-    store_tile<T>(args, block, shared);
+    store_tile<T, Traits::m, Traits::n, Traits::n + 1, Traits::threads>(
+        args, &shared.accumulators[0][0], shared.places, shared.folds,
+        {block.output_channel(0), block.channels_in_group - block.first_channel});
 }
 
 }  // namespace fused_cna::kernels

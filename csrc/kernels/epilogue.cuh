@@ -4,11 +4,13 @@
 #include <cmath>
 #include <cstdint>
 
+#include <device/ptx.cuh>
 #include <device/types.cuh>
 #include <device/vector.cuh>
 
-#include "../epilogue.h"
+#include "../conv_args.h"
 #include "activation.cuh"
+#include "rows.cuh"
 
 namespace fused_cna::kernels {
 
@@ -72,10 +74,10 @@ __device__ __forceinline__ void store_channels(const Channels<T>& destination, i
     }
 }
 
-// Finishes and stores Width neighbouring output channels of one pixel, of which the first `valid` exist; accumulators and
-// folds hold all Width. residual.data is null where the layer has none.
+// Finishes and stores Width neighbouring output channels of one pixel, of which the first `valid` exist. residual.data is
+// null where the layer has none.
 template <int Width, class T>
-__device__ __forceinline__ void finish_channels(const float* accumulators, const ChannelFold* folds, int valid,
+__device__ __forceinline__ void finish_channels(const float (&accumulators)[Width], const ChannelFold* folds, int valid,
                                                 const Channels<const T>& residual, const Channels<T>& y,
                                                 const Epilogue& epilogue) {
     float values[Width];
@@ -91,6 +93,38 @@ __device__ __forceinline__ void finish_channels(const float* accumulators, const
 #pragma unroll
     for (int i = 0; i < Width; ++i) values[i] = add_first ? values[i] : values[i] + added[i];
     store_channels<Width, T>(y, valid, values);
+}
+
+// Where a block's columns lie among the output channels, and how many of them exist.
+struct ColumnRange {
+    int64_t first_channel;
+    int count;
+};
+
+// Finishes and stores a tile of accumulators that lies in shared memory, Rows x Columns, rows `Pitch` apart.
+template <class T, int Rows, int Columns, int Pitch, int Threads>
+__device__ __forceinline__ void store_tile(const ConvArgs& args, const float* accumulators, const RowPlace* places,
+                                           const ChannelFold* folds, const ColumnRange& columns) {
+    constexpr int width = Columns % 8 == 0 ? 8 : 1, stores_per_row = Columns / width;
+    // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
+    const bool channels_dense = args.y_strides.c == 1;
+#pragma unroll 1
+    for (int i = device::thread_x(); i < Rows * stores_per_row; i += Threads) {
+        const int row = channels_dense ? i / stores_per_row : i % Rows;
+        const int column = (channels_dense ? i % stores_per_row : i / Rows) * width;
+        const RowPlace& place = places[row];
+        const int remaining = columns.count - column;
+        if (!place.exists || remaining <= 0) continue;
+        float values[width];
+#pragma unroll
+        for (int j = 0; j < width; ++j) values[j] = accumulators[row * Pitch + column + j];
+        const int64_t channel = columns.first_channel + column;
+        const T* residual = static_cast<const T*>(args.residual);
+        finish_channels<width, T>(
+            values, folds + column, remaining < width ? remaining : width,
+            {residual ? residual + place.residual + channel * args.residual_strides.c : nullptr, args.residual_strides.c},
+            {static_cast<T*>(args.y) + place.y + channel * args.y_strides.c, args.y_strides.c}, args.epilogue);
+    }
 }
 
 }  // namespace fused_cna::kernels
