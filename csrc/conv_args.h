@@ -31,6 +31,7 @@ struct ConvArgs {
     void* y = nullptr;  // [N, K, P, Q]
     Strides y_strides;
     Epilogue epilogue;
+    float* workspace = nullptr;  // the plan's workspace_bytes, uninitialised
 };
 
 // Each returns null, or the launch error in words.

@@ -41,6 +41,15 @@ struct Tile {
 // output channels; the last one is depthwise, where no two output channels read the same input and wider tiles would idle.
 inline constexpr std::array<Tile, 3> direct_tiles{{{64, 64, 32}, {128, 8, 32}, {256, 1, 16}}};
 
+// A tile of the tensor-core kernel. Its depth is counted in bytes, because an MMA takes 32 bytes of a row whatever the type.
+struct GemmTile {
+    int m = 0, n = 0, k_bytes = 0;
+    int stages = 0;  // tiles of operands under way at once
+    int warps_m = 0, warps_n = 0;
+
+    auto operator<=>(const GemmTile&) const = default;
+};
+
 struct Plan {
     Kernel kernel = Kernel::direct;
     Tile tile;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include <device/types.cuh>
+
 namespace fused_cna::device {
 
 __device__ __forceinline__ int thread_x() { return static_cast<int>(threadIdx.x); }
@@ -36,5 +38,69 @@ __device__ __forceinline__ T shuffle(T value, int source_lane) {
 }
 
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+
+// The 32-bit address of shared memory that the instructions below take.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// cp.async: copies Bytes to shared memory without waiting, or writes zeros where `valid` is false, and then reads nothing.
+// 16 bytes bypass the L1, narrower copies cannot.
+template <int Bytes>
+__device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool valid) {
+    const int source_bytes = valid ? Bytes : 0;
+    if constexpr (Bytes == 16) {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+                     "r"(source_bytes)
+                     : "memory");
+    } else {
+        static_assert(Bytes == 4 || Bytes == 8, "cp.async copies 4, 8 or 16 bytes");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(Bytes),
+                     "r"(source_bytes)
+                     : "memory");
+    }
+}
+
+// Closes the group of this thread's copies since the last one.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most Pending of this thread's groups are still under way.
+template <int Pending>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// ldmatrix.x4: four matrices of 8 rows of 16 bytes. Lanes 8i to 8i + 7 give the row addresses of matrix i; lane l receives
+// word l % 4 of row l / 4 of each.
+__device__ __forceinline__ void load_matrices(uint32_t row_address, uint32_t (&words)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(row_address)
+                 : "memory");
+}
+
+// mma.sync: d += a * b on tensor cores, 16 x 8 results, 32 bytes of each row of a and column of b: 16 half or bfloat16
+// values, or 8 tf32. Fragment layouts are those of load_matrices.
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+#define FUSED_CNA_MULTIPLY_ADD(T, INSTRUCTION)                                                                          \
+    template <>                                                                                                         \
+    __device__ __forceinline__ void multiply_add<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {    \
+        asm volatile("mma.sync.aligned." INSTRUCTION " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                               \
+    }
+FUSED_CNA_MULTIPLY_ADD(half, "m16n8k16.row.col.f32.f16.f16.f32")
+FUSED_CNA_MULTIPLY_ADD(bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+FUSED_CNA_MULTIPLY_ADD(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef FUSED_CNA_MULTIPLY_ADD
+
+// cvt.rna.tf32.f32 on the bits of a float: to 10 bits of fraction, ties away from zero.
+__device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
+    uint32_t rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+    return rounded;
+}
 
 }  // namespace fused_cna::device

@@ -18,6 +18,15 @@ inline constexpr int values_per_vector = 16 / sizeof(T);
 
 __device__ __forceinline__ bool is_aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+struct alignas(8) FloatPair {
+    float first, second;
+};
+
+// One 8-byte store; the address must be a multiple of 8.
+__device__ __forceinline__ void store_pair(float* destination, float first, float second) {
+    *reinterpret_cast<FloatPair*>(destination) = {first, second};
+}
+
 // Reads Count values from 16-byte aligned memory.
 template <int Count, class T>
 __device__ __forceinline__ void load_vector(const T* source, float (&values)[Count]) {

@@ -73,8 +73,9 @@ struct DirectBlock {
 
 template <class T, class Traits>
 __device__ void prepare_tables(const ConvArgs& args, const DirectBlock& block, DirectShared<Traits>& shared) {
+    const OutputSize<int64_t> output{args.problem.n, args.problem.p(), args.problem.q()};
     for (int i = device::thread_x(); i < Traits::m; i += Traits::threads) {
-        shared.pixels[i] = pixel_of_row(args.problem, block.first_row + i);
+        shared.pixels[i] = output.pixel_of_row(block.first_row + i);
         shared.places[i] = place_of_pixel(args, shared.pixels[i]);
     }
     for (int i = device::thread_x(); i < Traits::n; i += Traits::threads) {

@@ -116,8 +116,13 @@ __device__ __forceinline__ void store_tile(const ConvArgs& args, const float* ac
         const int remaining = columns.count - column;
         if (!place.exists || remaining <= 0) continue;
         float values[width];
+        const float* staged = accumulators + row * Pitch + column;
+        if constexpr (width == 8 && Pitch % 4 == 0) {
+            device::load_vector(staged, values);
+        } else {
 #pragma unroll
-        for (int j = 0; j < width; ++j) values[j] = accumulators[row * Pitch + column + j];
+            for (int j = 0; j < width; ++j) values[j] = staged[j];
+        }
         const int64_t channel = columns.first_channel + column;
         const T* residual = static_cast<const T*>(args.residual);
         finish_channels<width, T>(

@@ -17,11 +17,16 @@ struct Pixel {
     __device__ bool exists() const { return n >= 0; }
 };
 
-__device__ __forceinline__ Pixel pixel_of_row(const ConvProblem& problem, int64_t row) {
-    const int64_t p = problem.p(), q = problem.q();
-    if (row >= problem.n * p * q) return {-1, 0, 0};
-    return {row / (p * q), static_cast<int>(row / q % p), static_cast<int>(row % q)};
-}
+// P and Q, in the type that rows are counted in: 32 bits where they fit, because a division costs several times more in 64.
+template <class Index>
+struct OutputSize {
+    Index n, p, q;
+
+    __device__ Pixel pixel_of_row(Index row) const {
+        if (row >= n * p * q) return {-1, 0, 0};
+        return {static_cast<int64_t>(row / q / p), static_cast<int>(row / q % p), static_cast<int>(row % q)};
+    }
+};
 
 // Offsets of a pixel's channel 0 in the output and in the residual, in elements.
 struct RowPlace {
