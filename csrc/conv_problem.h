@@ -29,6 +29,12 @@ struct ConvProblem {
     int64_t dil_h = 1, dil_w = 1;
     int64_t groups = 1;
     DType dtype = DType::float32;
+    bool allow_tf32 = false;  // whether float32 products may be rounded to tf32
+
+    // How the operands lie in memory. An access is the widest load, in bytes up to 16, that every run of channels allows by
+    // alignment and length; 0 where channels are not dense.
+    int64_t x_access = 0, weight_access = 0;
+    bool x_pixels_even = false;  // pixels follow each other at one distance, from the first image to the last
 
     constexpr int64_t padded_h() const { return h + pad_top + pad_bottom; }
     constexpr int64_t padded_w() const { return w + pad_left + pad_right; }
@@ -39,6 +45,13 @@ struct ConvProblem {
 
     constexpr int64_t c_per_group() const { return c / groups; }
     constexpr int64_t k_per_group() const { return k / groups; }
+
+    // The access that dense channels_last memory allows.
+    constexpr int64_t dense_access() const {
+        int64_t access = 16;
+        while (c_per_group() * size_in_bytes(dtype) % access != 0) access /= 2;
+        return access;
+    }
 
     // The convolution as one matrix product per group: [gemm_m, gemm_k] x [gemm_k, gemm_n].
     constexpr int64_t gemm_m() const { return n * p() * q(); }

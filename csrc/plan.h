@@ -1,74 +1,91 @@
-// The one place that decides which kernel runs a problem, with which tile. Pure and host only.
+// The one place that decides which kernel runs a problem, with which tile and split. Pure and host only.
 #pragma once
 
 #include <array>
-#include <compare>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "conv_problem.h"
+#include "device_info.h"
+#include "tiles.h"
 
 namespace fused_cna {
 
-// A multiprocessor's limits, as the plan's estimates use them.
-struct DeviceInfo {
-    int compute_major = 9;
-    int compute_minor = 0;
-    int multiprocessors = 132;
+enum class Kernel : int32_t { direct, implicit_gemm_sm80 };
 
-    auto operator<=>(const DeviceInfo&) const = default;
-};
-
-enum class Kernel : int32_t { direct };
-
-inline constexpr std::array<Kernel, 1> all_kernels{Kernel::direct};
+inline constexpr std::array<Kernel, 2> all_kernels{Kernel::direct, Kernel::implicit_gemm_sm80};
 
 constexpr const char* kernel_name(Kernel kernel) {
     switch (kernel) {
         case Kernel::direct: return "direct";
+        case Kernel::implicit_gemm_sm80: return "implicit_gemm_sm80";
     }
     return "unknown";
 }
 
-// One block's share of the implicit GEMM: m output pixels, n output channels, k products a step.
-struct Tile {
-    int m = 0, n = 0, k = 0;
+// How the tensor-core kernel finds its rows; see kernels/activation_rows.cuh.
+enum class Rows : int32_t { plain, masked, pointwise };
 
-    auto operator<=>(const Tile&) const = default;
-};
+constexpr const char* rows_name(Rows rows) {
+    switch (rows) {
+        case Rows::plain: return "plain";
+        case Rows::masked: return "masked";
+        case Rows::pointwise: return "pointwise";
+    }
+    return "unknown";
+}
 
-// The tiles that kernels/direct.cu instantiates. Wide shares both operands among many outputs; narrow is for groups of few
-// output channels; the last one is depthwise, where no two output channels read the same input and wider tiles would idle.
-inline constexpr std::array<Tile, 3> direct_tiles{{{64, 64, 32}, {128, 8, 32}, {256, 1, 16}}};
+// What a kernel is expected to take, in microseconds. The parts overlap, so the total is their largest and the overheads.
+struct Estimate {
+    double products_us = 0;  // the multiply-adds, padding and idle multiprocessors included
+    double bytes_us = 0;     // device memory
+    double latency_us = 0;   // the longest chain of dependent steps
+    double overhead_us = 0;  // launches, and separate passes: conversions, the reduction of a split
 
-// A tile of the tensor-core kernel. Its depth is counted in bytes, because an MMA takes 32 bytes of a row whatever the type.
-struct GemmTile {
-    int m = 0, n = 0, k_bytes = 0;
-    int stages = 0;  // tiles of operands under way at once
-    int warps_m = 0, warps_n = 0;
-
-    auto operator<=>(const GemmTile&) const = default;
+    double total_us() const;
 };
 
 struct Plan {
     Kernel kernel = Kernel::direct;
-    Tile tile;
+    int tile_index = 0;  // in the kernel's array in tiles.h
+    Tile tile;           // that tile; k in values
+    int stages = 1;
+    int split_k = 1;
+    Rows rows = Rows::plain;
+    int access_bytes = 0;         // of one load of operands; 0 where loads are value by value
+    bool convert_x = false;       // x is first copied to dense channels_last
+    bool convert_weight = false;  // the weight is first copied to dense KRSC
     int64_t blocks = 0;
-
-    auto operator<=>(const Plan&) const = default;
+    int64_t workspace_bytes = 0;
+    Estimate estimate;
 };
 
-// The kernel, tile and grid for a problem. Throws std::runtime_error, with the numbers, where no kernel can take it.
+// A plan that was considered. `illegal` says in words why it cannot run the problem, and is empty where it can.
+struct Candidate {
+    Plan plan;
+    std::string illegal;
+};
+
+// Every kernel with every tile and split worth a thought, legal ones first, the fastest by estimate in front. Throws
+// std::runtime_error, with the numbers, where not even `direct` can take the problem.
+std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceInfo& device);
+
+// The first of them.
 Plan choose_plan(const ConvProblem& problem, const DeviceInfo& device);
 
-// The plan for a problem with kernel and tile given, for tests and tuning. Throws std::runtime_error where that tile does
-// not exist or cannot take the problem.
-Plan make_plan(const ConvProblem& problem, Kernel kernel, Tile tile);
+// The first that needs no workspace.
+Plan choose_plan_without_workspace(const ConvProblem& problem, const DeviceInfo& device);
+
+// The best plan among those of a name: a kernel ("direct"), a kernel and tile ("implicit_gemm_sm80 128x64x32"), or these and
+// a split ("implicit_gemm_sm80 128x64x32 split 4") or rows ("... masked"), as to_string prints them. Throws
+// std::runtime_error where no legal plan matches.
+Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::string& name);
 
 // choose_plan, costed once per problem and device and remembered. Safe to call from several threads.
 const Plan& memoised_plan(const ConvProblem& problem, const DeviceInfo& device);
 
-// For example "direct 64x64x32, 12 blocks".
+// For example "implicit_gemm_sm80 128x64x32 split 4 masked 16-byte".
 std::string to_string(const Plan& plan);
 
 // Every size of the problem on one line, for error messages.

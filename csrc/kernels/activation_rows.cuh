@@ -11,12 +11,11 @@
 
 namespace fused_cna::kernels {
 
-// A position in the reduction, which is walked with the channels of a tap fastest, then s, then r. The same for all threads.
+// A position in the reduction, which is walked with the channels of a tap fastest, then s, then r.
 struct Walk {
-    int c, r, s;  // first channel of this step within its group, and the tap
-    int c_bytes;
-    int64_t x;       // bytes from the first tap of a pixel to this position
-    int64_t weight;  // bytes from the start of a filter to this position
+    int c, r, s;         // first channel of this step within its group, and the tap
+    const char* x;       // where this position lies for a row whose first tap is at offset 0
+    const char* weight;  // and in the thread's first filter
 };
 
 // Bytes from one step of the walk to the next, made on the host.
@@ -25,10 +24,10 @@ struct WalkSteps {
 };
 
 // Each kind of rows offers:
-//   start(i, x, row)    makes row `row` of the GEMM this thread's i-th row
-//   enter_tap(x, walk)  is called at the first step and whenever r or s changes
-//   is_inside(i)        whether the row exists and its tap lies inside the image
-//   offset(i, walk)     bytes from x to the walk's position in row i; meaningful only where is_inside(i)
+//   start(x, first_row, step)  makes rows first_row, first_row + step, ... of the GEMM this thread's
+//   enter_tap(x, walk)         is called at the first step and whenever r or s changes
+//   is_inside(i)               whether the i-th row exists and its tap lies inside the image
+//   source(i, walk)            the walk's position in the i-th row; meaningful only where is_inside(i)
 struct ActivationGeometry {
     OutputSize<int> output;
     int h, w;
@@ -41,46 +40,45 @@ struct ActivationGeometry {
 template <int Count>
 class PlainRows {
    public:
-    __device__ void start(int i, const ActivationGeometry& x, int row) {
-        const Pixel pixel = x.output.pixel_of_row(row);
-        exists_[i] = pixel.exists();
-        image_[i] = pixel.n * x.n_bytes;
-        h_[i] = pixel.p * x.stride_h - x.pad_top;
-        w_[i] = pixel.q * x.stride_w - x.pad_left;
+    __device__ void start(const ActivationGeometry& x, int first_row, int step) {
+#pragma unroll
+        for (int i = 0; i < Count; ++i) pixels_[i] = x.output.pixel_of_row(first_row + i * step);
     }
 
     __device__ void enter_tap(const ActivationGeometry& x, const Walk& walk) {
+        const int64_t walked = walk.r * x.dil_h * x.h_bytes + walk.s * x.dil_w * x.w_bytes;
 #pragma unroll
         for (int i = 0; i < Count; ++i) {
-            const int h = h_[i] + walk.r * x.dil_h, w = w_[i] + walk.s * x.dil_w;
-            inside_[i] = exists_[i] && h >= 0 && h < x.h && w >= 0 && w < x.w;
-            tap_[i] = image_[i] + h * x.h_bytes + w * x.w_bytes;
+            const int h = pixels_[i].p * x.stride_h - x.pad_top + walk.r * x.dil_h;
+            const int w = pixels_[i].q * x.stride_w - x.pad_left + walk.s * x.dil_w;
+            inside_[i] = pixels_[i].exists() && h >= 0 && h < x.h && w >= 0 && w < x.w;
+            offsets_[i] = pixels_[i].n * x.n_bytes + h * x.h_bytes + w * x.w_bytes - walked;
         }
     }
 
     __device__ bool is_inside(int i) const { return inside_[i]; }
-
-    __device__ int64_t offset(int i, const Walk& walk) const { return tap_[i] + walk.c_bytes; }
+    __device__ const char* source(int i, const Walk& walk) const { return walk.x + offsets_[i]; }
 
    private:
-    int64_t image_[Count], tap_[Count];
-    int h_[Count], w_[Count];
-    bool exists_[Count], inside_[Count];
+    Pixel pixels_[Count];
+    int64_t offsets_[Count];
+    bool inside_[Count];
 };
 
-// One offset per row, made once; a step adds the walk's. Whether a tap is inside is one bit per filter row and one per
-// filter column, made once: filters of at most 32 x 32.
+// One offset per row, made once. Whether a tap is inside is one bit per filter row and one per filter column, made once:
+// filters of at most 32 x 32.
 template <int Count>
 class MaskedRows {
    public:
-    static constexpr int max_filter = 32;
-
-    __device__ void start(int i, const ActivationGeometry& x, int row) {
-        const Pixel pixel = x.output.pixel_of_row(row);
-        const int h = pixel.p * x.stride_h - x.pad_top, w = pixel.q * x.stride_w - x.pad_left;
-        first_tap_[i] = pixel.n * x.n_bytes + h * x.h_bytes + w * x.w_bytes;
-        r_inside_[i] = pixel.exists() ? taps_inside(x.r, h, x.dil_h, x.h) : 0;
-        s_inside_[i] = taps_inside(x.s, w, x.dil_w, x.w);
+    __device__ void start(const ActivationGeometry& x, int first_row, int step) {
+#pragma unroll
+        for (int i = 0; i < Count; ++i) {
+            const Pixel pixel = x.output.pixel_of_row(first_row + i * step);
+            const int h = pixel.p * x.stride_h - x.pad_top, w = pixel.q * x.stride_w - x.pad_left;
+            offsets_[i] = pixel.n * x.n_bytes + h * x.h_bytes + w * x.w_bytes;
+            r_inside_[i] = pixel.exists() ? taps_inside(x.r, h, x.dil_h, x.h) : 0;
+            s_inside_[i] = taps_inside(x.s, w, x.dil_w, x.w);
+        }
     }
 
     __device__ void enter_tap(const ActivationGeometry&, const Walk& walk) {
@@ -90,8 +88,7 @@ class MaskedRows {
     }
 
     __device__ bool is_inside(int i) const { return inside_ >> i & 1u; }
-
-    __device__ int64_t offset(int i, const Walk& walk) const { return first_tap_[i] + walk.x; }
+    __device__ const char* source(int i, const Walk& walk) const { return walk.x + offsets_[i]; }
 
    private:
     static __device__ uint32_t taps_inside(int taps, int first, int dilation, int size) {
@@ -103,7 +100,7 @@ class MaskedRows {
         return mask;
     }
 
-    int64_t first_tap_[Count];
+    int64_t offsets_[Count];
     uint32_t r_inside_[Count], s_inside_[Count];
     uint32_t inside_;
 };
@@ -112,21 +109,21 @@ class MaskedRows {
 template <int Count>
 class PointwiseRows {
    public:
-    __device__ void start(int i, const ActivationGeometry& x, int row) {
-        const bool exists = row < x.output.n * x.output.p * x.output.q;
-        exists_ = (i == 0 ? 0u : exists_) | static_cast<uint32_t>(exists) << i;
-        first_[i] = row * x.w_bytes;
+    __device__ void start(const ActivationGeometry& x, int first_row, int step) {
+        remaining_ = x.output.n * x.output.p * x.output.q - first_row;
+        step_ = step;
+        first_ = first_row * x.w_bytes;
+        step_bytes_ = step * x.w_bytes;
     }
 
     __device__ void enter_tap(const ActivationGeometry&, const Walk&) {}
 
-    __device__ bool is_inside(int i) const { return exists_ >> i & 1u; }
-
-    __device__ int64_t offset(int i, const Walk& walk) const { return first_[i] + walk.x; }
+    __device__ bool is_inside(int i) const { return i * step_ < remaining_; }
+    __device__ const char* source(int i, const Walk& walk) const { return walk.x + first_ + i * step_bytes_; }
 
    private:
-    int64_t first_[Count];
-    uint32_t exists_;
+    int64_t first_, step_bytes_;
+    int remaining_, step_;
 };
 
 }  // namespace fused_cna::kernels

@@ -14,9 +14,9 @@ const char* launch_tile(const ConvArgs& args, const Plan& plan, Stream stream) {
 
 template <class T>
 const char* launch_dtype(const ConvArgs& args, const Plan& plan, Stream stream) {
-    if (plan.tile == direct_tiles[0]) return launch_tile<T, DirectTile<direct_tiles[0], 4, 4>>(args, plan, stream);
-    if (plan.tile == direct_tiles[1]) return launch_tile<T, DirectTile<direct_tiles[1], 4, 1>>(args, plan, stream);
-    if (plan.tile == direct_tiles[2]) return launch_tile<T, DirectTile<direct_tiles[2], 1, 1>>(args, plan, stream);
+    if (plan.tile_index == 0) return launch_tile<T, DirectTile<direct_tiles[0], 4, 4>>(args, plan, stream);
+    if (plan.tile_index == 1) return launch_tile<T, DirectTile<direct_tiles[1], 4, 1>>(args, plan, stream);
+    if (plan.tile_index == 2) return launch_tile<T, DirectTile<direct_tiles[2], 1, 1>>(args, plan, stream);
     return "direct has no instantiation of this tile";
 }
 

@@ -30,12 +30,13 @@ struct ImplicitGemmArgs {
 };
 
 // AccessBytes: the widest access that channels and alignment allow, 16, 8 or 4.
-template <class T, GemmTile tile, int AccessBytes>
+template <class T, GemmTile Tile, int AccessBytes>
 struct ImplicitGemmTraits {
     using Value = T;
+    static constexpr GemmTile tile = Tile;
     static constexpr int m = tile.m, n = tile.n, row_bytes = tile.k_bytes, k = row_bytes / sizeof(T);
     static constexpr int stages = tile.stages, warps_m = tile.warps_m, warps_n = tile.warps_n;
-    static constexpr int threads = warps_m * warps_n * 32;
+    static constexpr int threads = tile.threads();
     static constexpr int access_bytes = AccessBytes;
 
     // A thread copies one 16-byte chunk of every row_pass-th row.
@@ -109,23 +110,21 @@ class OperandLoader {
         : args_(args) {
         const int row = device::thread_x() / Traits::chunks_per_row, chunk = device::thread_x() % Traits::chunks_per_row;
         first_value_ = chunk * Traits::values_per_chunk;
-        const int64_t group_bytes = static_cast<int64_t>(block.group) * args.c_per_group * sizeof(T);
-        x_ = static_cast<const char*>(args.conv.x) + group_bytes + chunk * 16;
-        weight_ = static_cast<const char*>(args.conv.weight) + (block.first_channel(args) + row) * args.weight_k_bytes +
-                  chunk * 16;
         weight_columns_ = block.columns - row;
         destination_ = shared + row * Traits::row_bytes + swizzle<Traits::row_bytes>(row, chunk) * 16;
-#pragma unroll
-        for (int i = 0; i < Traits::x_rows; ++i) rows_.start(i, args.x, block.first_row + row + i * Traits::row_pass);
+        rows_.start(args.x, block.first_row + row, Traits::row_pass);
 
         const int tap = first_step / args.channel_steps;
-        walk_.c = first_step % args.channel_steps * Traits::k;
-        walk_.c_bytes = walk_.c * static_cast<int>(sizeof(T));
-        walk_.r = tap / args.x.s;
-        walk_.s = tap % args.x.s;
-        walk_.x = walk_.r * args.x.dil_h * args.x.h_bytes + walk_.s * args.x.dil_w * args.x.w_bytes + walk_.c_bytes;
+        const int r = tap / args.x.s, s = tap % args.x.s, c = first_step % args.channel_steps * Traits::k;
+        const int64_t x_tap = r * args.x.dil_h * args.x.h_bytes + s * args.x.dil_w * args.x.w_bytes;
+        const int64_t first_channel = static_cast<int64_t>(block.group) * args.c_per_group + c;
         const FilterStrides& filter = args.conv.weight_strides;
-        walk_.weight = (walk_.r * filter.r + walk_.s * filter.s + walk_.c) * static_cast<int64_t>(sizeof(T));
+        const int64_t first_weight = (block.first_channel(args) + row) * filter.k + r * filter.r + s * filter.s + c;
+        walk_ = {.c = c,
+                 .r = r,
+                 .s = s,
+                 .x = static_cast<const char*>(args.conv.x) + x_tap + first_channel * sizeof(T) + chunk * 16,
+                 .weight = static_cast<const char*>(args.conv.weight) + first_weight * sizeof(T) + chunk * 16};
         rows_.enter_tap(args.x, walk_);
     }
 
@@ -135,13 +134,13 @@ class OperandLoader {
         const int values = args_.c_per_group - walk_.c - first_value_;  // of this thread's chunk and all behind it
 #pragma unroll
         for (int i = 0; i < Traits::x_rows; ++i) {
-            copy_chunk(destination + i * Traits::row_pass * Traits::row_bytes, x_ + rows_.offset(i, walk_),
+            copy_chunk(destination + i * Traits::row_pass * Traits::row_bytes, rows_.source(i, walk_),
                        rows_.is_inside(i) ? values : 0);
         }
 #pragma unroll
         for (int i = 0; i < Traits::weight_rows; ++i) {
             copy_chunk(destination + Traits::weight_start + i * Traits::row_pass * Traits::row_bytes,
-                       weight_ + walk_.weight + i * Traits::row_pass * args_.weight_k_bytes,
+                       walk_.weight + i * Traits::row_pass * args_.weight_k_bytes,
                        i * Traits::row_pass < weight_columns_ ? values : 0);
         }
         advance();
@@ -160,13 +159,12 @@ class OperandLoader {
 
     __device__ __forceinline__ void advance() {
         walk_.c += Traits::k;
-        walk_.c_bytes += Traits::row_bytes;
         if (walk_.c < args_.c_per_group) {
             walk_.x += args_.x_steps.next_c;
             walk_.weight += args_.weight_steps.next_c;
             return;
         }
-        walk_.c = walk_.c_bytes = 0;
+        walk_.c = 0;
         const bool next_row = ++walk_.s == args_.x.s;
         walk_.x += next_row ? args_.x_steps.next_r : args_.x_steps.next_s;
         walk_.weight += next_row ? args_.weight_steps.next_r : args_.weight_steps.next_s;
@@ -178,8 +176,6 @@ class OperandLoader {
     }
 
     const ImplicitGemmArgs& args_;
-    const char* x_;
-    const char* weight_;
     uint32_t destination_;
     int first_value_;     // of this thread's chunk, within a step
     int weight_columns_;  // columns from this thread's first weight row to the last that exists
@@ -375,7 +371,8 @@ __device__ __forceinline__ void store_partial_sums(const ImplicitGemmArgs& args,
 }
 
 template <class Traits, template <int> class Rows>
-__global__ void __launch_bounds__(Traits::threads) implicit_gemm_sm80(const __grid_constant__ ImplicitGemmArgs args) {
+__global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multiprocessor)
+    implicit_gemm_sm80(const __grid_constant__ ImplicitGemmArgs args) {
     auto& shared = device::shared_storage<ImplicitGemmShared<Traits>>();
     const GemmBlock block = GemmBlock::of<Traits>(args);
     prepare_tables(args, block, shared);

@@ -1,0 +1,9 @@
+#include "implicit_gemm_sm80_launch.cuh"
+
+namespace fused_cna {
+
+const char* launch_implicit_gemm_bfloat16(const ConvArgs& args, const Plan& plan, Stream stream) {
+    return kernels::launch_implicit_gemm<device::bfloat16>(args, plan, stream);
+}
+
+}  // namespace fused_cna

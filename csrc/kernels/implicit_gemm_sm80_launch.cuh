@@ -1,0 +1,98 @@
+// Host side of implicit_gemm_sm80: from a plan to the instantiation that it names. Included once per dtype.
+#pragma once
+
+#include <utility>
+
+#include "implicit_gemm_sm80.cuh"
+
+namespace fused_cna::kernels {
+
+template <class Traits>
+ImplicitGemmArgs make_gemm_args(const ConvArgs& conv, const Plan& plan) {
+    using T = typename Traits::Value;
+    constexpr int64_t bytes = sizeof(T);
+    const ConvProblem& problem = conv.problem;
+    const auto as_int = [](int64_t value) { return static_cast<int>(value); };
+    ImplicitGemmArgs args{.conv = conv};
+    args.x = {.output = {as_int(problem.n), as_int(problem.p()), as_int(problem.q())},
+              .h = as_int(problem.h),
+              .w = as_int(problem.w),
+              .stride_h = as_int(problem.stride_h),
+              .stride_w = as_int(problem.stride_w),
+              .pad_top = as_int(problem.pad_top),
+              .pad_left = as_int(problem.pad_left),
+              .dil_h = as_int(problem.dil_h),
+              .dil_w = as_int(problem.dil_w),
+              .r = as_int(problem.r),
+              .s = as_int(problem.s),
+              .n_bytes = conv.x_strides.n * bytes,
+              .h_bytes = conv.x_strides.h * bytes,
+              .w_bytes = conv.x_strides.w * bytes};
+    args.c_per_group = as_int(problem.c_per_group());
+    args.k_per_group = as_int(problem.k_per_group());
+    args.tiles_per_group = as_int(ceil_div(args.k_per_group, Traits::n));
+    args.tiles_n = args.tiles_per_group * as_int(problem.groups);
+    args.tiles_m = as_int(ceil_div(problem.gemm_m(), Traits::m));
+    args.channel_steps = as_int(ceil_div(args.c_per_group, Traits::k));
+    args.steps = args.x.r * args.x.s * args.channel_steps;
+    args.steps_per_split = as_int(ceil_div(args.steps, plan.split_k));
+    args.weight_k_bytes = conv.weight_strides.k * bytes;
+
+    const int64_t last_c = (args.channel_steps - 1) * int64_t{Traits::row_bytes};
+    const auto walk_steps = [&](int64_t r_bytes, int64_t s_bytes) {
+        return WalkSteps{
+            .next_c = Traits::row_bytes, .next_s = s_bytes - last_c, .next_r = r_bytes - (args.x.s - 1) * s_bytes - last_c};
+    };
+    args.x_steps = walk_steps(args.x.dil_h * args.x.h_bytes, args.x.dil_w * args.x.w_bytes);
+    args.weight_steps = walk_steps(conv.weight_strides.r * bytes, conv.weight_strides.s * bytes);
+    return args;
+}
+
+template <class Traits, template <int> class Rows>
+const char* launch_gemm(const ConvArgs& conv, const Plan& plan, Stream stream) {
+    static_assert(sizeof(ImplicitGemmShared<Traits>) <= Traits::tile.shared_bytes() + 128,
+                  "the plan's shared memory must be the kernel's");
+    const ImplicitGemmArgs args = make_gemm_args<Traits>(conv, plan);
+    const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(ImplicitGemmShared<Traits>)};
+    if (const char* error = device::launch(implicit_gemm_sm80<Traits, Rows>, shape, stream, args)) return error;
+    if (plan.split_k == 1) return nullptr;
+    return launch_split_k(conv, plan.split_k, int64_t{args.tiles_m} * Traits::m, int64_t{args.tiles_n} * Traits::n,
+                          int64_t{args.tiles_per_group} * Traits::n, stream);
+}
+
+inline constexpr const char* no_instantiation = "implicit_gemm_sm80 has no instantiation of this plan";
+
+// The instantiations, which are those that legal_rows in plan.cpp allows.
+template <class T, GemmTile tile>
+const char* launch_gemm_tile(const ConvArgs& conv, const Plan& plan, Stream stream) {
+    using Wide = ImplicitGemmTraits<T, tile, 16>;
+    if (plan.access_bytes == 16) {
+        if (plan.rows == Rows::pointwise) return launch_gemm<Wide, PointwiseRows>(conv, plan, stream);
+        if (plan.rows == Rows::masked) return launch_gemm<Wide, MaskedRows>(conv, plan, stream);
+    }
+    if constexpr (tile.takes_narrow_accesses) {
+        using Half = ImplicitGemmTraits<T, tile, 8>;
+        using Quarter = ImplicitGemmTraits<T, tile, 4>;
+        if (plan.rows == Rows::masked && plan.access_bytes == 8) return launch_gemm<Half, MaskedRows>(conv, plan, stream);
+        if (plan.rows == Rows::masked && plan.access_bytes == 4) return launch_gemm<Quarter, MaskedRows>(conv, plan, stream);
+        if constexpr (tile.takes_any_filter) {
+            // What allows wide accesses allows narrow ones: one version serves all.
+            if (plan.rows == Rows::plain) return launch_gemm<Quarter, PlainRows>(conv, plan, stream);
+        }
+    }
+    return no_instantiation;
+}
+
+template <class T>
+const char* launch_implicit_gemm(const ConvArgs& conv, const Plan& plan, Stream stream) {
+    const auto launch_index = [&]<size_t... I>(std::index_sequence<I...>) {
+        const char* error = no_instantiation;
+        ((plan.tile_index == static_cast<int>(I) &&
+          (error = launch_gemm_tile<T, implicit_gemm_tiles[I]>(conv, plan, stream), true)) ||
+         ...);
+        return error;
+    };
+    return launch_index(std::make_index_sequence<implicit_gemm_tiles.size()>{});
+}
+
+}  // namespace fused_cna::kernels

@@ -1,0 +1,69 @@
+// Adds up the partial sums of a split reduction, always in the same order, then finishes and stores.
+#pragma once
+
+#include <cstdint>
+
+#include <device/launch.cuh>
+#include <device/ptx.cuh>
+#include <device/types.cuh>
+#include <device/vector.cuh>
+
+#include "../conv_args.h"
+#include "epilogue.cuh"
+#include "rows.cuh"
+
+namespace fused_cna::kernels {
+
+struct SplitKTile {
+    static constexpr int rows = 32, columns = 32, pitch = columns + 8, width = 8;
+    static constexpr int threads = rows * columns / width;  // a thread adds up 8 neighbouring columns of one row
+};
+
+struct SplitKArgs {
+    ConvArgs conv;
+    int split_k;
+    int64_t rows, columns, columns_per_group;  // of the workspace, padded to whole tiles
+};
+
+struct SplitKShared {
+    alignas(16) float sums[SplitKTile::rows * SplitKTile::pitch];
+    RowPlace places[SplitKTile::rows];
+    ChannelFold folds[SplitKTile::columns];
+};
+
+template <class T>
+__global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_constant__ SplitKArgs args) {
+    using Tile = SplitKTile;
+    auto& shared = device::shared_storage<SplitKShared>();
+    const ConvProblem& problem = args.conv.problem;
+    const int64_t tiles_n = args.columns / Tile::columns;
+    const int64_t first_row = device::block_x() / tiles_n * Tile::rows;
+    const int64_t first_column = device::block_x() % tiles_n * Tile::columns;
+    const int64_t group = first_column / args.columns_per_group, column = first_column % args.columns_per_group;
+    const ColumnRange columns{group * problem.k_per_group() + column, static_cast<int>(problem.k_per_group() - column)};
+
+    const int thread = device::thread_x();
+    if (thread < Tile::rows) {
+        const OutputSize<int64_t> output{problem.n, problem.p(), problem.q()};
+        shared.places[thread] = place_of_pixel(args.conv, output.pixel_of_row(first_row + thread));
+    } else if (thread < Tile::rows + Tile::columns) {
+        const int i = thread - Tile::rows;
+        shared.folds[i] = i < columns.count ? fold_channel<T>(args.conv.epilogue, columns.first_channel + i) : ChannelFold{};
+    }
+
+    const int row = thread / (Tile::columns / Tile::width), offset = thread % (Tile::columns / Tile::width) * Tile::width;
+    float sums[Tile::width] = {};
+    for (int split = 0; split < args.split_k; ++split) {
+        float values[Tile::width];
+        device::load_vector(
+            args.conv.workspace + (split * args.rows + first_row + row) * args.columns + first_column + offset, values);
+#pragma unroll
+        for (int i = 0; i < Tile::width; ++i) sums[i] += values[i];
+    }
+    device::store_vector(&shared.sums[row * Tile::pitch + offset], sums);
+    device::sync_threads();
+    store_tile<T, Tile::rows, Tile::columns, Tile::pitch, Tile::threads>(args.conv, shared.sums, shared.places, shared.folds,
+                                                                         columns);
+}
+
+}  // namespace fused_cna::kernels
