@@ -1,0 +1,184 @@
+"""The operator with its kernels simulated: below the Python checks it runs the very code of the GPU path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_cna import ops
+from fused_cna._checks import check_arguments
+from tests.simt import binding
+
+Plan = str | Mapping[str, Any]
+
+DTYPES = {torch.float32: b"float32", torch.float16: b"float16", torch.bfloat16: b"bfloat16"}
+
+# A signalling NaN: no arithmetic and no conversion returns one, so what has these bits was never written.
+_UNWRITTEN = {
+    torch.float32: (torch.int32, 0x7FA5A5A5),
+    torch.float16: (torch.int16, 0x7DA5),
+    torch.bfloat16: (torch.int16, 0x7FA5),
+}
+
+# Elements before and behind the output that no kernel may touch; they leave it as aligned as it was.
+_MARGIN = 64
+
+
+def conv_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    act: str = "identity",
+    act_params: Sequence[float] = (),
+    residual: Tensor | None = None,
+    residual_order: str = "add_act",
+    plan: Plan | None = None,
+    seed: int = 0,
+    sanitized: bool = False,
+) -> Tensor:
+    """`fused_cna.conv_norm_act` with the CUDA kernel simulated; no gradient flows through it.
+
+    Args:
+        x, weight, ..., residual_order: as `fused_cna.conv_norm_act` takes them, on the CPU.
+        plan: what to run instead of what the plan would choose: a kernel's name ("direct"), name and tile
+            ("direct 64x64x32"), or a mapping with "kernel" and perhaps "tile", as `fused_cna._C.plan` gives.
+        seed: chooses the order of threads and blocks; a right kernel gives the same bits for every seed.
+        sanitized: run in a process built with AddressSanitizer and UndefinedBehaviorSanitizer, every tensor
+            in a heap block of exactly its size, so that an access one element outside is reported. Slower.
+
+    Returns:
+        [N, K, P, Q], or [K, P, Q] for an input [C, H, W], with the strides that the operator gives it.
+
+    Raises:
+        RuntimeError: bad arguments, as from the operator; a device other than the CPU; a dtype that has no
+            kernels; a plan that does not exist.
+        SimulatorError: the kernel broke a rule, wrote outside its output, or left some of it unwritten.
+    """
+    unbatched = x.dim() == 3
+    if unbatched:
+        x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+    stride, dilation = ops.pair(stride, "stride"), ops.pair(dilation, "dilation")
+    padding = ops.explicit_padding(padding, weight.shape[2:], stride, dilation)
+    vectors = (bias, norm_weight, norm_bias, running_mean, running_var)
+    shape = check_arguments(
+        x, weight, *vectors, eps, stride, padding, dilation, groups, act, act_params, residual, residual_order
+    )
+    _check_simulable(x)
+
+    output = _Output(x, weight, shape)
+    if output.y.numel() > 0:
+        call = binding.ConvCall(
+            x=_view(x),
+            weight=_view(weight),
+            residual=binding.TensorView() if residual is None else _view(residual),
+            y=_view(output.y),
+            eps=eps,
+            act_param=act_params[0] if act_params else 0.0,
+            stride=tuple(stride),
+            padding=tuple(padding) if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1]),
+            dilation=tuple(dilation),
+            groups=groups,
+            seed=seed,
+            norm_is_float32=running_mean is not None and running_mean.dtype == torch.float32,
+            dtype=DTYPES[x.dtype],
+            act=act.encode(),
+            residual_order=residual_order.encode(),
+            **_forced(plan),
+        )
+        dense = [None if vector is None else vector.contiguous() for vector in vectors]
+        call.vectors = tuple(0 if vector is None else vector.data_ptr() for vector in dense)
+        if sanitized:
+            given = [tensor for tensor in (x, weight, residual, *dense, output.y) if tensor is not None]
+            output.load(binding.run_conv_sanitized(call, [_memory(tensor) for tensor in given]))
+        else:
+            binding.run_conv(call)
+    y = output.checked()
+    return y.squeeze(0) if unbatched else y
+
+
+class _Output:
+    """Memory for a kernel's output, poisoned, with poisoned margins."""
+
+    def __init__(self, x: Tensor, weight: Tensor, shape: Sequence[int]) -> None:
+        self.clean = ops._empty_output(x, weight, shape)
+        self.bits, self.poison = _UNWRITTEN[x.dtype]
+        extent = _extent(self.clean)
+        self.whole = torch.full((extent + 2 * _MARGIN,), self.poison, dtype=self.bits).view(x.dtype)
+        self.inner = self.whole[_MARGIN : _MARGIN + extent]
+        self.y = self.inner.as_strided(self.clean.shape, self.clean.stride())
+
+    def load(self, result: bytes) -> None:
+        self.inner.copy_(torch.frombuffer(bytearray(result), dtype=self.inner.dtype))
+
+    def checked(self) -> Tensor:
+        """The output in memory of its own, once it is whole and its margins are."""
+        margins = torch.cat((self.whole[:_MARGIN], self.whole[-_MARGIN:])).view(self.bits)
+        touched = (margins != self.poison).nonzero().flatten().tolist()
+        if touched:
+            raise binding.SimulatorError(
+                f"the kernel wrote {len(touched)} elements outside its output of {self.inner.numel()}: "
+                f"the first at {touched[0] - _MARGIN} from its {'start' if touched[0] < _MARGIN else 'end'}"
+            )
+        y = self.clean.copy_(self.y)
+        unwritten = (self.y.view(self.bits) == self.poison).nonzero().tolist()
+        if unwritten:
+            raise binding.SimulatorError(
+                f"the kernel left {len(unwritten)} of {y.numel()} output elements unwritten, "
+                f"the first at [n, k, p, q] = {unwritten[0]}"
+            )
+        return y
+
+
+def _check_simulable(x: Tensor) -> None:
+    if x.device.type != "cpu":
+        raise RuntimeError(
+            f"the simulator runs on the CPU's memory, but x is on {x.device}; move it with .cpu()"
+        )
+    if x.dtype not in DTYPES:
+        known = ", ".join(str(dtype) for dtype in DTYPES)
+        raise RuntimeError(f"the simulated kernels have {known}, but x is {x.dtype}; convert it")
+
+
+def _view(tensor: Tensor) -> binding.TensorView:
+    return binding.TensorView(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to the last, whatever lies between."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), _extent(tensor) * tensor.element_size()
+
+
+def _forced(plan: Plan | None) -> dict[str, Any]:
+    """The fields of ConvCall that force a plan."""
+    if plan is None:
+        return {}
+    if isinstance(plan, str):
+        form = re.fullmatch(r"(\w+)(?: (\d+)x(\d+)x(\d+))?", plan)
+        if form is None:
+            raise RuntimeError(
+                f"plan should be a kernel's name, or name and tile as in 'direct 64x64x32', not {plan!r}"
+            )
+        kernel, *tile = form.groups(default="0")
+    else:
+        kernel, tile = plan["kernel"], plan.get("tile", (0, 0, 0))
+    return {"kernel": kernel.encode(), "tile": tuple(int(extent) for extent in tile)}

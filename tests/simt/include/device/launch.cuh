@@ -1,0 +1,38 @@
+// Stands in front of csrc/device/launch.cuh when the kernels are compiled for the simulator.
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+
+#include <simt/block.h>
+#include <stream.h>
+#include <device/types.cuh>
+
+namespace fused_cna::device {
+
+template <class T>
+T& shared_storage() {
+    static_assert(alignof(T) <= 1024, "dynamic shared memory is aligned to 1024 bytes");
+    if (static_cast<int64_t>(sizeof(T)) > simt::block.shared.bytes())
+        simt::fail("shared_storage of " + std::to_string(sizeof(T)) + " bytes, but the launch asked for " +
+                   std::to_string(simt::block.shared.bytes()));
+    return *reinterpret_cast<T*>(simt::block.shared.data());
+}
+
+struct LaunchShape {
+    int64_t blocks;
+    int threads;
+    int64_t shared_bytes;
+};
+
+// Runs to the end before it returns, whatever the stream.
+template <class... P, class... A>
+const char* launch(void (*kernel)(P...), const LaunchShape& shape, Stream, A... args) {
+    const std::tuple<std::remove_cv_t<P>...> parameters(args...);
+    auto run_one_thread = [&] { std::apply(kernel, parameters); };
+    return simt::launch({shape.blocks, shape.threads, shape.shared_bytes, reinterpret_cast<const void*>(kernel)},
+                        run_one_thread);
+}
+
+}  // namespace fused_cna::device

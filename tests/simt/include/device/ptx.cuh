@@ -1,0 +1,79 @@
+// Stands in front of csrc/device/ptx.cuh when the kernels are compiled for the simulator. The extra last argument of
+// barriers and collectives is never given: it says in reports where the kernel stands.
+#pragma once
+
+#include <cstdint>
+#include <source_location>
+#include <type_traits>
+
+#include <simt/block.h>
+#include <device/types.cuh>
+
+namespace fused_cna::device {
+
+using Where = std::source_location;
+
+inline int thread_x() { return simt::block.thread(); }
+inline int64_t block_x() { return simt::block.index(); }
+inline int64_t grid_x() { return simt::block.grid(); }
+inline int lane() { return thread_x() % simt::warp_lanes; }
+inline int warp() { return thread_x() / simt::warp_lanes; }
+
+inline void sync_threads(Where where = Where::current()) {
+    simt::block.barriers.block().wait_for_block({"sync_threads", where});
+}
+
+inline void named_barrier(int id, int threads, Where where = Where::current()) {
+    simt::block.barriers.named(id).wait_for(threads, {"named_barrier", where});
+}
+
+// PTX ISA, "shfl.sync": every lane names a source lane, by the low five bits of its operand; the source is within the
+// warp, except that .down leaves a lane its own value where the source would lie behind the last lane.
+template <class T, class SourceLane>
+T shuffle_from(const char* operation, T value, SourceLane source_lane, Where where) {
+    static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8),
+                  "a shuffle moves values of 2, 4 or 8 bytes");
+    struct Slot {
+        T value;
+        T result;
+        int source_lane;
+    };
+    Slot mine{value, value, source_lane(lane())};
+    simt::collective(simt::block.warp(), {operation, where}, mine, [](simt::Lanes<Slot> lanes) {
+        for (int i = 0; i < lanes.count(); ++i) lanes[i].result = lanes[lanes[i].source_lane].value;
+    });
+    return mine.result;
+}
+
+template <class T>
+T shuffle_xor(T value, int mask, Where where = Where::current()) {
+    return shuffle_from("shuffle_xor", value, [=](int lane) { return lane ^ (mask & 31); }, where);
+}
+
+template <class T>
+T shuffle_down(T value, int delta, Where where = Where::current()) {
+    auto source = [=](int lane) { return lane + (delta & 31) < simt::warp_lanes ? lane + (delta & 31) : lane; };
+    return shuffle_from("shuffle_down", value, source, where);
+}
+
+template <class T>
+T shuffle(T value, int source_lane, Where where = Where::current()) {
+    return shuffle_from("shuffle", value, [=](int) { return source_lane & 31; }, where);
+}
+
+// PTX ISA, "vote.sync.ballot": bit i is lane i's predicate.
+inline uint32_t ballot(bool predicate, Where where = Where::current()) {
+    struct Slot {
+        bool predicate;
+        uint32_t result;
+    };
+    Slot mine{predicate, 0};
+    simt::collective(simt::block.warp(), {"ballot", where}, mine, [](simt::Lanes<Slot> lanes) {
+        uint32_t votes = 0;
+        for (int i = 0; i < lanes.count(); ++i) votes |= uint32_t{lanes[i].predicate} << i;
+        for (int i = 0; i < lanes.count(); ++i) lanes[i].result = votes;
+    });
+    return mine.result;
+}
+
+}  // namespace fused_cna::device

@@ -1,0 +1,70 @@
+#pragma once
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include <simt/fiber.h>
+#include <simt/random.h>
+#include <simt/report.h>
+
+namespace simt {
+
+// One thread of the running block.
+struct Thread {
+    enum class State : uint8_t { ready, waiting, exited };
+
+    explicit Thread(int index) : index(index), fiber(index) {}
+
+    int index;
+    State state = State::exited;
+    Site site{};                         // where it waits
+    const Waitable* waits_on = nullptr;  // what for
+    Fiber fiber;
+};
+
+// Runs the threads of one block, switching only where a thread parks or exits, in an order drawn from the seed.
+class Scheduler {
+   public:
+    using Body = void (*)();
+
+    // Runs `body` once per thread until all have exited; each thread calls `exited` when it has. Rethrows the first
+    // exception that a thread let out, and throws SimulatorError when no thread can go on; the other threads are then
+    // abandoned.
+    void run(int threads, Body body, Body exited, uint64_t seed);
+
+    Thread& current() const { return *current_; }
+    const Thread& thread(int index) const { return *threads_[index]; }
+    int threads() const { return count_; }
+    int live() const { return live_; }
+
+    // Suspends the current thread until wake().
+    void park(const Waitable& waits_on, const Site& site);
+    void wake(int thread);
+
+    // An asynchronous effect, such as a copy that another unit of the hardware does: it happens at some later switch,
+    // at the latest when no thread can go on without it. Effects may land in another order than they were issued in.
+    void later(std::function<void()> effect);
+
+   private:
+    static void enter(void* scheduler);
+    void start(int threads, uint64_t seed);
+    Thread& take_ready();
+    void land_an_effect();
+    std::string deadlock_report() const;
+
+    std::vector<std::unique_ptr<Thread>> threads_;
+    std::vector<int> ready_;
+    std::vector<std::function<void()>> effects_;
+    Thread* current_ = nullptr;
+    Body body_ = nullptr;
+    Body exited_ = nullptr;
+    std::exception_ptr failure_;
+    Random random_;
+    int count_ = 0;
+    int live_ = 0;
+    bool newest_first_ = false;
+};
+
+}  // namespace simt

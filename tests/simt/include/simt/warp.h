@@ -1,0 +1,7 @@
+#pragma once
+
+namespace simt {
+
+inline constexpr int warp_lanes = 32;
+
+}  // namespace simt

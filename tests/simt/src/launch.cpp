@@ -1,0 +1,71 @@
+#include <cxxabi.h>
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string>
+
+#include <simt/block.h>
+
+namespace simt {
+
+namespace {
+
+std::mutex one_launch_at_a_time;
+uint64_t launch_seed = 0;
+
+std::string kernel_name(const void* address) {
+    Dl_info info{};
+    if (!dladdr(address, &info) || !info.dli_sname) return "a kernel";
+    int status = 0;
+    std::unique_ptr<char, decltype(&std::free)> text(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status),
+                                                     &std::free);
+    std::string name = status == 0 ? text.get() : info.dli_sname;
+    return name.substr(0, name.find('('));
+}
+
+// Visits 0..count-1 in an order that looks arbitrary, without storing it: i -> (offset + i * step) mod count.
+class BlockOrder {
+   public:
+    BlockOrder(int64_t count, Random& random) : count_(count), offset_(random.below(static_cast<uint32_t>(count))) {
+        do {
+            step_ = 1 + random.below(static_cast<uint32_t>(count));
+        } while (std::gcd(step_, count) != 1);
+    }
+
+    int64_t operator[](int64_t i) const { return (offset_ + i * step_) % count_; }
+
+   private:
+    int64_t count_, offset_, step_;
+};
+
+}  // namespace
+
+void set_seed(uint64_t seed) { launch_seed = seed; }
+
+const char* launch(const LaunchRequest& request, const std::function<void()>& kernel) {
+    if (request.blocks < 1 || request.blocks > max_blocks)
+        return "invalid configuration argument: the number of blocks must be from 1 to 2147483647";
+    if (request.threads < 1 || request.threads > max_threads)
+        return "invalid configuration argument: the number of threads must be from 1 to 1024";
+    if (request.shared_bytes < 0 || request.shared_bytes > SharedMemory::limit_bytes)
+        return "invalid argument: dynamic shared memory must be from 0 to 232448 bytes (227 KB)";
+    static_assert(max_blocks == 2147483647 && max_threads == 1024 && SharedMemory::limit_bytes == 232448);
+
+    std::lock_guard lock(one_launch_at_a_time);
+    Random random(launch_seed);
+    BlockOrder order(request.blocks, random);
+    for (int64_t i = 0; i < request.blocks; ++i) {
+        try {
+            block.run(order[i], request.blocks, request.threads, request.shared_bytes, random.next(), kernel);
+        } catch (const SimulatorError& error) {
+            fail(kernel_name(request.kernel_address) + ", block " + std::to_string(order[i]) + " of " +
+                 std::to_string(request.blocks) + ", seed " + std::to_string(launch_seed) + ": " + error.what());
+        }
+    }
+    return nullptr;
+}
+
+}  // namespace simt

@@ -1,0 +1,58 @@
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <system_error>
+
+#include <simt/report.h>
+#include <simt/sanitizer.h>
+#include <simt/shared_memory.h>
+
+namespace simt {
+
+namespace {
+
+// Every float, half and bfloat16 made of these bytes is a NaN, and every index or pointer is far outside.
+constexpr int poison_byte = 0xFF;
+constexpr int redzone_byte = 0xA5;
+constexpr int64_t redzone_bytes = 1024;
+
+// One redzone before the memory, one behind; also keeps the alignment of 1024.
+constexpr int64_t mapping_bytes = redzone_bytes + SharedMemory::limit_bytes + redzone_bytes;
+
+}  // namespace
+
+SharedMemory::~SharedMemory() {
+    if (!data_) return;
+    sanitizer::unpoison(data_ - redzone_bytes, mapping_bytes);
+    munmap(data_ - redzone_bytes, mapping_bytes);
+}
+
+void SharedMemory::allocate() {
+    void* mapping = mmap(nullptr, mapping_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap of shared memory");
+    data_ = static_cast<std::byte*>(mapping) + redzone_bytes;
+}
+
+void SharedMemory::begin_block(int64_t bytes) {
+    if (!data_) allocate();
+    bytes_ = bytes;
+    sanitizer::unpoison(data_ - redzone_bytes, mapping_bytes);
+    std::memset(data_, poison_byte, bytes);
+    std::memset(data_ + bytes, redzone_byte, redzone_bytes);
+    sanitizer::poison(data_ - redzone_bytes, redzone_bytes);
+    sanitizer::poison(data_ + bytes, mapping_bytes - redzone_bytes - bytes);
+}
+
+void SharedMemory::check_redzone() const {
+    if (sanitizer::enabled) return;
+    const std::byte* end = data_ + bytes_;
+    const std::byte* hit = std::find_if(end, end + redzone_bytes, [](std::byte b) { return b != std::byte{redzone_byte}; });
+    if (hit != end + redzone_bytes)
+        fail("a thread wrote " + std::to_string(hit - end) + " bytes behind the end of the block's " +
+             std::to_string(bytes_) + " bytes of shared memory");
+}
+
+}  // namespace simt
