@@ -27,10 +27,19 @@ void check_device(const Tensor& tensor, const char* name, const Tensor& x) {
                 tensor.device(), ", different from other tensors on ", x.device());
 }
 
+void check_dimensions(const Inputs& in) {
+    const IntArrayRef x = in.x.sizes(), weight = in.weight.sizes();
+    TORCH_CHECK(x.size() == 4, "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", x,
+                "; the operator takes [N, C, H, W], fused_cna.conv_norm_act takes [C, H, W] too");
+    TORCH_CHECK(weight.size() >= 3, "weight should have at least three dimensions, but got size ", weight);
+    TORCH_CHECK(weight.size() == 4, "Expected ", weight.size(), "-dimensional input for ", weight.size(),
+                "-dimensional weight ", weight, ", but got 4-dimensional input of size ", x, " instead");
+}
+
 void check_types(const Inputs& in) {
     const auto check = [&](const Tensor& tensor, const char* name) {
         TORCH_CHECK(tensor.device().type() == in.x.device().type(), "Input type (", in.x.toString(), ") and ", name,
-                    " type (", tensor.toString(), ") should be the same");
+                    " type (", tensor.toString(), ") should be the same, but ", name, " is on ", tensor.device());
         check_device(tensor, name, in.x);
         TORCH_CHECK(tensor.scalar_type() == in.x.scalar_type(), "Input type (", in.x.toString(), ") and ", name, " type (",
                     tensor.toString(), ") should be the same");
@@ -40,14 +49,11 @@ void check_types(const Inputs& in) {
 }
 
 void check_geometry(const Inputs& in) {
-    const size_t dims = in.weight.dim() > 2 ? in.weight.dim() - 2 : 0;
-    TORCH_CHECK(dims > 0, "weight should have at least three dimensions, but got size ", in.weight.sizes());
     TORCH_CHECK(in.groups > 0, "non-positive groups is not supported, but got groups=", in.groups);
-    const auto check_count = [&](const char* name, IntArrayRef values, bool or_four) {
-        TORCH_CHECK(values.size() == dims || (or_four && values.size() == 4 && dims == 2), "expected ", name,
-                    " to be a single integer value or a list of ", dims,
-                    " values to match the convolution dimensions, but got ", name, "=", values,
-                    or_four ? "; 4 values would be (top, bottom, left, right)" : "");
+    const auto check_count = [](const char* name, IntArrayRef values, bool or_four) {
+        TORCH_CHECK(values.size() == 2 || (or_four && values.size() == 4), "expected ", name,
+                    " to be a single integer value or a list of 2 values to match the convolution dimensions, but got ",
+                    name, "=", values, or_four ? "; 4 values would be (top, bottom, left, right)" : "");
     };
     check_count("stride", in.stride, false);
     check_count("padding", in.padding, true);
@@ -66,8 +72,6 @@ void check_geometry(const Inputs& in) {
 
 void check_channels(const Inputs& in) {
     const IntArrayRef x = in.x.sizes(), weight = in.weight.sizes();
-    TORCH_CHECK(weight.size() == 4, "Expected ", weight.size(), "-dimensional input for ", weight.size(),
-                "-dimensional weight ", weight, ", but got 4-dimensional input of size ", x, " instead");
     TORCH_CHECK(weight[2] > 0 && weight[3] > 0,
                 "the filter should have at least one row and column, but got weight of size ", weight);
     TORCH_CHECK(weight[0] >= in.groups, "Given groups=", in.groups, ", expected weight to be at least ", in.groups,
@@ -79,8 +83,6 @@ void check_channels(const Inputs& in) {
     TORCH_CHECK(!in.bias || (in.bias->dim() == 1 && in.bias->size(0) == weight[0]), "Given weight of size ", weight,
                 ", expected bias to be 1-dimensional with ", weight[0], " elements, but got bias of size ",
                 in.bias ? in.bias->sizes() : IntArrayRef(), " instead");
-    TORCH_CHECK(x[0] == 0 || x[1] == 0 || (x[2] > 0 && x[3] > 0),
-                "Only zero batch or zero channel inputs are supported, but got input shape: ", x);
 }
 
 DType storage_dtype(const Tensor& x) {
@@ -128,6 +130,9 @@ ConvProblem make_problem(const Inputs& in) {
     TORCH_CHECK(filter_h <= problem.padded_h() && filter_w <= problem.padded_w(),
                 "Calculated padded input size per channel: (", problem.padded_h(), " x ", problem.padded_w(),
                 "). Kernel size: (", filter_h, " x ", filter_w, "). Kernel size can't be greater than actual input size");
+    const bool empty_image = problem.h == 0 || problem.w == 0;
+    TORCH_CHECK(!empty_image || problem.n == 0 || problem.c == 0,
+                "Only zero batch or zero channel inputs are supported, but got input shape: ", in.x.sizes());
     return problem;
 }
 
@@ -198,9 +203,7 @@ void check_residual(const Inputs& in, const ConvProblem& problem) {
 }  // namespace
 
 CheckedInputs check_inputs(const Inputs& in) {
-    TORCH_CHECK(in.x.dim() == 4,
-                "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", in.x.sizes(),
-                "; the operator takes [N, C, H, W], fused_cna.conv_norm_act takes [C, H, W] too");
+    check_dimensions(in);
     check_types(in);
     check_geometry(in);
     check_channels(in);
