@@ -27,23 +27,23 @@ enum class Activation : int32_t {
 struct ActivationInfo {
     Activation value;
     std::string_view name;
-    int params;  // how many numbers act_params holds: the negative slope of leaky_relu, the alpha of elu
+    std::string_view param;  // the name of the one number in act_params; empty where it holds none
 };
 
 inline constexpr std::array<ActivationInfo, 13> activations{{
-    {Activation::identity, "identity", 0},
-    {Activation::relu, "relu", 0},
-    {Activation::relu6, "relu6", 0},
-    {Activation::leaky_relu, "leaky_relu", 1},
-    {Activation::elu, "elu", 1},
-    {Activation::silu, "silu", 0},
-    {Activation::gelu, "gelu", 0},
-    {Activation::gelu_tanh, "gelu_tanh", 0},
-    {Activation::hardswish, "hardswish", 0},
-    {Activation::hardsigmoid, "hardsigmoid", 0},
-    {Activation::sigmoid, "sigmoid", 0},
-    {Activation::tanh, "tanh", 0},
-    {Activation::mish, "mish", 0},
+    {Activation::identity, "identity", ""},
+    {Activation::relu, "relu", ""},
+    {Activation::relu6, "relu6", ""},
+    {Activation::leaky_relu, "leaky_relu", "negative_slope"},
+    {Activation::elu, "elu", "alpha"},
+    {Activation::silu, "silu", ""},
+    {Activation::gelu, "gelu", ""},
+    {Activation::gelu_tanh, "gelu_tanh", ""},
+    {Activation::hardswish, "hardswish", ""},
+    {Activation::hardsigmoid, "hardsigmoid", ""},
+    {Activation::sigmoid, "sigmoid", ""},
+    {Activation::tanh, "tanh", ""},
+    {Activation::mish, "mish", ""},
 }};
 
 constexpr std::optional<ActivationInfo> find_activation(std::string_view name) {

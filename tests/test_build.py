@@ -1,0 +1,384 @@
+"""How fused_cna is built, packed, and loaded: the decisions of setup.py and of fused_cna/_extension.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fused_cna import _extension
+from fused_cna._version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """setup.py as a module, in an environment that decides nothing."""
+    for name in ("FUSED_CNA_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    source = ROOT / "setup.py"
+    namespace: dict[str, Any] = {"__name__": "setup_under_test", "__file__": str(source)}
+    exec(compile(source.read_text(), source, "exec"), namespace)
+    return SimpleNamespace(**namespace, namespace=namespace)
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "expected"),
+    [
+        ("8.0", ["sm_80"]),
+        ("8.0;9.0a", ["sm_80", "sm_90a"]),
+        ("8.6 8.9+PTX", ["sm_86", "sm_89", "compute_89"]),
+        ("9.0;9.0a;9.0+PTX", ["sm_90a", "compute_90"]),
+        ("9.0a+PTX", ["sm_90a", "compute_90"]),
+        ("7.0;7.5+PTX;8.0;", ["sm_80"]),
+        ("10.0a, 12.0f+PTX", ["sm_100a", "sm_120f", "compute_120"]),
+    ],
+)
+def test_architectures(build: SimpleNamespace, arch_list: str, expected: list[str]) -> None:
+    assert build.architectures(arch_list) == expected
+
+
+def test_portable_architectures_run_on_every_gpu_from_8_0_on(build: SimpleNamespace) -> None:
+    assert build.architectures(build.PORTABLE) == ["sm_80", "sm_90a", "compute_90"]
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "message"),
+    [
+        ("8.0;Hopper", r"TORCH_CUDA_ARCH_LIST='8.0;Hopper' has 'Hopper', which is no architecture"),
+        ("90", r"has '90', which is no architecture; give numbers as in '8.0;9.0\+PTX'"),
+        ("7.5+PTX", r"need compute capability 8.0 or newer, not 7.5\+PTX"),
+    ],
+)
+def test_impossible_architectures(build: SimpleNamespace, arch_list: str, message: str) -> None:
+    with pytest.raises(build.CannotBuildError, match=message):
+        build.architectures(arch_list)
+
+
+def test_gencode_compiles_for_one_target(build: SimpleNamespace) -> None:
+    assert build.gencode("sm_90a") == "-gencode=arch=compute_90a,code=sm_90a"
+    assert build.gencode("compute_90") == "-gencode=arch=compute_90,code=compute_90"
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "expected"),
+    [
+        ("", None),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", None),
+        ("9.0\n", "9.0"),
+        ("9.0\n8.0\n9.0\n", "8.0;9.0"),
+        ("13.0\n", "9.0+PTX"),
+    ],
+)
+def test_default_architectures_are_those_of_the_machine(
+    build: SimpleNamespace, nvidia_smi: str, expected: str | None
+) -> None:
+    replies = {"nvidia-smi": nvidia_smi, "nvcc": "compute_80\ncompute_90\ncompute_120\n"}
+    build.namespace["output_of"] = lambda *command: replies[command[0]]
+    assert build.machine_arch_list("nvcc") == (expected or build.PORTABLE)
+
+
+def test_unwanted_extension_is_not_built(build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_CNA_CUDA", "0")
+    record = build.decide()
+    assert record["extension"] is False
+    assert "FUSED_CNA_CUDA=0 switched it off" in record["reason"]
+
+
+def test_unknown_wish_is_refused(build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_CNA_CUDA", "yes")
+    with pytest.raises(SystemExit, match=r"FUSED_CNA_CUDA='yes' has no meaning; set 0 .* or 1"):
+        build.decide()
+
+
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+def with_cpu_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+
+def without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("PATH", os.devnull)
+
+
+def with_empty_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", os.devnull)
+
+
+@pytest.mark.parametrize(
+    ("arrange", "reason"),
+    [
+        (without_torch, "torch could not be imported at build time"),
+        (with_cpu_torch, f"torch {torch.__version__} is a build without CUDA"),
+        (without_nvcc, "there is no nvcc on PATH"),
+        (with_empty_toolkit, f"there is no nvcc in {os.devnull}/bin (CUDA_HOME)"),
+    ],
+)
+def test_what_is_missing_is_recorded(
+    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, arrange: Any, reason: str
+) -> None:
+    arrange(monkeypatch)
+    record = build.decide()
+    assert record["extension"] is False
+    assert reason in record["reason"]
+    assert "--no-build-isolation" in record["reason"]
+
+    monkeypatch.setenv("FUSED_CNA_CUDA", "1")
+    with pytest.raises(SystemExit, match="FUSED_CNA_CUDA=1, but the extension cannot be built: t"):
+        build.decide()
+
+
+def fake_toolkit(folder: Path, version: str) -> Path:
+    """A folder like a CUDA toolkit's, with an nvcc that only answers questions."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        f"--dryrun) echo '#$ TOP={folder}/bin/..' >&2; exit 1 ;;\n"
+        f"--version) echo 'Cuda compilation tools, release 0.0, V{version}' ;;\n"
+        "--list-gpu-arch) echo compute_80; echo compute_90 ;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return folder
+
+
+def test_record_of_an_extension(
+    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    toolkit = fake_toolkit(tmp_path / "toolkit", "13.0.88")
+    on_path = tmp_path / "bin"
+    on_path.mkdir()
+    (on_path / "nvcc").symlink_to(toolkit / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", str(on_path), prepend=os.pathsep)
+    record = build.decide()
+    assert record.pop("compiler").startswith("nvcc 13.0.88, ")
+    assert record == {
+        "extension": True,
+        "torch": torch.__version__,
+        "cuda": "13.0",
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "architectures": ["sm_90a"],
+    }
+    assert os.environ["CUDA_HOME"] == str(toolkit)
+
+
+def test_nvcc_of_another_major_version_is_not_used(
+    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "toolkit", "12.8.1")))
+    assert f"torch {torch.__version__} is for CUDA 13.0 and nvcc is 12.8.1" in build.decide()["reason"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources with what an earlier build may have left among them."""
+    folder = tmp_path_factory.mktemp("checkout")
+    left_out = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "results")
+    for name in ("csrc", "fused_cna", "requirements", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=left_out)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "fused_cna" / "_C.cpython-30-x86_64-linux-gnu.so").write_bytes(b"stale")
+    (folder / "fused_cna" / "_build.json").write_text('{"extension": true}')
+    return folder
+
+
+def pack_without_torch(checkout: Path, command: str, out: Path) -> tuple[Path, str]:
+    """Packs the checkout as an isolated build does, where torch cannot be imported: the file, and the log."""
+    script = (
+        "import runpy, sys; sys.modules['torch'] = None;"
+        f"sys.argv = ['setup.py', '{command}', '--dist-dir', {str(out)!r}];"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    (packed,) = out.iterdir()
+    return packed, done.stdout
+
+
+def test_wheel_without_torch_is_for_the_cpu_and_says_so(checkout: Path, tmp_path: Path) -> None:
+    packed, log = pack_without_torch(checkout, "bdist_wheel", tmp_path)
+    assert packed.name == f"fused_cna-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(packed) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        record = json.loads(wheel.read("fused_cna/_build.json"))
+    modules = {f"fused_cna/{path.name}" for path in (ROOT / "fused_cna").glob("*.py")}
+    assert names == modules | {"fused_cna/py.typed", "fused_cna/_build.json"}
+    assert record["extension"] is False
+    assert "as in a build without --no-build-isolation" in record["reason"]
+    assert f"fused_cna: {record['reason']}" in log
+
+
+def test_source_archive_is_complete_and_clean(checkout: Path, tmp_path: Path) -> None:
+    packed, _ = pack_without_torch(checkout, "sdist", tmp_path)
+    with tarfile.open(packed) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert sources <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "requirements/test.txt", "tests/test_build.py"} <= names
+    assert not {name for name in names if name.endswith((".so", "_build.json", ".pyc"))}
+
+
+MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
+CUDA = torch.version.cuda or "none"
+MATCHING = {
+    "extension": True,
+    "torch": str(torch.__version__),
+    "cuda": CUDA,
+    "python": MINOR,
+    "architectures": ["sm_80", "compute_80"],
+    "compiler": "nvcc 13.0.0",
+}
+WORKING = "def kernels(): return ['direct']"
+MUST_NOT_BE_IMPORTED = "raise SystemExit('the extension was imported')"
+
+# Name of a package: its _build.json, and its _C.py, which stands in for the compiled module.
+PACKAGES: dict[str, tuple[str | None, str | None]] = {
+    "working": (json.dumps(MATCHING), WORKING),
+    "other_patch_release": (
+        json.dumps(MATCHING | {"torch": ".".join(torch.__version__.split(".")[:2]) + ".99"}),
+        WORKING,
+    ),
+    "not_built": (None, MUST_NOT_BE_IMPORTED),
+    "cpu_install": (json.dumps({"extension": False, "reason": "no nvcc was there"}), MUST_NOT_BE_IMPORTED),
+    "other_torch": (json.dumps(MATCHING | {"torch": "2.1.0+cu118"}), MUST_NOT_BE_IMPORTED),
+    "other_cuda": (json.dumps(MATCHING | {"cuda": "11.8"}), MUST_NOT_BE_IMPORTED),
+    "other_python": (json.dumps(MATCHING | {"python": "3.2"}), MUST_NOT_BE_IMPORTED),
+    "damaged_record": ("{", MUST_NOT_BE_IMPORTED),
+    "incomplete_record": (json.dumps({"extension": True}), MUST_NOT_BE_IMPORTED),
+    "broken": (json.dumps(MATCHING), "raise ImportError('undefined symbol: _ZN3c10')"),
+    "lost": (json.dumps(MATCHING), None),
+}
+
+DRIVER = """
+import importlib, json, sys
+
+# An editable installation of the project would find its own extension for a package that has none.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+
+def load(folder):
+    for name in [name for name in sys.modules if name.split(".")[0] == "fused_cna"]:
+        del sys.modules[name]
+    sys.path[0] = folder
+    importlib.invalidate_caches()
+    extension = importlib.import_module("fused_cna._extension")
+    result = {"info": extension.build_info(), "available": extension.is_available()}
+    result["reason"] = extension.unavailable_reason()
+    try:
+        result["module"] = extension.module().__name__
+    except ImportError as error:
+        result["error"] = str(error)
+        result["cause"] = repr(error.__cause__)
+    return result
+
+print(json.dumps({folder: load(folder) for folder in sys.argv[1:]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What fused_cna/_extension.py makes of each of PACKAGES, all asked in one process of their own."""
+    folder = tmp_path_factory.mktemp("packages")
+    for name, (record, compiled) in PACKAGES.items():
+        package = folder / name / "fused_cna"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        for source in ("_extension.py", "_version.py"):
+            shutil.copy(ROOT / "fused_cna" / source, package / source)
+        if record is not None:
+            (package / "_build.json").write_text(record)
+        if compiled is not None:
+            (package / "_C.py").write_text(compiled)
+    command = [sys.executable, "-c", DRIVER, *(str(folder / name) for name in PACKAGES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {Path(path).name: outcome for path, outcome in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("name", ["working", "other_patch_release"])
+def test_matching_extension_is_loaded(outcomes: dict[str, Any], name: str) -> None:
+    outcome = outcomes[name]
+    assert outcome["available"] is True
+    assert outcome["reason"] == ""
+    assert outcome["module"] == "fused_cna._C"
+    assert outcome["info"]["kernels"] == ["direct"]
+    assert outcome["info"]["architectures"] == ["sm_80", "compute_80"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reasons", "cause"),
+    [
+        ("not_built", ["_build.json is missing", "pip install --no-build-isolation ."], "FileNotFoundError"),
+        ("cpu_install", ["no nvcc was there"], "None"),
+        (
+            "other_torch",
+            ["built against torch 2.1.0+cu118", f"torch {torch.__version__} ", "--force-reinstall"],
+            "None",
+        ),
+        ("other_cuda", ["(CUDA 11.8)", f"(CUDA {CUDA})", "--force-reinstall"], "None"),
+        ("other_python", ["for Python 3.2", f"on Python {MINOR}", "--force-reinstall"], "None"),
+        ("damaged_record", ["_build.json is damaged", "--force-reinstall"], "JSONDecodeError"),
+        ("incomplete_record", ["_build.json is damaged", "'torch'"], "KeyError"),
+        ("broken", ["importing fused_cna._C failed", "undefined symbol: _ZN3c10"], "ImportError"),
+        ("lost", ["No module named 'fused_cna._C'", "--force-reinstall"], "ModuleNotFoundError"),
+    ],
+)
+def test_reason_of_an_unusable_extension(
+    outcomes: dict[str, Any], name: str, reasons: list[str], cause: str
+) -> None:
+    outcome = outcomes[name]
+    assert outcome["available"] is False
+    for reason in reasons:
+        assert reason in outcome["reason"]
+    assert outcome["info"]["reason"] == outcome["reason"]
+    assert outcome["info"]["kernels"] == []
+    assert outcome["error"] == f"fused_cna's CUDA extension is not available: {outcome['reason']}"
+    assert outcome["cause"].startswith(cause)
+
+
+def test_build_info_of_this_process() -> None:
+    info = _extension.build_info()
+    assert json.loads(json.dumps(info)) == info
+    assert info["version"] == __version__
+    assert info["torch_running"] == torch.__version__
+    assert info["available"] == (info["reason"] == "")
+    info["architectures"].append("changed by the caller")
+    assert "changed by the caller" not in _extension.build_info()["architectures"]
+
+
+def test_extension_is_there_where_it_can_be_built() -> None:
+    """A build that fell back to the CPU unnoticed would skip the tests of the extension unnoticed."""
+    if shutil.which("nvcc") is None or torch.version.cuda is None:
+        pytest.skip("needs nvcc and a CUDA build of torch")
+    reason = _extension.unavailable_reason()
+    if "_build.json is missing" in reason:
+        pytest.skip(reason)
+    assert reason == ""
+    assert _extension.module().build_info()["torch"] == torch.__version__.split("+")[0]
