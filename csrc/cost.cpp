@@ -16,7 +16,9 @@ constexpr double prologue_and_epilogue = 3000;
 constexpr double shared_bytes_per_cycle = 128;
 constexpr double l2_bytes_per_cycle = 40;  // to one multiprocessor while all read
 constexpr double copies_per_cycle = 8;     // cp.async of single threads
-constexpr double load_cost = 10;           // multiply-adds in the time of one address and load, in `direct`
+constexpr double direct_share = 0.25;      // of the CUDA cores' rate, in the main loop of `direct`
+constexpr int64_t direct_blocks_per_multiprocessor = 3;
+constexpr double load_cost = 10;  // multiply-adds in the time of one address and load, there
 
 double as_us(double cycles, const DeviceInfo& device) { return cycles / (device.clock_ghz * 1e3); }
 
@@ -49,11 +51,15 @@ int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device) {
 Estimate estimate_direct(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
     const double m = plan.tile.m, n = plan.tile.n;
     const double products_per_block = m * n * static_cast<double>(problem.gemm_k());
-    const double cycles = products_per_block * (1 + load_cost * (m + n) / (m * n)) / fma_per_clock(device);
+    const double cycles = products_per_block * (1 + load_cost * (m + n) / (m * n)) / (fma_per_clock(device) * direct_share);
     const double rounds = static_cast<double>(ceil_div(plan.blocks, device.multiprocessors));
+    const double waves =
+        static_cast<double>(ceil_div(plan.blocks, direct_blocks_per_multiprocessor * device.multiprocessors));
+    // Nothing is loaded ahead: every step waits for its own operands.
+    const double steps = static_cast<double>(ceil_div(problem.gemm_k(), plan.tile.k));
     return {.products_us = as_us(rounds * cycles, device),
             .bytes_us = transfer_us(compulsory_bytes(problem), device),
-            .latency_us = as_us(prologue_and_epilogue, device),
+            .latency_us = as_us(waves * (prologue_and_epilogue + steps * (memory_latency + step_latency)), device),
             .overhead_us = launch_us};
 }
 

@@ -1,5 +1,7 @@
 // Where torch meets the kernels: check, allocate, fill arguments, device guard, current stream, plan, run.
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -7,6 +9,8 @@
 #include <torch/library.h>
 
 #include <array>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -14,6 +18,7 @@
 
 #include "checks.h"
 #include "conv_args.h"
+#include "layout.h"
 #include "plan.h"
 #include "run.h"
 
@@ -25,6 +30,12 @@ using at::IntArrayRef;
 using at::Tensor;
 
 Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+FilterStrides filter_strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+// PyTorch's own switch; it has no other.
+bool allows_tf32() {
+    return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV) == at::Float32Precision::TF32;
+}
 
 // A call whose arguments passed every check, with its output allocated. Owns what the kernel's pointers refer to.
 struct PreparedCall {
@@ -71,7 +82,7 @@ PreparedCall prepare(const Inputs& in) {
     args.x = in.x.const_data_ptr();
     args.x_strides = strides_of(in.x);
     args.weight = in.weight.const_data_ptr();
-    args.weight_strides = {in.weight.stride(0), in.weight.stride(1), in.weight.stride(2), in.weight.stride(3)};
+    args.weight_strides = filter_strides_of(in.weight);
     if (in.residual) {
         args.residual = in.residual->const_data_ptr();
         args.residual_strides = strides_of(*in.residual);
@@ -79,6 +90,8 @@ PreparedCall prepare(const Inputs& in) {
     args.y = call.y.mutable_data_ptr();
     args.y_strides = strides_of(call.y);
     args.epilogue = make_epilogue(in, checked, call.vectors);
+    args.problem.allow_tf32 = args.problem.dtype == DType::float32 && allows_tf32();
+    describe_layout(args);
     return call;
 }
 
@@ -88,22 +101,69 @@ int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
     return value;
 }
 
-DeviceInfo device_info(c10::DeviceIndex device) {
-    const DeviceInfo info{.compute_major = device_attribute(cudaDevAttrComputeCapabilityMajor, device),
-                          .compute_minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device),
-                          .multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device)};
+DeviceInfo read_device_info(c10::DeviceIndex device) {
+    const auto get = [&](cudaDeviceAttr attribute) { return device_attribute(attribute, device); };
+    const double memory_clock_hz = get(cudaDevAttrMemoryClockRate) * 1e3;  // two transfers a clock
+    const DeviceInfo info{
+        .compute_major = get(cudaDevAttrComputeCapabilityMajor),
+        .compute_minor = get(cudaDevAttrComputeCapabilityMinor),
+        .multiprocessors = get(cudaDevAttrMultiProcessorCount),
+        .shared_per_multiprocessor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+        .shared_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        .clock_ghz = get(cudaDevAttrClockRate) * 1e-6,
+        .bandwidth_gbs = 2 * memory_clock_hz * get(cudaDevAttrGlobalMemoryBusWidth) / 8 * 1e-9,
+    };
     TORCH_CHECK(info.compute_major >= 8, "fused_cna's kernels need compute capability 8.0 or newer, but device ",
                 static_cast<int>(device), " has ", info.compute_major, ".", info.compute_minor,
                 "; call fused_cna.conv_norm_act, which falls back");
     return info;
 }
 
+// Read once per device: the attributes do not change, and asking for the clocks is slow.
+const DeviceInfo& device_info(c10::DeviceIndex device) {
+    static std::mutex mutex;
+    static std::map<c10::DeviceIndex, DeviceInfo> infos;
+    const std::lock_guard lock(mutex);
+    const auto found = infos.find(device);
+    return found != infos.end() ? found->second : infos.emplace(device, read_device_info(device)).first->second;
+}
+
+// A dense channels_last copy, which owns its alignment; contiguous() would return a tensor that is dense but misaligned.
+Tensor dense_copy(const Tensor& tensor) { return tensor.clone(at::MemoryFormat::ChannelsLast); }
+
+// Runs a plan with the copies and the workspace that it asks for. They are freed on return, which is safe: the caching
+// allocator reuses memory in stream order.
+void run_plan(ConvArgs& args, const Plan& plan, const Inputs& in) {
+    Tensor x, weight, workspace;
+    if (plan.convert_x) {
+        x = dense_copy(in.x);
+        args.x = x.const_data_ptr();
+        args.x_strides = strides_of(x);
+    }
+    if (plan.convert_weight) {
+        weight = dense_copy(in.weight);
+        args.weight = weight.const_data_ptr();
+        args.weight_strides = filter_strides_of(weight);
+    }
+    if (plan.workspace_bytes > 0) {
+        workspace = at::empty({plan.workspace_bytes / int64_t{sizeof(float)}}, in.x.options().dtype(at::kFloat));
+        args.workspace = workspace.mutable_data_ptr<float>();
+    }
+    run(args, plan, c10::cuda::getCurrentCUDAStream());
+}
+
 Tensor conv_norm_act_cuda(const Inputs& in) {
     PreparedCall call = prepare(in);
     if (call.y.numel() == 0) return call.y;
     const c10::cuda::CUDAGuard guard(in.x.device());
-    const Plan& plan = memoised_plan(call.args.problem, device_info(in.x.device().index()));
-    run(call.args, plan, c10::cuda::getCurrentCUDAStream());
+    const DeviceInfo& device = device_info(in.x.device().index());
+    const Plan& plan = memoised_plan(call.args.problem, device);
+    try {
+        run_plan(call.args, plan, in);
+    } catch (const c10::OutOfMemoryError&) {
+        if (plan.workspace_bytes == 0) throw;
+        run_plan(call.args, choose_plan_without_workspace(call.args.problem, device), in);
+    }
     return call.y;
 }
 

@@ -7,9 +7,6 @@
 
 namespace fused_cna {
 
-// Fills in how x and the weight lie in memory (problem.x_access and the fields beside it) from their pointers and strides.
-void describe_layout(ConvArgs& args);
-
 // Launches the planned kernel on the stream and returns without waiting. An empty output launches nothing.
 // args.workspace holds plan.workspace_bytes, and x and the weight have been copied where the plan says so.
 // Throws std::runtime_error with the problem, the plan and the cause where the launch fails.

@@ -34,6 +34,7 @@ struct ActivationGeometry {
     int stride_h, stride_w, pad_top, pad_left, dil_h, dil_w;
     int r, s;
     int64_t n_bytes, h_bytes, w_bytes;  // strides
+    int64_t pixel_bytes;                // from a pixel to the next, for PointwiseRows alone
 };
 
 // Recomputes every coordinate at every tap. Any filter size; the oracle for the other two.
@@ -112,8 +113,8 @@ class PointwiseRows {
     __device__ void start(const ActivationGeometry& x, int first_row, int step) {
         remaining_ = x.output.n * x.output.p * x.output.q - first_row;
         step_ = step;
-        first_ = first_row * x.w_bytes;
-        step_bytes_ = step * x.w_bytes;
+        first_ = first_row * x.pixel_bytes;
+        step_bytes_ = step * x.pixel_bytes;
     }
 
     __device__ void enter_tap(const ActivationGeometry&, const Walk&) {}

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "../layout.h"
 #include "implicit_gemm_sm80.cuh"
 
 namespace fused_cna::kernels {
@@ -27,7 +28,8 @@ ImplicitGemmArgs make_gemm_args(const ConvArgs& conv, const Plan& plan) {
               .s = as_int(problem.s),
               .n_bytes = conv.x_strides.n * bytes,
               .h_bytes = conv.x_strides.h * bytes,
-              .w_bytes = conv.x_strides.w * bytes};
+              .w_bytes = conv.x_strides.w * bytes,
+              .pixel_bytes = pixel_step(conv).value_or(0) * bytes};
     args.c_per_group = as_int(problem.c_per_group());
     args.k_per_group = as_int(problem.k_per_group());
     args.tiles_per_group = as_int(ceil_div(args.k_per_group, Traits::n));
