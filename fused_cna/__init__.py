@@ -1,0 +1,10 @@
+"""Convolution, batch norm, residual and activation in one CUDA kernel: a drop-in module and an operator."""
+
+from fused_cna import config
+from fused_cna._extension import build_info
+from fused_cna._version import __version__
+from fused_cna.config import FusionFallbackWarning
+from fused_cna.modules import ConvNormAct
+from fused_cna.ops import conv_norm_act
+
+__all__ = ["ConvNormAct", "FusionFallbackWarning", "__version__", "build_info", "config", "conv_norm_act"]

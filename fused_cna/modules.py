@@ -1,0 +1,314 @@
+"""``ConvNormAct``: the drop-in module."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.nn.utils import parametrize
+
+from fused_cna import activation, eager, ops
+from fused_cna._checks import RESIDUAL_ORDERS, check_residual_order, explicit_padding, pair, unsqueeze
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_NO_NORM = (None, None, None, None, 0.0)
+
+_suggested_inference_mode = False
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class whose ``forward`` runs: parametrizing a module gives it a class of its own."""
+    kind = type(module)
+    if kind is not nn.Conv2d and kind not in _NORMS and parametrize.is_parametrized(module):
+        return parametrize.type_before_parametrizations(module)
+    return kind
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more, or something else, than the ``forward`` of its class."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+        or module_hooks._global_backward_hooks
+        or module_hooks._global_backward_pre_hooks
+    )
+
+
+def _conv_tensors(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias; where possible past ``nn.Module.__getattr__``, which costs half a microsecond each."""
+    parameters: dict[str, Any] = conv._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return conv.weight, conv.bias
+
+
+def _norm_vectors(norm: Any) -> tuple[Any, ...] | None:
+    """The operator's norm arguments: norm_weight to eps; None where the norm has to run itself."""
+    kind = _class_of(norm)
+    if kind not in _NORMS:
+        return _NO_NORM if kind is nn.Identity else None
+    parameters, buffers = norm._parameters, norm._buffers
+    if (
+        "weight" in parameters
+        and "bias" in parameters
+        and "running_mean" in buffers
+        and "running_var" in buffers
+    ):
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var = buffers["running_mean"], buffers["running_var"]
+    else:
+        weight, bias, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return None if mean is None or var is None else (weight, bias, mean, var, norm.eps)
+
+
+def _as_pair(value: Any, name: str) -> Any:
+    """A size as the operator takes it; a pair, which is what nn.Conv2d holds, costs nothing."""
+    return value if type(value) is tuple and len(value) == 2 else pair(value, name)
+
+
+def _check_groups(in_channels: int, out_channels: int, groups: int) -> None:
+    if groups <= 0:
+        raise ValueError(f"groups must be a positive integer, but got {groups}")
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels % groups != 0:
+            raise ValueError(
+                f"{name} must be divisible by groups, but got {name}={channels} and groups={groups}"
+            )
+
+
+def _make(factory: Callable[..., Any] | None, name: str, *args: int) -> nn.Module:
+    if factory is None:
+        return nn.Identity()
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise TypeError(
+            f"{name} must be a class, a factory or None, but got {factory!r}; "
+            "ConvNormAct.from_modules takes modules that exist already"
+        )
+    made = factory(*args)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"{name} must make an nn.Module, but {factory!r} made {made!r}")
+    return made
+
+
+class ConvNormAct(nn.Module):
+    """``act(norm(conv(x)))``, as one CUDA kernel where it can be.
+
+    Equivalent to::
+
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.norm = norm(out_channels)
+        self.act = act()
+        y = self.act(self.norm(self.conv(x)))
+
+    with the same ``state_dict``, the same initialisation, and the same results in training and in eval mode.
+    ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` with running statistics and the activations of
+    :func:`fused_cna.conv_norm_act` are fused with the convolution. Any other norm or activation runs as it
+    is after the fused rest. Nothing derived from a parameter is kept: whatever changes one is seen by the
+    next call.
+
+    It runs eagerly, one PyTorch operation after another, in training mode, where a gradient is wanted, with
+    hooks on a submodule, with a ``conv`` of a subclass of ``nn.Conv2d`` (parametrizations are understood),
+    and on every device but CUDA ones; :func:`fused_cna.conv_norm_act` says what on CUDA tensors cannot be
+    fused. In eval mode on a GPU, with grad mode on and only parameters that require a gradient, it says once
+    that ``torch.inference_mode()`` makes it fast.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, padding_mode, device, dtype:
+            as for ``nn.Conv2d``.
+        padding: as for ``nn.Conv2d``; None for ``dilation * (kernel_size - 1) // 2``, which keeps the size of
+            the image where the filter is odd and the stride is 1.
+        norm: called as ``norm(out_channels)``; None for no norm.
+        act: called as ``act()``; None for no activation.
+        residual_order: "add_act" for ``act(norm(conv(x)) + residual)``, "act_add" for
+            ``act(norm(conv(x))) + residual``.
+
+    Shape:
+        x: [N, C, H, W] or [C, H, W]. residual and result: [N, K, P, Q] or [K, P, Q].
+
+    Raises:
+        ValueError: channels that ``groups`` does not divide, an unknown ``residual_order``, and what
+            ``nn.Conv2d`` refuses.
+        TypeError: ``norm`` or ``act`` is a module rather than something that makes one.
+    """
+
+    conv: nn.Conv2d
+    norm: nn.Module
+    act: nn.Module
+    residual_order: str
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        norm: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        act: Callable[..., nn.Module] | None = nn.ReLU,
+        *,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        residual_order: str = "add_act",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_groups(in_channels, out_channels, groups)
+        if residual_order not in RESIDUAL_ORDERS:
+            raise ValueError(f"residual_order must be one of {RESIDUAL_ORDERS}, but got {residual_order!r}")
+        if padding is None:
+            filter_size, spacing = pair(kernel_size, "kernel_size"), pair(dilation, "dilation")
+            padding = (spacing[0] * (filter_size[0] - 1) // 2, spacing[1] * (filter_size[1] - 1) // 2)
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self.norm = _make(norm, "norm", out_channels)
+        self.act = _make(act, "act")
+        # Moving tensors to where they are is refused under FakeTensorMode.
+        if device is not None or dtype is not None:
+            self.norm.to(device=device, dtype=dtype)
+            self.act.to(device=device, dtype=dtype)
+        self.residual_order = residual_order
+
+    @classmethod
+    def from_modules(
+        cls,
+        conv: nn.Conv2d,
+        norm: nn.Module | None = None,
+        act: nn.Module | None = None,
+        *,
+        residual_order: str = "add_act",
+    ) -> "ConvNormAct":
+        """A fused module of modules that exist already, which it shares: their parameters are its own.
+
+        It is in training mode if ``conv`` is. None stands for ``nn.Identity()``.
+
+        Raises:
+            TypeError: ``conv`` is no ``nn.Conv2d``, or ``norm`` or ``act`` is no module.
+            ValueError: an unknown ``residual_order``.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be an nn.Conv2d, but got {type(conv).__name__}")
+        for name, part in (("norm", norm), ("act", act)):
+            if part is not None and not isinstance(part, nn.Module):
+                raise TypeError(f"{name} must be an nn.Module or None, but got {part!r}")
+        if residual_order not in RESIDUAL_ORDERS:
+            raise ValueError(f"residual_order must be one of {RESIDUAL_ORDERS}, but got {residual_order!r}")
+        fused = cls.__new__(cls)
+        nn.Module.__init__(fused)
+        fused.conv = conv
+        fused.norm = nn.Identity().train(conv.training) if norm is None else norm
+        fused.act = nn.Identity().train(conv.training) if act is None else act
+        fused.residual_order = residual_order
+        fused.training = conv.training
+        return fused
+
+    def extra_repr(self) -> str:
+        return "" if self.residual_order == "add_act" else f"residual_order={self.residual_order!r}"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``act(norm(conv(x)))``, with ``residual`` added where ``residual_order`` says.
+
+        Raises:
+            RuntimeError: whatever ``nn.Conv2d`` refuses; a residual that has not the shape, dtype and device
+                of the output; with ``fused_cna.config.strict`` any call on CUDA tensors that cannot be
+                fused.
+        """
+        if not isinstance(x, Tensor):
+            return self._run_submodules(x, residual)
+        if x.dim() == 3:
+            x, residual = unsqueeze(x, residual)
+            return ConvNormAct.forward(self, x, residual).squeeze(0)
+        parts = self._modules
+        conv: Any = parts["conv"]
+        norm: Any = parts["norm"]
+        act: Any = parts["act"]
+        if (
+            self.training
+            or norm.training
+            or _has_hooks(conv)
+            or _has_hooks(norm)
+            or _has_hooks(act)
+            or _has_global_hooks()
+            or (type(conv) is not nn.Conv2d and _class_of(conv) is not nn.Conv2d)
+        ):
+            return self._run_submodules(x, residual)
+        return self._run_fused(x, residual, conv, norm, act)
+
+    def _run_submodules(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return self._finish(self.norm(self.conv(x)), residual)
+
+    def _finish(self, z: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is None:
+            return self.act(z)
+        check_residual_order(self.residual_order)
+        if self.residual_order == "add_act":
+            return self.act(eager.add_residual(z, residual))
+        return eager.add_residual(self.act(z), residual)
+
+    def _run_fused(self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any) -> Tensor:
+        """One call for the convolution and all behind it that can be fused with it, then the rest."""
+        run: Callable[..., Tensor] = eager.conv_norm_act
+        if x.is_cuda and ops.takes_kernel(x):
+            run = ops.operator
+            if torch.is_grad_enabled():
+                self._suggest_inference_mode(x, residual)
+        weight, bias = _conv_tensors(conv)
+        stride, dilation = _as_pair(conv.stride, "stride"), _as_pair(conv.dilation, "dilation")
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
+            padding = (0, 0)
+        elif type(padding) is not tuple or len(padding) != 2:
+            padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
+        convolution = (stride, padding, dilation, conv.groups)
+
+        vectors = _norm_vectors(norm)
+        order = self.residual_order
+        if vectors is not None:
+            described = activation.describe(act)
+            if described is not None:
+                return run(x, weight, bias, *vectors, *convolution, *described, residual, order)
+            if order == "add_act":
+                return act(run(x, weight, bias, *vectors, *convolution, "identity", (), residual, order))
+        z = run(x, weight, bias, *(vectors or _NO_NORM), *convolution, "identity", (), None, order)
+        return self._finish(z if vectors is not None else norm(z), residual)
+
+    def _suggest_inference_mode(self, x: Tensor, residual: Tensor | None) -> None:
+        global _suggested_inference_mode
+        if _suggested_inference_mode or torch.compiler.is_compiling():
+            return
+        if x.requires_grad or (residual is not None and residual.requires_grad):
+            return
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            _suggested_inference_mode = True
+            warnings.warn(
+                "ConvNormAct runs in eval mode but eagerly, because its parameters require gradients; inside "
+                "torch.inference_mode() (or torch.no_grad()) it runs as one fused kernel",
+                stacklevel=6,
+            )

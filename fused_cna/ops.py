@@ -1,0 +1,301 @@
+"""The operator ``torch.ops.fused_cna.conv_norm_act`` and its front, :func:`conv_norm_act`.
+
+The schema, the fake kernel, the CPU kernel, autograd and autocast are here; the compiled extension adds the
+CUDA kernel. The front runs plain PyTorch for every other device, which costs less per call than the operator
+does and which compilers see through.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+
+from fused_cna import _extension, config, eager
+from fused_cna._checks import check_arguments, check_dimensions, explicit_padding, pair, unsqueeze
+
+_NAME = "fused_cna::conv_norm_act"
+
+_library = torch.library.Library("fused_cna", "DEF")
+_library.define(
+    "conv_norm_act(Tensor x, Tensor weight, Tensor? bias, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? running_mean, Tensor? running_var, float eps, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
+    "str act, float[] act_params, Tensor? residual, str residual_order) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+operator = torch.ops.fused_cna.conv_norm_act.default
+"""The operator, for callers whose arguments are in the form of its schema and whose tensors are on a GPU."""
+
+# Where the operator's tensors are in its arguments.
+_TENSORS = (0, 1, 2, 3, 4, 5, 6, 14)
+_AUTOCAST_TENSORS = (0, 1, 2, 14)
+
+
+def _empty_output(x: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for the output in the memory format that torch's conv2d would return."""
+    channels_last = x.shape[0] != 0 and torch.channels_last in (
+        suggest_memory_format(x),
+        suggest_memory_format(weight),
+    )
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+@torch.library.register_fake(_NAME, lib=_library)
+def _fake(*args: Any) -> Tensor:
+    return _empty_output(args[0], args[1], check_arguments(*args))
+
+
+def _eager_kernel(*args: Any) -> Tensor:
+    check_arguments(*args)
+    y = eager.conv_norm_act(*args)
+    out = _empty_output(args[0], args[1], y.shape)
+    return y if y.stride() == out.stride() else out.copy_(y)
+
+
+def _cuda_kernel_without_extension(*args: Any) -> Tensor:
+    _fall_back(_extension.unavailable_reason())
+    return _eager_kernel(*args)
+
+
+def _wants_gradient(args: Sequence[Any]) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in _TENSORS)
+
+
+def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+    if _wants_gradient(args):
+        check_arguments(*args)
+        return eager.conv_norm_act(*args)
+    return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _autocast(args: Sequence[Any], device_type: str) -> list[Any]:
+    """The arguments as autocast wants them: all tensors cast but the norm vectors."""
+    dtype = torch.get_autocast_dtype(device_type)
+    cast = list(args)
+    for i in _AUTOCAST_TENSORS:
+        tensor = cast[i]
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.device.type == device_type
+            and tensor.is_floating_point()
+            and tensor.dtype != torch.float64
+        ):
+            cast[i] = tensor.to(dtype)
+    return cast
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def autocast_kernel(*args: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return operator(*_autocast(args, device_type))
+
+    _library.impl("conv_norm_act", autocast_kernel, key)
+
+
+_library.impl("conv_norm_act", _eager_kernel, "CPU")
+_library.impl("conv_norm_act", _autograd_kernel, "Autograd", with_keyset=True)
+_register_autocast("cuda", "AutocastCUDA")
+_register_autocast("cpu", "AutocastCPU")
+if not _extension.is_available():
+    _library.impl("conv_norm_act", _cuda_kernel_without_extension, "CUDA")
+
+
+def _device_obstacle(index: int) -> str:
+    """Why the kernels in the extension cannot run on CUDA device ``index``; empty if they can."""
+    major, minor = torch.cuda.get_device_capability(index)
+    device = f"{torch.cuda.get_device_name(index)} with compute capability {major}.{minor}"
+    if major < 8:
+        return f"the kernels need compute capability 8.0 or newer, but this is {device}"
+    architectures: list[str] = _extension.build_info()["architectures"]
+    if any(_runs_on(architecture, major, minor) for architecture in architectures):
+        return ""
+    return (
+        f"the extension was compiled for {', '.join(architectures)}, none of which runs on {device}; "
+        f"rebuild fused_cna with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for an architecture as nvcc names it runs on a GPU of this compute capability."""
+    kind, _, digits = architecture.partition("_")
+    built = divmod(int(digits.rstrip("af")), 10)
+    if digits.endswith("a"):  # sm_90a: that GPU and no other
+        return built == (major, minor)
+    if kind == "compute":  # PTX, which the driver compiles for newer GPUs
+        return built <= (major, minor)
+    return built[0] == major and built[1] <= minor
+
+
+_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_device_obstacles: dict[int, str] = {}
+_warned_about: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def _obstacle(dtype: torch.dtype, device_index: int) -> str:
+    """Why a call on this CUDA device cannot be fused; empty if it can."""
+    if not _extension.is_available():
+        return _extension.unavailable_reason()
+    if dtype not in _FUSED_DTYPES:
+        return f"no kernel takes {dtype}; there are kernels for float32, float16 and bfloat16"
+    if device_index not in _device_obstacles:
+        _device_obstacles[device_index] = _device_obstacle(device_index)
+    return _device_obstacles[device_index]
+
+
+def _fall_back(reason: str) -> None:
+    """Say once per reason, or refuse if strict, that a call on CUDA tensors runs as eager PyTorch."""
+    message = f"fused_cna runs eager PyTorch instead of its CUDA kernel: {reason}"
+    if config.strict:
+        raise RuntimeError(f"{message} (an error because fused_cna.config.strict is True)")
+    if reason in _warned_about or torch.compiler.is_compiling():
+        return
+    _warned_about.add(reason)
+    warnings.warn(message, config.FusionFallbackWarning, stacklevel=4)
+
+
+def takes_kernel(x: Tensor) -> bool:
+    """Whether a call with input ``x`` goes to the operator; where a CUDA tensor cannot, says why.
+
+    Raises:
+        RuntimeError: a CUDA tensor cannot and ``fused_cna.config.strict`` is True.
+    """
+    if not x.is_cuda:
+        return False
+    reason = _obstacle(x.dtype, x.device.index)
+    if reason:
+        _fall_back(reason)
+    return not reason
+
+
+def _check_tensors(required: dict[str, object], optional: dict[str, object]) -> None:
+    for name, value in (*required.items(), *optional.items()):
+        if not isinstance(value, Tensor) and not (value is None and name in optional):
+            allowed = "a Tensor or None" if name in optional else "a Tensor"
+            raise TypeError(f"conv_norm_act(): {name} must be {allowed}, but got {type(value).__name__}")
+
+
+def _run_eager(arguments: Sequence[Any]) -> Tensor:
+    device_type = arguments[0].device.type
+    if eager.is_autocast_enabled(device_type):
+        arguments = _autocast(arguments, device_type)
+    check_arguments(*arguments)
+    return eager.conv_norm_act(*arguments)
+
+
+def conv_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    act: str = "identity",
+    act_params: Sequence[float] = (),
+    residual: Tensor | None = None,
+    residual_order: str = "add_act",
+) -> Tensor:
+    """Convolution, batch norm in eval mode, residual and activation; on a GPU as one kernel.
+
+    Equivalent to::
+
+        z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if running_mean is not None:
+            z = F.batch_norm(z, running_mean, running_var, norm_weight, norm_bias, eps=eps)
+        if residual is not None and residual_order == "add_act":
+            z = z + residual
+        y = ACT(z)
+        if residual is not None and residual_order == "act_add":
+            y = y + residual
+
+    On a GPU everything after the loads is computed in float32 and rounded once, at the store. Where a
+    gradient is wanted it is eager and differentiable in every tensor. Under autocast ``x``, ``weight``,
+    ``bias`` and ``residual`` are cast and the norm vectors are not.
+
+    It is eager as well, with one :class:`FusionFallbackWarning` per cause, on CUDA tensors of another dtype
+    than float32, float16 and bfloat16, on GPUs below compute capability 8.0, and without the compiled
+    extension.
+
+    Args:
+        x: [N, C, H, W], or [C, H, W] for a batch of one without its dimension; any strides.
+        weight: [K, C / groups, R, S], the dtype of ``x``; any strides.
+        bias: [K], the dtype of ``x``.
+        norm_weight: [K]; None for 1.
+        norm_bias: [K]; None for 0.
+        running_mean: [K]; None, together with ``running_var``, for no norm. The norm vectors given are all
+            float32 or all of the dtype of ``x``.
+        running_var: [K].
+        eps: added to the variance.
+        stride: in input pixels, one number or (height, width).
+        padding: zeros around the input: one number, (height, width), (top, bottom, left, right), "valid" for
+            none, or "same" for as many as keep the size, the odd one at the bottom and right.
+        dilation: in input pixels, one number or (height, width).
+        groups: divides C and K.
+        act: "identity", "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "hardswish",
+            "hardsigmoid", "sigmoid", "tanh" or "mish".
+        act_params: (negative_slope,) for "leaky_relu", (alpha,) for "elu", else empty.
+        residual: the shape and dtype of the result; not broadcast.
+        residual_order: "add_act" for ``act(z + residual)``, "act_add" for ``act(z) + residual``.
+
+    Returns:
+        [N, K, P, Q], or [K, P, Q] for an input without batch dimension, in the dtype of ``x``. In
+        channels_last where ``F.conv2d`` would return it so: where ``x`` or ``weight`` is.
+
+    Raises:
+        RuntimeError: whatever ``F.conv2d`` refuses; norm vectors, a residual, an activation or a residual
+            order that do not fit; and with ``fused_cna.config.strict`` any CUDA call that cannot be fused.
+        TypeError: something else than a tensor where one is due, or a size that is no integer.
+    """
+    _check_tensors(
+        {"x": x, "weight": weight},
+        {
+            "bias": bias,
+            "norm_weight": norm_weight,
+            "norm_bias": norm_bias,
+            "running_mean": running_mean,
+            "running_var": running_var,
+            "residual": residual,
+        },
+    )
+    unbatched = x.dim() == 3
+    if unbatched:
+        x, residual = unsqueeze(x, residual)
+    check_dimensions(x, weight)
+    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
+    arguments = (
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        running_mean,
+        running_var,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
+        act,
+        act_params,
+        residual,
+        residual_order,
+    )
+    y = operator(*arguments) if takes_kernel(x) else _run_eager(arguments)
+    return y.squeeze(0) if unbatched else y
