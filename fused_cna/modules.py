@@ -16,6 +16,9 @@ from fused_cna._checks import RESIDUAL_ORDERS, check_residual_order, explicit_pa
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _NO_NORM = (None, None, None, None, 0.0)
 
+# What a norm or activation set to None after construction stands for.
+_NOTHING = nn.Identity().eval()
+
 _suggested_inference_mode = False
 
 
@@ -239,15 +242,15 @@ class ConvNormAct(nn.Module):
                 of the output; with ``fused_cna.config.strict`` any call on CUDA tensors that cannot be
                 fused.
         """
+        parts = self._modules
+        conv: Any = parts["conv"]
+        norm: Any = _NOTHING if parts["norm"] is None else parts["norm"]
+        act: Any = _NOTHING if parts["act"] is None else parts["act"]
         if not isinstance(x, Tensor):
-            return self._run_submodules(x, residual)
+            return self._run_submodules(x, residual, conv, norm, act)
         if x.dim() == 3:
             x, residual = unsqueeze(x, residual)
             return ConvNormAct.forward(self, x, residual).squeeze(0)
-        parts = self._modules
-        conv: Any = parts["conv"]
-        norm: Any = parts["norm"]
-        act: Any = parts["act"]
         if (
             self.training
             or norm.training
@@ -257,19 +260,19 @@ class ConvNormAct(nn.Module):
             or _has_global_hooks()
             or (type(conv) is not nn.Conv2d and _class_of(conv) is not nn.Conv2d)
         ):
-            return self._run_submodules(x, residual)
+            return self._run_submodules(x, residual, conv, norm, act)
         return self._run_fused(x, residual, conv, norm, act)
 
-    def _run_submodules(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return self._finish(self.norm(self.conv(x)), residual)
+    def _run_submodules(self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any) -> Tensor:
+        return self._finish(norm(conv(x)), residual, act)
 
-    def _finish(self, z: Tensor, residual: Tensor | None) -> Tensor:
+    def _finish(self, z: Tensor, residual: Tensor | None, act: Any) -> Tensor:
         if residual is None:
-            return self.act(z)
+            return act(z)
         check_residual_order(self.residual_order)
         if self.residual_order == "add_act":
-            return self.act(eager.add_residual(z, residual))
-        return eager.add_residual(self.act(z), residual)
+            return act(eager.add_residual(z, residual))
+        return eager.add_residual(act(z), residual)
 
     def _run_fused(self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any) -> Tensor:
         """One call for the convolution and all behind it that can be fused with it, then the rest."""
@@ -297,7 +300,7 @@ class ConvNormAct(nn.Module):
             if order == "add_act":
                 return act(run(x, weight, bias, *vectors, *convolution, "identity", (), residual, order))
         z = run(x, weight, bias, *(vectors or _NO_NORM), *convolution, "identity", (), None, order)
-        return self._finish(z if vectors is not None else norm(z), residual)
+        return self._finish(z if vectors is not None else norm(z), residual, act)
 
     def _suggest_inference_mode(self, x: Tensor, residual: Tensor | None) -> None:
         global _suggested_inference_mode
