@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 PORTABLE = "8.0;9.0+PTX"
@@ -152,6 +152,27 @@ def write_record(record: dict[str, Any], package: str) -> None:
     Path(package, "_build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def plan_extension() -> list[Extension]:
+    """The planner: plain C++, so it is built wherever there is a C++ compiler; an installation without it cannot explain."""
+    for header_of in ("pybind11", "torch"):  # torch brings the headers of pybind11
+        package = importlib.util.find_spec(header_of)
+        if package is not None and package.origin is not None:
+            include = Path(package.origin).with_name("include")
+            sources = [f"csrc/{name}.cpp" for name in ("cost", "layout", "plan", "plan_module")]
+            return [
+                Extension(
+                    "fused_cna._plan",
+                    sources,
+                    include_dirs=[str(include)],
+                    extra_compile_args=CXX_FLAGS,
+                    language="c++",
+                    optional=True,
+                )
+            ]
+    print("fused_cna: without pybind11 at build time fused_cna.explain will not work", file=sys.stderr)
+    return []
+
+
 def extension_arguments(record: dict[str, Any]) -> dict[str, Any]:
     """What setup() takes to build the extension."""
     import torch
@@ -175,7 +196,12 @@ def extension_arguments(record: dict[str, Any]) -> dict[str, Any]:
 
     extension = CUDAExtension(
         "fused_cna._C",
-        sorted(str(path) for pattern in ("*.cpp", "**/*.cu") for path in Path("csrc").glob(pattern)),
+        sorted(
+            str(path)
+            for pattern in ("*.cpp", "**/*.cu")
+            for path in Path("csrc").glob(pattern)
+            if path.name != "plan_module.cpp"
+        ),
         include_dirs=[os.path.abspath("csrc")],
         extra_compile_args={
             "cxx": CXX_FLAGS,
@@ -186,7 +212,7 @@ def extension_arguments(record: dict[str, Any]) -> dict[str, Any]:
     wheels = Path(torch.__file__).parents[1] / "nvidia" / f"cu{record['cuda'].split('.')[0]}" / "include"
     if wheels.is_dir():
         extension.include_dirs.append(str(wheels))
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExt}}
+    return {"ext_modules": [extension, *plan_extension()], "cmdclass": {"build_ext": BuildExt}}
 
 
 def cpu_arguments(record: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +225,7 @@ def cpu_arguments(record: dict[str, Any]) -> dict[str, Any]:
             source, built = self.get_package_dir("fused_cna"), os.path.join(self.build_lib, "fused_cna")
             write_record(record, source if self.editable_mode else built)
 
-    return {"cmdclass": {"build_py": BuildPy}}
+    return {"ext_modules": plan_extension(), "cmdclass": {"build_py": BuildPy}}
 
 
 if __name__ == "__main__":

@@ -135,6 +135,8 @@ void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, int
         for (const int split : useful_splits(problem, base.plan, device)) {
             Plan plan = base.plan;
             plan.rows = each;
+            // One version with the narrowest accesses serves every alignment.
+            if (each == Rows::plain) plan.access_bytes = 4;
             plan.split_k = split;
             if (split > 1) plan.workspace_bytes = plan.blocks * split * tile.m * tile.n * int64_t{sizeof(float)};
             plan.blocks *= split;

@@ -6,5 +6,16 @@ from fused_cna._version import __version__
 from fused_cna.config import FusionFallbackWarning
 from fused_cna.modules import ConvNormAct
 from fused_cna.ops import conv_norm_act
+from fused_cna.plan import ConvProblem, Explanation, explain
 
-__all__ = ["ConvNormAct", "FusionFallbackWarning", "__version__", "build_info", "config", "conv_norm_act"]
+__all__ = [
+    "ConvNormAct",
+    "ConvProblem",
+    "Explanation",
+    "FusionFallbackWarning",
+    "__version__",
+    "build_info",
+    "config",
+    "conv_norm_act",
+    "explain",
+]

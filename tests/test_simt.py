@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 import math
-import random
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-import fused_cna
-from tests.reference import DTYPES, Wanted, expected_rounded, integer_problem, random_problem
-from tests.shapes import SHAPES, ConvShape
-from tests.simt import SimulatorError, binding, build, conv, conv_norm_act
+from tests.simt import SimulatorError, build
 from tests.simt.binding import run_test_kernel, run_test_kernel_sanitized
 
 # What one test builds the others use.
@@ -255,118 +250,6 @@ def test_sanitizers_catch(name: str) -> None:
 def test_sanitizers_accept_what_is_right(name: str, inputs: int, outputs: int) -> None:
     expected = run_test_kernel(name, [float(i) for i in range(inputs)], outputs)
     assert run_test_kernel_sanitized(name, inputs, outputs) == expected
-
-
-SHAPE = next(shape for shape in SHAPES if shape.name == "odd_channels")
-FULL = Wanted(act="silu", residual_order="add_act")
-
-
-def test_the_front_has_the_signature_of_the_real_one() -> None:
-    real = inspect.signature(fused_cna.conv_norm_act).parameters
-    simulated = inspect.signature(conv_norm_act).parameters
-    assert list(simulated) == [*real, "plan", "seed", "sanitized"]
-    for name, parameter in real.items():
-        assert (simulated[name].kind, simulated[name].default) == (parameter.kind, parameter.default), name
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_order_of_threads_and_sanitizers_change_no_bit(dtype: torch.dtype) -> None:
-    problem = random_problem(SHAPE, dtype, FULL)
-    first = problem.call(conv_norm_act)
-    for seed in SEEDS:
-        assert torch.equal(problem.call(conv_norm_act, seed=seed), first)
-    assert torch.equal(problem.call(conv_norm_act, sanitized=True), first)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sanitizers_accept_every_shape(shape: ConvShape) -> None:
-    problem = integer_problem(
-        shape, random.Random(shape.name).choice(DTYPES), Wanted(residual_order="act_add")
-    )
-    assert torch.equal(problem.call(conv_norm_act, sanitized=True), expected_rounded(problem))
-
-
-@pytest.mark.parametrize("short", ["x", "weight", "residual", "bias", "running_var", "y"])
-def test_sanitizers_see_one_element_too_far(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = integer_problem(SHAPE, torch.float16, FULL)
-    given = ("x", "weight", "residual", *binding.VECTORS, "y")
-    run = binding.run_conv_sanitized
-
-    def run_on_less_memory(call: binding.ConvCall, memory: list[tuple[int, int]]) -> bytes:
-        return run(
-            call, [(a, size - 2 * (name == short)) for name, (a, size) in zip(given, memory, strict=True)]
-        )
-
-    monkeypatch.setattr(conv.binding, "run_conv_sanitized", run_on_less_memory)
-    with pytest.raises(SimulatorError, match="AddressSanitizer: heap-buffer-overflow"):
-        problem.call(conv_norm_act, sanitized=True)
-
-
-def test_a_given_plan_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: list[str] = []
-    run = binding.run_conv
-    monkeypatch.setattr(conv.binding, "run_conv", lambda call: plans.append(run(call)))
-    problem = integer_problem(SHAPE, torch.float32)
-    for plan in ("direct", "direct 64x64x32", {"kernel": "direct", "tile": (128, 8, 32), "blocks": 0}):
-        assert torch.equal(problem.call(conv_norm_act, plan=plan), expected_rounded(problem))
-    assert plans[0].startswith("direct ")
-    assert plans[1].startswith("direct 64x64x32, ")
-    assert plans[2].startswith("direct 128x8x32, ")
-
-
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        ("winograd", "no kernel is called winograd; there are direct"),
-        ("direct 1x2x3", "kernel direct has no tile 1x2x3"),
-        ("direct, please", "plan should be a kernel's name"),
-    ],
-)
-def test_a_plan_that_does_not_exist_is_refused(plan: str, message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        integer_problem(SHAPE, torch.float32).call(conv_norm_act, plan=plan)
-
-
-def test_an_input_without_batch_dimension_gives_such_an_output() -> None:
-    problem = integer_problem(SHAPE, torch.float32)
-    one = problem.replace(x=problem.x[0])
-    assert torch.equal(one.call(conv_norm_act), problem.replace(x=problem.x[:1]).call(conv_norm_act)[0])
-
-
-def test_what_cannot_be_simulated_is_refused() -> None:
-    problem = integer_problem(SHAPE, torch.float32)
-    with pytest.raises(
-        RuntimeError, match=r"float32, torch\.float16, torch\.bfloat16, but x is torch\.float64"
-    ):
-        problem.map(torch.Tensor.double).call(conv_norm_act)
-    with pytest.raises(RuntimeError, match="runs on the CPU's memory, but x is on meta"):
-        problem.map(lambda tensor: tensor.to("meta")).call(conv_norm_act)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("first", "count", "message"),
-    [
-        (0, -1, r"left 1 of \d+ output elements unwritten, the first at \[n, k, p, q\]"),
-        (0, 0, None),
-        (0, 1, r"wrote 1 elements outside its output of \d+: the first at 0 from its end"),
-        (-2, 0, r"wrote 2 elements outside its output of \d+: the first at -2 from its start"),
-    ],
-)
-def test_the_output_is_checked(
-    dtype: torch.dtype, first: int, count: int, message: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(call: binding.ConvCall) -> None:
-        elements = math.prod(call.y.sizes) - first + count
-        ctypes.memset(call.y.data + first * dtype.itemsize, 0, elements * dtype.itemsize)
-
-    monkeypatch.setattr(conv.binding, "run_conv", write)
-    problem = integer_problem(SHAPE, dtype)
-    if message is None:
-        assert torch.count_nonzero(problem.call(conv_norm_act)) == 0
-    else:
-        with pytest.raises(SimulatorError, match=message):
-            problem.call(conv_norm_act)
 
 
 def test_files_are_compiled_when_their_content_changes(

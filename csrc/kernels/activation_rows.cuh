@@ -83,9 +83,11 @@ class MaskedRows {
     }
 
     __device__ void enter_tap(const ActivationGeometry&, const Walk& walk) {
+        // The walk ends one tap behind the last, which may be number 32; nothing is loaded there.
+        const int r = walk.r % 32, s = walk.s % 32;
         inside_ = 0;
 #pragma unroll
-        for (int i = 0; i < Count; ++i) inside_ |= (r_inside_[i] >> walk.r & s_inside_[i] >> walk.s & 1u) << i;
+        for (int i = 0; i < Count; ++i) inside_ |= (r_inside_[i] >> r & s_inside_[i] >> s & 1u) << i;
     }
 
     __device__ bool is_inside(int i) const { return inside_ >> i & 1u; }

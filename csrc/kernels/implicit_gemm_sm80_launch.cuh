@@ -8,13 +8,27 @@
 
 namespace fused_cna::kernels {
 
+// A dimension of size 1 may have any stride. Copies that are masked out do step along it, read nothing there, but need an
+// aligned address all the same.
+inline ConvArgs without_idle_strides(ConvArgs conv) {
+    const ConvProblem& problem = conv.problem;
+    if (problem.n == 1) conv.x_strides.n = 0;
+    if (problem.h == 1) conv.x_strides.h = 0;
+    if (problem.w == 1) conv.x_strides.w = 0;
+    if (problem.k == 1) conv.weight_strides.k = 0;
+    if (problem.r == 1) conv.weight_strides.r = 0;
+    if (problem.s == 1) conv.weight_strides.s = 0;
+    return conv;
+}
+
 template <class Traits>
-ImplicitGemmArgs make_gemm_args(const ConvArgs& conv, const Plan& plan) {
+ImplicitGemmArgs make_gemm_args(const ConvArgs& given, const Plan& plan) {
     using T = typename Traits::Value;
     constexpr int64_t bytes = sizeof(T);
-    const ConvProblem& problem = conv.problem;
     const auto as_int = [](int64_t value) { return static_cast<int>(value); };
-    ImplicitGemmArgs args{.conv = conv};
+    ImplicitGemmArgs args{.conv = without_idle_strides(given)};
+    const ConvArgs& conv = args.conv;
+    const ConvProblem& problem = conv.problem;
     args.x = {.output = {as_int(problem.n), as_int(problem.p()), as_int(problem.q())},
               .h = as_int(problem.h),
               .w = as_int(problem.w),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class ConvCall(ctypes.Structure):
     _fields_ = (
         ("x", TensorView),
         ("weight", TensorView),
+        ("dense_x", TensorView),
+        ("dense_weight", TensorView),
         ("residual", TensorView),
         ("y", TensorView),
         ("vectors", ctypes.c_void_p * len(VECTORS)),
@@ -42,14 +45,34 @@ class ConvCall(ctypes.Structure):
         ("padding", ctypes.c_int64 * 4),
         ("dilation", ctypes.c_int64 * 2),
         ("groups", ctypes.c_int64),
-        ("tile", ctypes.c_int64 * 3),
         ("seed", ctypes.c_int64),
         ("norm_is_float32", ctypes.c_int64),
+        ("allow_tf32", ctypes.c_int64),
         ("dtype", ctypes.c_char * 16),
         ("act", ctypes.c_char * 16),
         ("residual_order", ctypes.c_char * 16),
-        ("kernel", ctypes.c_char * 16),
+        ("device", ctypes.c_char * 16),
+        ("plan", ctypes.c_char * 128),
     )
+
+
+class PlanText(ctypes.Structure):
+    """What C says of a plan, laid out as in host/conv_call.h."""
+
+    _fields_ = (
+        ("convert_x", ctypes.c_int64),
+        ("convert_weight", ctypes.c_int64),
+        ("text", ctypes.c_char * 256),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call will run, and what has to be copied to dense channels_last before."""
+
+    text: str
+    convert_x: bool
+    convert_weight: bool
 
 
 _built = cache(build)
@@ -60,6 +83,13 @@ def _load(target: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(_built(target)))
 
 
+def _load_conv() -> ctypes.CDLL:
+    library = _load("conv")
+    if library.simt_conv_call_bytes() != ctypes.sizeof(ConvCall):
+        raise RuntimeError("ConvCall of binding.py is not laid out as in host/conv_call.h; make them agree")
+    return library
+
+
 def _raise_unless_ok(status: int, error: ctypes.Array[ctypes.c_char]) -> None:
     if status == SUCCEEDED:
         return
@@ -67,29 +97,41 @@ def _raise_unless_ok(status: int, error: ctypes.Array[ctypes.c_char]) -> None:
     raise (SimulatorError if status == KERNEL_AT_FAULT else RuntimeError)(message)
 
 
-def run_conv(call: ConvCall) -> str:
-    """Runs the operator's kernel on the tensors that `call` points to.
+def plan_conv(call: ConvCall) -> Plan:
+    """The plan that `call` names, or that would be chosen, for x and the weight as they lie in memory.
 
-    Returns:
-        The plan in words, for example "direct 64x64x32, 12 blocks".
+    Raises:
+        RuntimeError: there is no such plan or device.
+    """
+    plan = PlanText()
+    error = ctypes.create_string_buffer(1 << 14)
+    status = _load_conv().simt_plan_conv(
+        ctypes.byref(call), ctypes.byref(plan), error, ctypes.c_int64(len(error))
+    )
+    _raise_unless_ok(status, error)
+    return Plan(plan.text.decode(), bool(plan.convert_x), bool(plan.convert_weight))
+
+
+def list_plans(call: ConvCall) -> list[str]:
+    """The names of all plans that could run `call`, the fastest by estimate first."""
+    names, error = ctypes.create_string_buffer(1 << 16), ctypes.create_string_buffer(1 << 14)
+    status = _load_conv().simt_list_plans(
+        ctypes.byref(call), names, ctypes.c_int64(len(names)), error, ctypes.c_int64(len(error))
+    )
+    _raise_unless_ok(status, error)
+    return names.value.decode().splitlines()
+
+
+def run_conv(call: ConvCall) -> None:
+    """Runs the operator's kernel on the tensors that `call` points to, copies that the plan wants among them.
 
     Raises:
         SimulatorError: the kernel broke a rule.
         RuntimeError: there is no such plan, or the launch was refused.
     """
-    library = _load("conv")
-    if library.simt_conv_call_bytes() != ctypes.sizeof(ConvCall):
-        raise RuntimeError("ConvCall of binding.py is not laid out as in host/conv_call.h; make them agree")
-    error, plan = ctypes.create_string_buffer(1 << 14), ctypes.create_string_buffer(256)
-    status = library.simt_run_conv(
-        ctypes.byref(call),
-        plan,
-        ctypes.c_int64(len(plan)),
-        error,
-        ctypes.c_int64(len(error)),
-    )
+    error = ctypes.create_string_buffer(1 << 14)
+    status = _load_conv().simt_run_conv(ctypes.byref(call), error, ctypes.c_int64(len(error)))
     _raise_unless_ok(status, error)
-    return plan.value.decode()
 
 
 def run_conv_sanitized(call: ConvCall, memory: Sequence[tuple[int, int]]) -> bytes:
@@ -97,7 +139,8 @@ def run_conv_sanitized(call: ConvCall, memory: Sequence[tuple[int, int]]) -> byt
 
     Args:
         call: its addresses are read only here; the process works on copies of exactly the given size.
-        memory: (address, bytes) of x, weight, the residual, the vectors, and y, less those that are absent.
+        memory: (address, bytes) of x, weight, their dense copies, the residual, the vectors, and y, less
+            those that are absent.
 
     Returns:
         The bytes of y afterwards.

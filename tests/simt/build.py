@@ -41,6 +41,12 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 PLAIN = Variant("plain", ("-O2", "-g1"), ("-shared",))
 SANITIZED = Variant("sanitized", ("-O1", "-g1", *SANITIZE), (*SANITIZE, "-rdynamic"))
 
+# The host side of csrc/ that needs neither torch nor Python.
+HOST_SOURCES = ("cost.cpp", "layout.cpp", "plan.cpp", "run.cpp")
+
+# Files that are worth another level of optimisation than their variant's.
+OPTIMISATION = {"multiply_add.cpp": ("-O3",)}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -61,10 +67,8 @@ def targets() -> dict[str, Target]:
     fastest = switch["x86_64" if platform.machine() == "x86_64" else "ucontext"]
     core = [path for path in sorted((SIMT / "src").glob("*.cpp")) if path not in switch.values()]
     host = SIMT / "host"
-    # what of csrc/ is free of torch and Python
     operator = [
-        CSRC / "plan.cpp",
-        CSRC / "run.cpp",
+        *(CSRC / name for name in HOST_SOURCES),
         *sorted((CSRC / "kernels").glob("*.cu")),
         host / "conv.cpp",
     ]
@@ -114,6 +118,7 @@ def _compile(variant: Variant, source: Path, say: Callable[[str], None]) -> Path
         *_compiler(),
         *_common_flags(),
         *variant.compile_flags,
+        *OPTIMISATION.get(source.name, ()),
         *("-MD", "-MF", str(dependencies)),
         *(*language, "-c", str(relative)),
     ]
@@ -128,7 +133,14 @@ def _link(target: Target, objects: list[Path], say: Callable[[str], None]) -> No
 
 def _common_flags() -> tuple[str, ...]:
     return (
-        *("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+        *(
+            "-std=c++20",
+            "-fPIC",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unknown-pragmas",
+            "-Wno-missing-field-initializers",
+        ),
         # contraction would round differently from one machine to the next; only an explicit fmaf may fuse
         "-ffp-contract=off",
         # two libraries of one process must not share their inline variables

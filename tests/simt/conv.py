@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_cna import ops
-from fused_cna._checks import check_arguments
+from fused_cna._checks import check_arguments, explicit_padding, pair
 from tests.simt import binding
-
-Plan = str | Mapping[str, Any]
 
 DTYPES = {torch.float32: b"float32", torch.float16: b"float16", torch.bfloat16: b"bfloat16"}
 
@@ -46,7 +43,9 @@ def conv_norm_act(
     act_params: Sequence[float] = (),
     residual: Tensor | None = None,
     residual_order: str = "add_act",
-    plan: Plan | None = None,
+    plan: str = "",
+    device: str = "H100",
+    allow_tf32: bool = False,
     seed: int = 0,
     sanitized: bool = False,
 ) -> Tensor:
@@ -54,8 +53,11 @@ def conv_norm_act(
 
     Args:
         x, weight, ..., residual_order: as `fused_cna.conv_norm_act` takes them, on the CPU.
-        plan: what to run instead of what the plan would choose: a kernel's name ("direct"), name and tile
-            ("direct 64x64x32"), or a mapping with "kernel" and perhaps "tile", as `fused_cna._C.plan` gives.
+        plan: what to run instead of the plan that is estimated to be the fastest, by the name that
+            `fused_cna._C.plan` prints or its beginning, as long as it is clear: "direct",
+            "implicit_gemm_sm80 64x64x32", "implicit_gemm_sm80 64x64x32 split 2 masked".
+        device: whose plan: a name of csrc/device_info.h.
+        allow_tf32: whether float32 products may be rounded to tf32, for which PyTorch has a global switch.
         seed: chooses the order of threads and blocks; a right kernel gives the same bits for every seed.
         sanitized: run in a process built with AddressSanitizer and UndefinedBehaviorSanitizer, every tensor
             in a heap block of exactly its size, so that an access one element outside is reported. Slower.
@@ -71,8 +73,8 @@ def conv_norm_act(
     unbatched = x.dim() == 3
     if unbatched:
         x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
-    stride, dilation = ops.pair(stride, "stride"), ops.pair(dilation, "dilation")
-    padding = ops.explicit_padding(padding, weight.shape[2:], stride, dilation)
+    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
     vectors = (bias, norm_weight, norm_bias, running_mean, running_var)
     shape = check_arguments(
         x, weight, *vectors, eps, stride, padding, dilation, groups, act, act_params, residual, residual_order
@@ -82,32 +84,75 @@ def conv_norm_act(
     output = _Output(x, weight, shape)
     if output.y.numel() > 0:
         call = binding.ConvCall(
-            x=_view(x),
-            weight=_view(weight),
-            residual=binding.TensorView() if residual is None else _view(residual),
+            residual=_view(residual),
             y=_view(output.y),
             eps=eps,
             act_param=act_params[0] if act_params else 0.0,
-            stride=tuple(stride),
-            padding=tuple(padding) if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1]),
-            dilation=tuple(dilation),
-            groups=groups,
             seed=seed,
             norm_is_float32=running_mean is not None and running_mean.dtype == torch.float32,
-            dtype=DTYPES[x.dtype],
             act=act.encode(),
             residual_order=residual_order.encode(),
-            **_forced(plan),
+            plan=plan.encode(),
+            **_geometry(x, weight, stride, padding, dilation, groups, device, allow_tf32),
         )
         dense = [None if vector is None else vector.contiguous() for vector in vectors]
         call.vectors = tuple(0 if vector is None else vector.data_ptr() for vector in dense)
+        chosen = binding.plan_conv(call)
+        dense_x = _dense_channels_last(x) if chosen.convert_x else None
+        dense_weight = _dense_channels_last(weight) if chosen.convert_weight else None
+        call.dense_x, call.dense_weight = _view(dense_x), _view(dense_weight)
         if sanitized:
-            given = [tensor for tensor in (x, weight, residual, *dense, output.y) if tensor is not None]
-            output.load(binding.run_conv_sanitized(call, [_memory(tensor) for tensor in given]))
+            given = (x, weight, dense_x, dense_weight, residual, *dense, output.y)
+            memory = [_memory(tensor) for tensor in given if tensor is not None]
+            output.load(binding.run_conv_sanitized(call, memory))
         else:
             binding.run_conv(call)
     y = output.checked()
     return y.squeeze(0) if unbatched else y
+
+
+def list_plans(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    device: str = "H100",
+    allow_tf32: bool = False,
+) -> list[str]:
+    """Every name that `conv_norm_act` takes as `plan` for these tensors, the fastest by estimate first."""
+    call = binding.ConvCall(
+        act=b"identity",
+        residual_order=b"add_act",
+        **_geometry(x, weight, stride, padding, dilation, groups, device, allow_tf32),
+    )
+    return binding.list_plans(call)
+
+
+def _geometry(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    device: str,
+    allow_tf32: bool,
+) -> dict[str, Any]:
+    """The fields of ConvCall that a plan depends on."""
+    return {
+        "x": _view(x),
+        "weight": _view(weight),
+        "stride": tuple(stride),
+        "padding": tuple(padding) if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1]),
+        "dilation": tuple(dilation),
+        "groups": groups,
+        "dtype": DTYPES[x.dtype],
+        "device": device.encode(),
+        "allow_tf32": allow_tf32,
+    }
 
 
 class _Output:
@@ -153,8 +198,16 @@ def _check_simulable(x: Tensor) -> None:
         raise RuntimeError(f"the simulated kernels have {known}, but x is {x.dtype}; convert it")
 
 
-def _view(tensor: Tensor) -> binding.TensorView:
+def _view(tensor: Tensor | None) -> binding.TensorView:
+    if tensor is None:
+        return binding.TensorView()
     return binding.TensorView(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def _dense_channels_last(tensor: Tensor) -> Tensor:
+    """A copy whose strides are those of channels_last also where torch would leave them to chance."""
+    _, c, h, w = tensor.shape
+    return torch.empty_strided(tensor.shape, (h * w * c, 1, w * c, c), dtype=tensor.dtype).copy_(tensor)
 
 
 def _extent(tensor: Tensor) -> int:
@@ -166,19 +219,3 @@ def _extent(tensor: Tensor) -> int:
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), _extent(tensor) * tensor.element_size()
-
-
-def _forced(plan: Plan | None) -> dict[str, Any]:
-    """The fields of ConvCall that force a plan."""
-    if plan is None:
-        return {}
-    if isinstance(plan, str):
-        form = re.fullmatch(r"(\w+)(?: (\d+)x(\d+)x(\d+))?", plan)
-        if form is None:
-            raise RuntimeError(
-                f"plan should be a kernel's name, or name and tile as in 'direct 64x64x32', not {plan!r}"
-            )
-        kernel, *tile = form.groups(default="0")
-    else:
-        kernel, tile = plan["kernel"], plan.get("tile", (0, 0, 0))
-    return {"kernel": kernel.encode(), "tile": tuple(int(extent) for extent in tile)}

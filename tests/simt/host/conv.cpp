@@ -1,11 +1,15 @@
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <simt/block.h>
 
 #include "conv_args.h"
 #include "conv_call.h"
+#include "device_info.h"
 #include "guarded.h"
+#include "layout.h"
 #include "plan.h"
 #include "run.h"
 
@@ -29,13 +33,13 @@ fused_cna::DType find_dtype(std::string_view name) {
     throw std::invalid_argument("no storage type is called " + std::string(name));
 }
 
-fused_cna::Kernel find_kernel(std::string_view name) {
+const fused_cna::DeviceInfo& find_device(std::string_view name) {
     std::string known;
-    for (fused_cna::Kernel kernel : fused_cna::all_kernels) {
-        if (name == fused_cna::kernel_name(kernel)) return kernel;
-        known += std::string(" ") + fused_cna::kernel_name(kernel);
+    for (const fused_cna::NamedDevice& device : fused_cna::named_devices) {
+        if (name == device.name) return device.info;
+        known += (known.empty() ? "" : ", ") + std::string(device.name);
     }
-    throw std::invalid_argument("no kernel is called " + std::string(name) + "; there are" + known);
+    throw std::invalid_argument("no device is called " + std::string(name) + "; there are " + known);
 }
 
 ConvProblem make_problem(const ConvCall& call) {
@@ -57,6 +61,7 @@ ConvProblem make_problem(const ConvCall& call) {
         .dil_w = call.dilation[1],
         .groups = call.groups,
         .dtype = find_dtype(call.dtype),
+        .allow_tf32 = call.allow_tf32 != 0,
     };
 }
 
@@ -80,51 +85,99 @@ fused_cna::Strides strides_of(const ConvCall::Tensor& tensor) {
     return {tensor.strides[0], tensor.strides[1], tensor.strides[2], tensor.strides[3]};
 }
 
+fused_cna::FilterStrides filter_strides_of(const ConvCall::Tensor& tensor) {
+    return {tensor.strides[0], tensor.strides[1], tensor.strides[2], tensor.strides[3]};
+}
+
 fused_cna::ConvArgs make_args(const ConvCall& call) {
-    const int64_t* weight_strides = call.weight.strides;
-    return {
+    fused_cna::ConvArgs args{
         .problem = make_problem(call),
         .x = call.x.data,
         .x_strides = strides_of(call.x),
         .weight = call.weight.data,
-        .weight_strides = {weight_strides[0], weight_strides[1], weight_strides[2], weight_strides[3]},
+        .weight_strides = filter_strides_of(call.weight),
         .residual = call.residual.data,
         .residual_strides = strides_of(call.residual),
         .y = call.y.data,
         .y_strides = strides_of(call.y),
         .epilogue = make_epilogue(call),
     };
+    fused_cna::describe_layout(args);
+    return args;
 }
 
 fused_cna::Plan make_plan(const ConvCall& call, const ConvProblem& problem) {
-    fused_cna::Plan chosen = fused_cna::choose_plan(problem, fused_cna::DeviceInfo{});
-    if (!call.kernel[0]) return chosen;
-    fused_cna::Kernel kernel = find_kernel(call.kernel);
-    fused_cna::Tile tile{static_cast<int>(call.tile[0]), static_cast<int>(call.tile[1]), static_cast<int>(call.tile[2])};
-    if (tile != fused_cna::Tile{}) return fused_cna::make_plan(problem, kernel, tile);
-    if (chosen.kernel == kernel) return chosen;
-    throw std::invalid_argument("the plan would not choose " + std::string(call.kernel) + " here, but " +
-                                fused_cna::to_string(chosen) + "; give the tile too");
+    const fused_cna::DeviceInfo& device = find_device(call.device);
+    return call.plan[0] ? fused_cna::find_plan(problem, device, call.plan) : fused_cna::choose_plan(problem, device);
+}
+
+const ConvCall::Tensor& require_copy(const ConvCall::Tensor& copy, const char* of, const fused_cna::Plan& plan) {
+    if (!copy.data)
+        throw std::invalid_argument(fused_cna::to_string(plan) + " wants " + of + " copied to dense channels_last first");
+    return copy;
+}
+
+void take_copies(const ConvCall& call, const fused_cna::Plan& plan, fused_cna::ConvArgs& args) {
+    if (plan.convert_x) {
+        const ConvCall::Tensor& copy = require_copy(call.dense_x, "x", plan);
+        args.x = copy.data;
+        args.x_strides = strides_of(copy);
+    }
+    if (plan.convert_weight) {
+        const ConvCall::Tensor& copy = require_copy(call.dense_weight, "the weight", plan);
+        args.weight = copy.data;
+        args.weight_strides = filter_strides_of(copy);
+    }
 }
 
 }  // namespace
 
-std::string run_conv(const ConvCall& call) {
+fused_cna::Plan plan_conv(const ConvCall& call) { return make_plan(call, make_args(call).problem); }
+
+std::string list_plans(const ConvCall& call) {
+    std::string names;
+    for (const fused_cna::Candidate& candidate :
+         fused_cna::list_candidates(make_args(call).problem, find_device(call.device))) {
+        if (candidate.illegal.empty()) names += fused_cna::to_string(candidate.plan) + "\n";
+    }
+    return names;
+}
+
+void run_conv(const ConvCall& call) {
     fused_cna::ConvArgs args = make_args(call);
-    fused_cna::Plan plan = make_plan(call, args.problem);
+    const fused_cna::Plan plan = make_plan(call, args.problem);
+    take_copies(call, plan, args);
+    std::vector<float> workspace(plan.workspace_bytes / sizeof(float), std::numeric_limits<float>::quiet_NaN());
+    args.workspace = workspace.data();
     set_seed(static_cast<uint64_t>(call.seed));
     fused_cna::run(args, plan, nullptr);
-    return fused_cna::to_string(plan);
 }
 
 }  // namespace simt
 
 extern "C" int64_t simt_conv_call_bytes() { return sizeof(simt::ConvCall); }
 
-extern "C" int simt_run_conv(const simt::ConvCall* call, char* plan_text, int64_t plan_size, char* error_text,
-                             int64_t error_size) {
+extern "C" int simt_plan_conv(const simt::ConvCall* call, simt::PlanText* plan, char* error_text, int64_t error_size) {
     return simt::guarded({error_text, error_size}, [&]() -> const char* {
-        simt::report({plan_text, plan_size}, simt::succeeded, simt::run_conv(*call));
+        const fused_cna::Plan chosen = simt::plan_conv(*call);
+        plan->convert_x = chosen.convert_x;
+        plan->convert_weight = chosen.convert_weight;
+        simt::report({plan->text, sizeof plan->text}, simt::succeeded, fused_cna::to_string(chosen));
+        return nullptr;
+    });
+}
+
+extern "C" int simt_list_plans(const simt::ConvCall* call, char* names, int64_t names_size, char* error_text,
+                               int64_t error_size) {
+    return simt::guarded({error_text, error_size}, [&]() -> const char* {
+        simt::report({names, names_size}, simt::succeeded, simt::list_plans(*call));
+        return nullptr;
+    });
+}
+
+extern "C" int simt_run_conv(const simt::ConvCall* call, char* error_text, int64_t error_size) {
+    return simt::guarded({error_text, error_size}, [&]() -> const char* {
+        simt::run_conv(*call);
         return nullptr;
     });
 }

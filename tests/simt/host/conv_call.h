@@ -2,6 +2,8 @@
 #include <cstdint>
 #include <string>
 
+#include "plan.h"
+
 namespace simt {
 
 // One call of the operator as C sees it; binding.py has the same layout. Names are terminated by zeros.
@@ -12,21 +14,37 @@ struct ConvCall {
         int64_t strides[4];  // in elements
     };
 
-    Tensor x, weight, residual, y;
+    Tensor x, weight;
+    Tensor dense_x, dense_weight;  // copies in dense channels_last, where the plan asks for them
+    Tensor residual, y;
     void* vectors[5];  // bias, norm_weight, norm_bias, running_mean, running_var: K elements each, dense
     double eps;
     double act_param;
     int64_t stride[2], padding[4], dilation[2], groups;
-    int64_t tile[3];  // m, n, k, where a kernel is given; all 0: the tile that the plan would choose
     int64_t seed;
     int64_t norm_is_float32;
+    int64_t allow_tf32;
     char dtype[16];
     char act[16];
     char residual_order[16];
-    char kernel[16];  // empty: whatever the plan chooses
+    char device[16];  // one of named_devices
+    char plan[128];   // a name that find_plan takes; empty: whatever choose_plan chooses
 };
 
-// Runs it through csrc/'s plan and run; returns the plan in words.
-std::string run_conv(const ConvCall& call);
+// What Python learns of a plan.
+struct PlanText {
+    int64_t convert_x, convert_weight;
+    char text[256];
+};
+
+// The plan for x and the weight as they are, before any copy.
+fused_cna::Plan plan_conv(const ConvCall& call);
+
+// Every plan that could run it, one name a line, the fastest by estimate first.
+std::string list_plans(const ConvCall& call);
+
+// Runs that plan through csrc/'s run, with a workspace whose floats are NaN. Throws std::invalid_argument where the plan
+// asks for a copy that the call does not bring.
+void run_conv(const ConvCall& call);
 
 }  // namespace simt

@@ -48,7 +48,8 @@ void run(const char* case_path, const char* result_path) {
     simt::ConvCall call;
     file.read(reinterpret_cast<char*>(&call), sizeof call);
     if (!file) throw std::runtime_error(std::string(case_path) + " is not a case");
-    std::vector<void**> pointers{&call.x.data, &call.weight.data, &call.residual.data};
+    std::vector<void**> pointers{&call.x.data, &call.weight.data, &call.dense_x.data, &call.dense_weight.data,
+                                 &call.residual.data};
     for (void*& vector : call.vectors) pointers.push_back(&vector);
     pointers.push_back(&call.y.data);
     std::vector<Memory> memory;
@@ -57,7 +58,7 @@ void run(const char* case_path, const char* result_path) {
         memory.emplace_back(file);
         *pointer = memory.back().data();
     }
-    std::puts(simt::run_conv(call).c_str());
+    simt::run_conv(call);
     std::ofstream(result_path, std::ios::binary).write(memory.back().data(), memory.back().bytes());
 }
 

@@ -4,7 +4,7 @@ namespace simt {
 
 Block block;
 
-Block::Block() : barriers(scheduler) {
+Block::Block() : barriers(scheduler), copies(shared) {
     for (int first = 0; first < max_threads; first += warp_lanes)
         warps_.emplace_back(scheduler, "warp " + std::to_string(first / warp_lanes), first, warp_lanes);
 }
@@ -17,7 +17,9 @@ void Block::run(int64_t index, int64_t grid, int threads, int64_t shared_bytes, 
     barriers.reset();
     for (LaneGroup& warp : warps_) warp.reset(threads);
     shared.begin_block(shared_bytes);
+    copies.reset(threads);
     scheduler.run(threads, &Block::run_thread, &Block::thread_exited, seed);
+    copies.check_never_landed();
     shared.check_redzone();
 }
 

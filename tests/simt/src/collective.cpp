@@ -15,13 +15,22 @@ void LaneGroup::reset(int threads) {
     std::fill(operands_.begin(), operands_.end(), nullptr);
 }
 
+namespace {
+
+// Pointers first: lanes mostly stand at the very same call.
+bool same_operation(const Site& a, const Site& b) {
+    return a.operation == b.operation || std::string_view(a.operation) == b.operation;
+}
+
+}  // namespace
+
 bool LaneGroup::arrive(const Site& site, const std::type_info& kind, void* operands) {
     int me = scheduler_.current().index;
     check_complete(site);
     if (arrived_ == 0) {
         site_ = site;
         kind_ = &kind;
-    } else if (std::string_view(site.operation) != site_.operation || kind != *kind_) {
+    } else if (!same_operation(site, site_) || kind != *kind_) {
         fail("divergent collective in " + name_ + ": thread " + std::to_string(me) + " is at " + to_string(site) +
              " while " + list_of("thread", lanes_at(true)) + " reached " + to_string(site_) +
              (kind == *kind_ ? "" : "; their operands or types differ"));

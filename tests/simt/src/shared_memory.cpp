@@ -40,7 +40,7 @@ void SharedMemory::begin_block(int64_t bytes) {
     if (!data_) allocate();
     bytes_ = bytes;
     sanitizer::unpoison(data_ - redzone_bytes, mapping_bytes);
-    std::memset(data_, poison_byte, bytes);
+    poison(data_, bytes);
     std::memset(data_ + bytes, redzone_byte, redzone_bytes);
     sanitizer::poison(data_ - redzone_bytes, redzone_bytes);
     sanitizer::poison(data_ + bytes, mapping_bytes - redzone_bytes - bytes);
@@ -53,6 +53,30 @@ void SharedMemory::check_redzone() const {
     if (hit != end + redzone_bytes)
         fail("a thread wrote " + std::to_string(hit - end) + " bytes behind the end of the block's " +
              std::to_string(bytes_) + " bytes of shared memory");
+}
+
+uint32_t SharedMemory::address_of(const void* pointer, const Site& site) const {
+    int64_t offset = static_cast<const std::byte*>(pointer) - data_;
+    if (offset < 0 || offset > bytes_) fail(to_string(site) + " of a pointer that does not point to shared memory");
+    return first_address + static_cast<uint32_t>(offset);
+}
+
+std::byte* SharedMemory::at(uint32_t address, int bytes, const Site& site) const {
+    int64_t offset = int64_t{address} - first_address;
+    // PTX ISA, "Addresses as Operands": an address must be a multiple of the access's size.
+    if (address % static_cast<uint32_t>(bytes) != 0)
+        fail(to_string(site) + " at byte " + std::to_string(offset) + " of shared memory, which is not a multiple of " +
+             std::to_string(bytes));
+    if (offset < 0 || offset + bytes > bytes_)
+        fail(to_string(site) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset) +
+             " of shared memory, of which the block has " + std::to_string(bytes_));
+    return data_ + offset;
+}
+
+void SharedMemory::poison(std::byte* first, int64_t bytes) { std::memset(first, poison_byte, bytes); }
+
+bool SharedMemory::is_poison(const std::byte* first, int64_t bytes) {
+    return std::all_of(first, first + bytes, [](std::byte b) { return b == std::byte{poison_byte}; });
 }
 
 }  // namespace simt

@@ -7,6 +7,9 @@
 #include <type_traits>
 
 #include <simt/block.h>
+#include <simt/load_matrices.h>
+#include <simt/multiply_add.h>
+#include <simt/tf32.h>
 #include <device/types.cuh>
 
 namespace fused_cna::device {
@@ -75,5 +78,49 @@ inline uint32_t ballot(bool predicate, Where where = Where::current()) {
     });
     return mine.result;
 }
+
+inline uint32_t shared_address(const void* pointer, Where where = Where::current()) {
+    return simt::block.shared.address_of(pointer, {"shared_address", where});
+}
+
+template <int Bytes>
+void copy_async(uint32_t destination, const void* source, bool valid, Where where = Where::current()) {
+    static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
+    simt::block.copies.start(thread_x(), destination, source, Bytes, valid, {"copy_async", where});
+}
+
+inline void commit_copies() { simt::block.copies.commit(thread_x()); }
+
+template <int Pending>
+void wait_copies() {
+    static_assert(Pending >= 0);
+    simt::block.copies.wait(thread_x(), Pending);
+}
+
+inline void load_matrices(uint32_t row_address, uint32_t (&words)[4], Where where = Where::current()) {
+    const simt::Site site{"load_matrices", where};
+    simt::LoadMatricesSlot mine{row_address, words};
+    simt::collective(simt::block.warp(), site, mine, [&](simt::Lanes<simt::LoadMatricesSlot> lanes) {
+        simt::load_matrices(lanes, simt::block.shared, site);
+    });
+}
+
+template <class T>
+inline constexpr simt::Operand operand_of = simt::Operand::tf32;
+template <>
+inline constexpr simt::Operand operand_of<half> = simt::Operand::half;
+template <>
+inline constexpr simt::Operand operand_of<bfloat16> = simt::Operand::bfloat16;
+
+template <class T>
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
+    static_assert(std::is_same_v<T, half> || std::is_same_v<T, bfloat16> || std::is_same_v<T, float>);
+    using Slot = simt::MultiplyAddSlot<operand_of<T>>;
+    Slot mine{d, a, b};
+    simt::collective(simt::block.warp(), {"multiply_add", where}, mine,
+                     [](simt::Lanes<Slot> lanes) { simt::multiply_add(lanes); });
+}
+
+inline uint32_t round_to_tf32(uint32_t bits) { return simt::round_to_tf32(bits); }
 
 }  // namespace fused_cna::device

@@ -3,6 +3,7 @@
 #include <functional>
 #include <vector>
 
+#include <simt/async_copy.h>
 #include <simt/barrier.h>
 #include <simt/collective.h>
 #include <simt/scheduler.h>
@@ -32,6 +33,7 @@ class Block {
     Scheduler scheduler;
     Barriers barriers;
     SharedMemory shared;
+    AsyncCopies copies;
 
    private:
     static void run_thread();

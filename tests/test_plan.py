@@ -1,0 +1,189 @@
+"""The plan: what it chooses, why not another, and that it says so without a GPU."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fused_cna import ConvNormAct, ConvProblem, explain
+
+DEVICES = ("A100", "L4", "RTX 4090", "H100", "H200", "B200")
+LAYERS = Path(__file__).parents[1] / "bench" / "data" / "conv_layers.csv"
+RESNET = ConvProblem(32, 64, 56, 56, 64, 3, 3, padding=1)
+TENSOR_CORES = "implicit_gemm_sm80"
+
+
+def illegal(problem: ConvProblem, name: str, **options: Any) -> str:
+    """Why a plan is out, by the start of its name."""
+    reasons = [
+        c["illegal"]
+        for c in explain(problem, **options).candidates
+        if c["name"].startswith(name) and c["illegal"]
+    ]
+    assert reasons, f"{name} is legal"
+    return str(reasons[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensor_cores_take_a_dense_layer_on_every_device(device: str) -> None:
+    explanation = explain(RESNET, device=device)
+    assert explanation.kernel == TENSOR_CORES
+    assert explanation.split_k == 1
+    m, n, k = explanation.tile
+    assert m * n * k > 0
+    assert explanation.estimate_us > 0
+    text = str(explanation)
+    assert device in text
+    assert text.startswith(f"{TENSOR_CORES} {m}x{n}x{k}")
+    assert "runners-up" in text
+    assert "direct" in {c["kernel"] for c in explanation.candidates}
+
+
+def test_legal_plans_come_first_and_fastest_first() -> None:
+    candidates = explain(ConvProblem(1, 64, 14, 14, 96, 5, 5, padding=2)).candidates
+    legal = [c for c in candidates if not c["illegal"]]
+    assert tuple(legal) == candidates[: len(legal)]
+    assert [c["estimate_us"] for c in legal] == sorted(c["estimate_us"] for c in legal)
+
+
+def test_the_estimate_is_the_largest_part_and_the_overheads() -> None:
+    for c in explain(RESNET).candidates:
+        if not c["illegal"]:
+            parts = max(c["products_us"], c["bytes_us"], c["latency_us"])
+            assert c["estimate_us"] == pytest.approx(parts + c["overhead_us"])
+
+
+def test_few_pixels_split_the_reduction_and_many_do_not() -> None:
+    late = explain(ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=1))
+    assert late.split_k > 1
+    assert late.candidates[0]["workspace_bytes"] > 0
+    assert explain(ConvProblem(128, 512, 7, 7, 512, 3, 3, padding=1)).split_k == 1
+
+
+def test_no_split_is_empty() -> None:
+    for c in (2048, 4608, 512, 96):
+        for candidate in explain(ConvProblem(1, c, 7, 7, 64, 3, 3, padding=1)).candidates:
+            if candidate["split_k"] > 1:
+                steps = 9 * -(-c // candidate["tile"][2])
+                per_split = -(-steps // candidate["split_k"])
+                assert (candidate["split_k"] - 1) * per_split < steps
+
+
+def test_pointwise_layers_take_the_plain_gemm() -> None:
+    assert explain(ConvProblem(32, 256, 56, 56, 64, 1, 1)).candidates[0]["rows"] == "pointwise"
+    assert explain(ConvProblem(32, 256, 56, 56, 64, 1, 1, stride=2)).candidates[0]["rows"] == "masked"
+    assert explain(ConvProblem(32, 256, 56, 56, 64, 1, 1, padding=1)).candidates[0]["rows"] == "masked"
+    assert explain(ConvProblem(32, 256, 1, 1, 64, 1, 1)).candidates[0]["rows"] == "pointwise"
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "access"),
+    [
+        (64, torch.float16, 16),
+        (20, torch.float16, 8),
+        (22, torch.bfloat16, 4),
+        (64, torch.float32, 16),
+        (22, torch.float32, 8),
+        (21, torch.float32, 4),
+    ],
+)
+def test_accesses_are_as_wide_as_channels_allow(channels: int, dtype: torch.dtype, access: int) -> None:
+    chosen = explain(ConvProblem(8, channels, 28, 28, 64, 3, 3, padding=1, dtype=dtype)).candidates[0]
+    assert (chosen["kernel"], chosen["access_bytes"]) == (TENSOR_CORES, access)
+
+
+def test_why_a_plan_is_out() -> None:
+    odd = ConvProblem(8, 27, 28, 28, 64, 3, 3)
+    assert "27 channels" in illegal(odd, TENSOR_CORES)
+    assert explain(odd).kernel == "direct"
+    wide = ConvProblem(1, 64, 40, 40, 64, 33, 3)
+    assert "32x32" in illegal(wide, f"{TENSOR_CORES} 256x128")
+    assert explain(wide).candidates[0]["rows"] == "plain"
+    assert "takes 16" in illegal(ConvProblem(8, 20, 28, 28, 64, 3, 3), f"{TENSOR_CORES} 256x128")
+    assert "131072" not in illegal(RESNET, f"{TENSOR_CORES} 128x128x64", device="L4")
+    assert "shared memory" in illegal(RESNET, f"{TENSOR_CORES} 128x128x64", device="L4")
+
+
+def test_float32_follows_the_switch_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = ConvProblem(32, 64, 56, 56, 64, 3, 3, padding=1, dtype=torch.float32)
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert "tf32" in illegal(problem, TENSOR_CORES)
+        assert explain(problem).kernel == "direct"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        assert explain(problem).kernel == TENSOR_CORES
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_a_module_and_its_input_are_seen_as_they_lie_in_memory() -> None:
+    module = ConvNormAct(64, 128, 3).half().eval()
+    x = torch.randn(8, 64, 28, 28).half()
+    as_is = explain(module, x)
+    assert as_is.candidates[0]["convert_x"]
+    assert as_is.candidates[0]["convert_weight"]
+    assert "x is first copied" in str(as_is)
+    assert "memory_format" in str(as_is)
+    module, x = module.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    assert not explain(module, x).notes
+    sliced = torch.randn(8, 28, 28, 67).half().permute(0, 3, 1, 2)[:, 3:]
+    assert explain(module, sliced).candidates[0]["convert_x"], "a misaligned slice is copied"
+    aligned = torch.randn(8, 28, 28, 72).half().permute(0, 3, 1, 2)[:, 8:]
+    assert explain(module, aligned).candidates[0]["access_bytes"] == 16
+    expanded = torch.randn(1, 28, 28, 64).half().permute(0, 3, 1, 2).expand(8, -1, -1, -1)
+    assert not explain(module, expanded).candidates[0]["convert_x"]
+    assert explain(module, x[0]).kernel == TENSOR_CORES
+
+
+def test_bad_questions() -> None:
+    with pytest.raises(ValueError, match="A100, L4, RTX 4090, H100, H200, B200"):
+        explain(RESNET, device="K80")
+    with pytest.raises(ValueError, match="float64"):
+        explain(ConvProblem(1, 8, 8, 8, 8, 1, 1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="groups must divide"):
+        ConvProblem(1, 8, 8, 8, 8, 1, 1, groups=3)
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        ConvProblem(0, 8, 8, 8, 8, 1, 1)
+    with pytest.raises(ValueError, match="spans 5 pixels of 4"):
+        ConvProblem(1, 8, 4, 8, 8, 5, 1)
+    with pytest.raises(TypeError, match="input tensor"):
+        explain(ConvNormAct(4, 4))
+
+
+def real_layers() -> list[tuple[int, ConvProblem]]:
+    """Every distinct convolution of 194 real networks, with how often it is used."""
+    with LAYERS.open() as file:
+        rows = [{k: int(v) if v.isdigit() else v for k, v in row.items()} for row in csv.DictReader(file)]
+    return [
+        (
+            row["uses"],
+            ConvProblem(
+                8,
+                row["cin"],
+                row["h"],
+                row["w"],
+                row["cout"],
+                row["kh"],
+                row["kw"],
+                stride=(row["stride_h"], row["stride_w"]),
+                padding=(row["pad_h"], row["pad_w"]),
+                dilation=(row["dil_h"], row["dil_w"]),
+                groups=row["groups"],
+            ),
+        )
+        for row in rows
+    ]
+
+
+def test_dense_layers_of_real_networks_run_on_tensor_cores() -> None:
+    dense = [(uses, p) for uses, p in real_layers() if p.groups == 1 and p.c >= 8 and p.k >= 8]
+    assert len(dense) > 2000
+    total = sum(uses for uses, _ in dense)
+    others = [(uses, p) for uses, p in dense if explain(p).kernel != TENSOR_CORES]
+    assert all(p.c % 2 for _, p in others), "only odd channel counts are left out"
+    assert sum(uses for uses, _ in others) <= 0.01 * total
