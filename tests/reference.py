@@ -61,9 +61,9 @@ TENSORS = ("x", "weight", "bias", "norm_weight", "norm_bias", "running_mean", "r
 FLOAT32_ERROR = 5.0
 """c of the error bound for float32: the model of a sum in chunks of 64 products.
 
-Rounding each step of a running sum of n random products gives an error of about 0.28 sqrt(n) u: 2.3 u
-within a chunk, as much again over 64 chunks, and about 1.5 u for the fold. In plain float32 arithmetic the shapes
-here come to 3.6 u at most that way; with one running sum, 648 products come to 6.3 u and 2304 to 9.5 u.
+Rounding every step of a running sum of n random products makes an error of about 0.28 sqrt(n) u: 2.3 u in a
+chunk, as much again over 64 chunks, and about 1.5 u for the fold. In plain float32 arithmetic the shapes here
+come to 3.6 u at most that way; with one running sum, 648 products come to 6.3 u and 2304 to 9.5 u.
 """
 
 STORAGE_ERROR = 1.02

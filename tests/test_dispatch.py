@@ -147,7 +147,7 @@ def test_fake_strides_follow_x_and_weight_only() -> None:
 
 def test_the_kernels_checks_allocate_what_the_fake_tensors_promise() -> None:
     if not hasattr(torch.ops.fused_cna, "_checked_output"):
-        pytest.skip("needs the compiled extension: " + str(fused_cna.build_info()))
+        pytest.skip("needs the compiled extension: " + fused_cna.build_info()["reason"])
     for shape in LAYOUT_SHAPES:
         for name, laid_out in many_layouts(integer_problem(shape, torch.float32)):
             checked = torch.ops.fused_cna._checked_output(*laid_out.operator_arguments())
