@@ -33,7 +33,9 @@ TORCH_FILES = {CSRC / name for name in ("ops.cpp", "checks.h", "checks.cpp", "mo
 def test_sources_keep_to_their_layer(path: Path) -> None:
     on_device = path.parent.name == "device"
     if path not in TORCH_FILES:
-        assert [name for name in includes(path) if TORCH.match(name)] == [], "only the operator's own files may include torch"
+        assert [name for name in includes(path) if TORCH.match(name)] == [], (
+            "only the operator's own files may include torch"
+        )
     if on_device:
         return
     assert [name for name in includes(path) if CUDA.fullmatch(name)] == [], "CUDA headers belong in device/"

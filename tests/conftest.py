@@ -1,0 +1,122 @@
+"""Where a test runs its problems: eager PyTorch on the CPU, the kernels in the simulator, or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+import fused_cna
+from tests.reference import Problem, error_bound, expected_exactly, expected_rounded, relative_error
+
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("repeatable")
+
+torch.set_num_threads(1)
+
+NO_GPU = "needs a CUDA device, and torch sees none"
+
+
+def needs_gpu() -> None:
+    """Skips the running test where there is no GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+
+
+class Backend:
+    """One way to run a problem; problems are built on the CPU and moved to `device` by `place`."""
+
+    device = "cpu"
+
+    def place(self, problem: Problem) -> Problem:
+        return problem.map(lambda tensor: tensor.to(self.device))
+
+    def run(self, problem: Problem, **extra: object) -> Tensor:
+        """The result for a problem whose tensors are on `device`."""
+        raise NotImplementedError
+
+    def thread_order(self, seed: int) -> dict[str, object]:
+        """What to pass to `run` to have threads run in another order, where that can be chosen."""
+        return {}
+
+    def eager_error(self, problem: Problem) -> float:
+        """The eager three-step's error, where the error bound leans on it."""
+        return 0.0
+
+    def check_exact(self, problem: Problem) -> None:
+        """Runs an integer-valued problem and asserts the formula rounded once, value by value."""
+        actual = self.run(self.place(problem)).cpu()
+        expected = expected_rounded(problem)
+        assert actual.dtype == expected.dtype
+        assert actual.shape == expected.shape
+        wrong = ~(actual == expected)
+        assert not wrong.any(), (
+            f"{int(wrong.sum())} of {wrong.numel()} differ, the first at {wrong.nonzero()[0].tolist()}: "
+            f"{actual[wrong][0]} instead of {expected[wrong][0]}"
+        )
+
+    def check_error(self, problem: Problem) -> None:
+        """Runs a problem and asserts that its error is within the bound."""
+        placed = self.place(problem)
+        actual = self.run(placed)
+        expected = expected_exactly(problem)
+        assert actual.dtype == problem.x.dtype
+        error = relative_error(actual, expected)
+        bound = error_bound(problem.x.dtype, self.eager_error(placed))
+        assert error <= bound, f"relative error {error:.3g} exceeds {bound:.3g}"
+
+
+class Simulator(Backend):
+    """The CUDA kernels, run thread by thread on the CPU."""
+
+    def run(self, problem: Problem, **extra: object) -> Tensor:
+        from tests.simt import conv_norm_act
+
+        return problem.call(conv_norm_act, **extra)
+
+    def thread_order(self, seed: int) -> dict[str, object]:
+        return {"seed": seed}
+
+
+class Gpu(Backend):
+    """The CUDA kernels on the GPU."""
+
+    device = "cuda"
+
+    def run(self, problem: Problem, **extra: object) -> Tensor:
+        return problem.call(fused_cna.conv_norm_act)
+
+    def eager_error(self, problem: Problem) -> float:
+        from fused_cna.eager import conv_norm_act
+
+        return relative_error(conv_norm_act(*problem.operator_arguments()), expected_exactly(problem))
+
+
+@pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """The kernels, simulated and real. On a GPU a fallback to eager is an error."""
+    if request.param == "simt":
+        yield Simulator()
+        return
+    needs_gpu()
+    monkeypatch.setattr(fused_cna.config, "strict", True)
+    with torch.inference_mode():
+        yield Gpu()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device for modules, on which float32 convolutions keep float32's precision."""
+    if request.param == "cuda":
+        needs_gpu()
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    return request.param

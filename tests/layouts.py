@@ -1,0 +1,113 @@
+"""Ways to lay a tensor out in memory: each takes a contiguous tensor and returns one of the same shape.
+
+All but `expanded` and `expanded_channels` keep the values. Where the new storage is larger than the tensor,
+the rest of it is NaN, so that a read outside the view poisons the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """Columns outermost of an image: W before H."""
+    return _permuted(tensor, (0, 1, 3, 2))
+
+
+def batch_innermost(tensor: Tensor) -> Tensor:
+    return _permuted(tensor, (1, 2, 3, 0))
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """A window in every dimension of a larger contiguous tensor, starting at an odd element."""
+    return _window(tensor, range(tensor.dim()), step=1)
+
+
+def sliced_channels_last(tensor: Tensor) -> Tensor:
+    """A window of a larger channels_last tensor."""
+    return _window(tensor, (0, 2, 3, 1), step=1)
+
+
+def every_second(tensor: Tensor) -> Tensor:
+    """Every second element of each dimension."""
+    return _window(tensor, range(tensor.dim()), step=2)
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """Contiguous, but one element past where the allocator put it."""
+    storage = _poisoned(tensor, (tensor.numel() + 1,))
+    return storage[1:].view(tensor.shape).copy_(tensor)
+
+
+def misaligned_channels_last(tensor: Tensor) -> Tensor:
+    n, c, h, w = tensor.shape
+    storage = _poisoned(tensor, (tensor.numel() + 1,))
+    return storage[1:].view(n, h, w, c).permute(0, 3, 1, 2).copy_(tensor)
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    """The first image for every image: a batch stride of 0."""
+    return tensor[:1].expand(tensor.shape)
+
+
+def expanded_channels(tensor: Tensor) -> Tensor:
+    """The first channel and row for every channel and row: two strides of 0."""
+    return tensor[:, :1, :1].expand(tensor.shape)
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    contiguous,
+    channels_last,
+    transposed,
+    batch_innermost,
+    sliced,
+    sliced_channels_last,
+    every_second,
+    misaligned,
+    misaligned_channels_last,
+    expanded,
+    expanded_channels,
+)
+
+
+def odd_unit_strides(tensor: Tensor, stride: int) -> Tensor:
+    """Gives each dimension of size 1 the stride `stride`, which nothing may read."""
+    strides = [stride if size == 1 else old for size, old in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tensor.as_strided(tensor.shape, strides)
+
+
+def vector_every_third(vector: Tensor) -> Tensor:
+    storage = _poisoned(vector, (3 * vector.numel() + 1,))
+    view = storage[1::3]
+    return view.copy_(vector)
+
+
+def _permuted(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    inverse = [list(order).index(dim) for dim in range(len(order))]
+    return tensor.permute(*order).contiguous().permute(*inverse)
+
+
+def _window(tensor: Tensor, order: Sequence[int], step: int) -> Tensor:
+    order = list(order)
+    sizes = [step * tensor.shape[dim] + 3 for dim in order]
+    storage = _poisoned(tensor, sizes)
+    window = storage[tuple(slice(1, 1 + step * tensor.shape[dim], step) for dim in order)]
+    inverse = [order.index(dim) for dim in range(len(order))]
+    return window.permute(*inverse).copy_(tensor)
+
+
+def _poisoned(like: Tensor, sizes: Sequence[int]) -> Tensor:
+    return torch.full(tuple(sizes), float("nan"), dtype=like.dtype, device=like.device)

@@ -1,0 +1,188 @@
+"""Kernels on tensors in any layout: views, odd strides, far offsets; and the output's own layout."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import Backend
+from tests.layouts import (
+    LAYOUTS,
+    Layout,
+    channels_last,
+    odd_unit_strides,
+    sliced,
+    vector_every_third,
+)
+from tests.reference import Problem, Wanted, integer_problem
+from tests.shapes import ConvShape, shape_named
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+some_shapes = pytest.mark.parametrize(
+    "shape",
+    [shape_named("padding_asymmetric"), shape_named("channels_mod_4"), shape_named("groups_narrow")],
+    ids=str,
+)
+some_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+
+
+def make(kernels: Backend, shape: ConvShape, dtype: torch.dtype = torch.float32) -> Problem:
+    return kernels.place(integer_problem(shape, dtype, Wanted("relu", residual_order="add_act")))
+
+
+@some_dtypes
+@layouts
+@some_shapes
+def test_x_in_any_layout(kernels: Backend, shape: ConvShape, layout: Layout, dtype: torch.dtype) -> None:
+    problem = make(kernels, shape, dtype)
+    kernels.check_exact(problem.replace(x=layout(problem.x)))
+
+
+@some_dtypes
+@layouts
+@some_shapes
+def test_weight_in_any_layout(kernels: Backend, shape: ConvShape, layout: Layout, dtype: torch.dtype) -> None:
+    problem = make(kernels, shape, dtype)
+    kernels.check_exact(problem.replace(weight=layout(problem.weight)))
+
+
+@layouts
+@some_shapes
+def test_residual_in_any_layout(kernels: Backend, shape: ConvShape, layout: Layout) -> None:
+    problem = make(kernels, shape)
+    assert problem.residual is not None
+    kernels.check_exact(problem.replace(residual=layout(problem.residual)))
+    kernels.check_exact(problem.replace(residual=layout(problem.residual), x=channels_last(problem.x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@layouts
+def test_everything_in_one_layout(kernels: Backend, layout: Layout, dtype: torch.dtype) -> None:
+    problem = make(kernels, shape_named("many_blocks"), dtype)
+    kernels.check_exact(
+        problem.map(lambda tensor: layout(tensor) if tensor.dim() == 4 else vector_every_third(tensor)),
+    )
+
+
+def test_vectors_with_strides(kernels: Backend) -> None:
+    problem = make(kernels, shape_named("groups_odd"))
+    kernels.check_exact(
+        problem.map(lambda tensor: vector_every_third(tensor) if tensor.dim() == 1 else tensor)
+    )
+    kernels.check_exact(
+        problem.map(lambda tensor: tensor[:1].expand(tensor.shape) if tensor.dim() == 1 else tensor)
+    )
+
+
+@pytest.mark.parametrize("stride", [0, 1, 7, 12345, 2**40])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+@pytest.mark.parametrize(
+    "name", ["one_pixel", "one_row", "one_column", "one_channel", "one_filter", "all_ones", "1x1"]
+)
+def test_strides_of_size_one_dimensions_are_ignored(
+    kernels: Backend, name: str, memory_format: torch.memory_format, stride: int
+) -> None:
+    problem = make(kernels, shape_named(name))
+
+    def odd(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 1:
+            return odd_unit_strides(tensor, stride)
+        return odd_unit_strides(tensor.contiguous(memory_format=memory_format), stride)
+
+    odd_problem = problem.map(odd)
+    assert any(stride in tensor.stride() for tensor in (odd_problem.x, odd_problem.weight))
+    kernels.check_exact(odd_problem)
+
+
+@layouts
+def test_inputs_are_only_read(kernels: Backend, layout: Layout) -> None:
+    problem = make(kernels, shape_named("groups_narrow"))
+    problem = problem.map(lambda tensor: layout(tensor) if tensor.dim() == 4 else tensor)
+    storages: list[Tensor] = []
+
+    def remember(tensor: Tensor) -> Tensor:
+        storages.append(
+            torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+        )
+        return tensor
+
+    problem.map(remember)
+    before = [storage.clone() for storage in storages]
+    kernels.run(problem)
+    for storage, old in zip(storages, before, strict=True):
+        assert torch.equal(storage.view(torch.int32), old.view(torch.int32))
+
+
+class Expanse:
+    """A float16 storage of more than 2^32 elements, of which only what is touched takes memory.
+
+    Views start in its middle, so that an offset that wraps to a negative 32-bit number reads zeros instead of
+    ending the process.
+    """
+
+    elements = 2**32 + 2**20
+
+    def __init__(self, device: str) -> None:
+        if device == "cpu":
+            map_noreserve = 0x4000
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | map_noreserve
+            self.storage = torch.frombuffer(
+                mmap.mmap(-1, 2 * self.elements, flags=flags), dtype=torch.float16
+            )
+        else:
+            self.storage = torch.zeros(self.elements, dtype=torch.float16, device=device)
+
+    def view_of(self, tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+        view = self.storage.as_strided(tensor.shape, strides, 2**31 + 2**12)
+        return view.copy_(tensor)
+
+
+FAR = 2**31 + 2**8
+
+
+@pytest.mark.parametrize(
+    ("operand", "strides"),
+    [
+        ("x", (FAR, 16, 4, 1)),
+        ("x", (1024, FAR, 4, 1)),
+        ("x", (1024, 16, FAR // 3, 1)),
+        ("x", (FAR, 1, 8, 2)),
+        ("weight", (FAR // 2, 16, 3, 1)),
+        ("weight", (1, 4, 48, FAR // 2)),
+        ("residual", (FAR, 16, 4, 1)),
+        ("residual", (64, 1024, 4, FAR // 3)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
+)
+def test_offsets_beyond_32_bits(kernels: Backend, operand: str, strides: tuple[int, ...]) -> None:
+    shape = ConvShape("far", 2, 2, 4, 4, 3, 3, 3, "offsets beyond 2^31 elements", padding=(1, 1))
+    problem = make(kernels, shape, torch.float16)
+    tensor = getattr(problem, operand)
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    assert reach >= 2**31
+    kernels.check_exact(problem.replace(**{operand: Expanse(kernels.device).view_of(tensor, strides)}))
+
+
+@pytest.mark.parametrize("weight_layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("x_layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_output_layout_is_that_of_conv2d(kernels: Backend, x_layout: Layout, weight_layout: Layout) -> None:
+    for name in ("3x3_stride2", "1x1", "squeeze_excite", "one_channel", "filter_image"):
+        problem = make(kernels, shape_named(name)).replace(residual=None)
+        problem = problem.replace(x=x_layout(problem.x), weight=weight_layout(problem.weight))
+        options = {key: getattr(problem, key) for key in ("stride", "padding", "dilation", "groups")}
+        expected = torch.conv2d(problem.x, problem.weight, None, **options)
+        actual = kernels.run(problem)
+        assert actual.stride() == expected.stride(), name
+
+
+def test_the_layout_of_the_residual_does_not_choose_the_output_layout(kernels: Backend) -> None:
+    problem = make(kernels, shape_named("groups_narrow"))
+    assert problem.residual is not None
+    assert kernels.run(problem.replace(residual=channels_last(problem.residual))).is_contiguous()
+    problem = problem.replace(x=channels_last(problem.x), residual=sliced(problem.residual))
+    assert kernels.run(problem).is_contiguous(memory_format=torch.channels_last)
