@@ -21,10 +21,10 @@ LARGER = (
     ConvShape("two_groups", 2, 64, 9, 9, 160, 3, 3, "groups of 32 to 80 channels", padding=(1, 1), groups=2),
     ConvShape("deep_pointwise", 2, 320, 4, 4, 80, 1, 1, "few pixels and many channels: splits"),
     ConvShape(
-        "filter_of_mask", 1, 8, 33, 9, 16, 31, 2, "as many rows of taps as a mask takes", padding=(1, 0)
+        "filter_of_mask", 1, 8, 33, 9, 16, 32, 2, "as many rows of taps as a mask takes", padding=(1, 0)
     ),
     ConvShape(
-        "filter_over_mask", 1, 8, 34, 9, 16, 32, 2, "more rows of taps than a mask takes", padding=(2, 1)
+        "filter_over_mask", 1, 8, 34, 9, 16, 33, 2, "more rows of taps than a mask takes", padding=(2, 1)
     ),
     ConvShape("accesses_of_8", 1, 36, 14, 13, 68, 3, 3, "channels mod 4, dilated", (1, 2), (4, 3), (3, 2)),
     ConvShape("accesses_of_4", 2, 22, 9, 13, 70, 3, 2, "channels mod 2", padding=(1, 0)),
