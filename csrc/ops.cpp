@@ -102,7 +102,7 @@ Tensor conv_norm_act_cuda(const Inputs& in) {
     PreparedCall call = prepare(in);
     if (call.y.numel() == 0) return call.y;
     const c10::cuda::CUDAGuard guard(in.x.device());
-    const Plan& plan = memoised_plan(call.args.problem, device_info(in.x.device().index()));
+    const Plan plan = memoised_plan(call.args.problem, device_info(in.x.device().index()));
     run(call.args, plan, c10::cuda::getCurrentCUDAStream());
     return call.y;
 }

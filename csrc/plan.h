@@ -57,7 +57,7 @@ Plan choose_plan(const ConvProblem& problem, const DeviceInfo& device);
 Plan make_plan(const ConvProblem& problem, Kernel kernel, Tile tile);
 
 // choose_plan, costed once per problem and device and remembered. Safe to call from several threads.
-const Plan& memoised_plan(const ConvProblem& problem, const DeviceInfo& device);
+Plan memoised_plan(const ConvProblem& problem, const DeviceInfo& device);
 
 // For example "direct 64x64x32, 12 blocks".
 std::string to_string(const Plan& plan);

@@ -56,8 +56,8 @@ def _load() -> tuple[dict[str, Any], ModuleType | None, str, Exception | None]:
         return (
             {},
             None,
-            f"{_RECORD.parent} holds no {_RECORD.name}, so it is a source tree that was not built; if fused_cna is "
-            f"installed, run outside of its checkout, else build it there: {_INSTALL}",
+            f"{_RECORD.parent} holds no {_RECORD.name}, so it is a source tree that was not built; "
+            f"if fused_cna is installed, run outside of its checkout, else build it there: {_INSTALL}",
             error,
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -235,7 +235,7 @@ def conv_norm_act(
 
     On a GPU everything after the loads is computed in float32 and rounded once, at the store. Where a
     gradient is wanted it is eager and differentiable in every tensor. Under autocast ``x``, ``weight``,
-    ``bias`` and ``residual`` are cast and the norm vectors are not.
+    ``bias`` and ``residual`` are cast, on every call, and the norm vectors are not.
 
     It is eager as well, with one :class:`FusionFallbackWarning` per cause, on CUDA tensors of another dtype
     than float32, float16 and bfloat16, on GPUs below compute capability 8.0, and without the compiled

@@ -335,7 +335,15 @@ def test_matching_extension_is_loaded(outcomes: dict[str, Any], name: str) -> No
 @pytest.mark.parametrize(
     ("name", "reasons", "cause"),
     [
-        ("not_built", ["holds no _build.json", "outside of its checkout", "pip install --no-build-isolation --editable ."], "FileNotFoundError"),
+        (
+            "not_built",
+            [
+                "holds no _build.json",
+                "outside of its checkout",
+                "pip install --no-build-isolation --editable .",
+            ],
+            "FileNotFoundError",
+        ),
         ("cpu_install", ["no nvcc was there"], "None"),
         (
             "other_torch",
