@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
@@ -185,6 +186,8 @@ def extension_arguments(record: dict[str, Any]) -> dict[str, Any]:
     class BuildExt(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
+            # Without ninja a change of a header or of the architectures would go unnoticed.
+            self.force = self.force or not importlib.util.find_spec("ninja")
             # One folder for every way of installing, so that each recompiles only what changed.
             self.build_temp = os.path.join(
                 "build", f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
@@ -228,6 +231,15 @@ def cpu_arguments(record: dict[str, Any]) -> dict[str, Any]:
     return {"ext_modules": plan_extension(), "cmdclass": {"build_py": BuildPy}}
 
 
+def check_setuptools() -> None:
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        sys.exit(
+            f"setuptools {setuptools.__version__} cannot read fused_cna's pyproject.toml, "
+            "which needs 77 or newer: pip install 'setuptools>=77'"
+        )
+
+
 if __name__ == "__main__":
+    check_setuptools()
     decision = decide()
     setup(**(extension_arguments(decision) if decision["extension"] else cpu_arguments(decision)))

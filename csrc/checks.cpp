@@ -60,6 +60,7 @@ void check_geometry(const Inputs& in) {
     check_count("dilation", in.dilation, false);
     for (const int64_t value : in.padding) {
         TORCH_CHECK(value >= 0, "negative padding is not supported, but got padding=", in.padding);
+        TORCH_CHECK(value <= INT32_MAX, "padding should be at most ", INT32_MAX, ", but got padding=", in.padding);
     }
     for (const int64_t value : in.stride) {
         TORCH_CHECK(value > 0, "non-positive stride is not supported, but got stride=", in.stride);

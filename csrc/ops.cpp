@@ -157,7 +157,7 @@ Tensor conv_norm_act_cuda(const Inputs& in) {
     if (call.y.numel() == 0) return call.y;
     const c10::cuda::CUDAGuard guard(in.x.device());
     const DeviceInfo& device = device_info(in.x.device().index());
-    const Plan& plan = memoised_plan(call.args.problem, device);
+    const Plan plan = memoised_plan(call.args.problem, device);
     try {
         run_plan(call.args, plan, in);
     } catch (const c10::OutOfMemoryError&) {

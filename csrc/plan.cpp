@@ -16,6 +16,7 @@ namespace fused_cna {
 namespace {
 
 constexpr int64_t int_limit = std::numeric_limits<int32_t>::max();
+constexpr int64_t extent_limit = int_limit - 1024;  // loops step by whole tiles, so they pass the end by less than one
 
 [[noreturn]] void refuse(const ConvProblem& problem, const std::string& reason) {
     throw std::runtime_error("fused_cna: no kernel can take this convolution: " + reason + " (" + to_string(problem) + ")");
@@ -31,9 +32,9 @@ void check_extents(const ConvProblem& problem) {
         {"the number of products per output", problem.gemm_k()},
     };
     for (const auto& [name, extent] : extents) {
-        if (extent > int_limit) {
-            refuse(problem, std::string(name) + " is " + std::to_string(extent) + ", at most " + std::to_string(int_limit) +
-                                " is allowed");
+        if (extent > extent_limit) {
+            refuse(problem, std::string(name) + " is " + std::to_string(extent) + ", at most " +
+                                std::to_string(extent_limit) + " is allowed");
         }
     }
 }
@@ -192,8 +193,9 @@ Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::
     return found->plan;
 }
 
-const Plan& memoised_plan(const ConvProblem& problem, const DeviceInfo& device) {
-    // A map's elements stay where they are, so a reference outlives the lock.
+Plan memoised_plan(const ConvProblem& problem, const DeviceInfo& device) {
+    // A server of ever new image sizes starts over now and then, rather than remembering them all.
+    constexpr size_t most_plans = 10'000;
     static std::map<std::pair<ConvProblem, DeviceInfo>, Plan> plans;
     static std::shared_mutex mutex;
     const std::pair key(problem, device);
@@ -203,7 +205,9 @@ const Plan& memoised_plan(const ConvProblem& problem, const DeviceInfo& device) 
     }
     const Plan plan = choose_plan(problem, device);
     const std::unique_lock lock(mutex);
-    return plans.emplace(key, plan).first->second;
+    if (plans.size() >= most_plans) plans.clear();
+    plans.emplace(key, plan);
+    return plan;
 }
 
 std::string to_string(const Plan& plan) {

@@ -83,7 +83,7 @@ Plan choose_plan_without_workspace(const ConvProblem& problem, const DeviceInfo&
 Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::string& name);
 
 // choose_plan, costed once per problem and device and remembered. Safe to call from several threads.
-const Plan& memoised_plan(const ConvProblem& problem, const DeviceInfo& device);
+Plan memoised_plan(const ConvProblem& problem, const DeviceInfo& device);
 
 // For example "implicit_gemm_sm80 128x64x32 split 4 masked 16-byte".
 std::string to_string(const Plan& plan);

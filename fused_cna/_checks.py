@@ -14,6 +14,9 @@ from fused_cna.activation import ACTIVATIONS
 
 RESIDUAL_ORDERS = ("add_act", "act_add")
 
+# What the kernels' 32-bit coordinates can hold.
+_MOST_PADDING = 2**31 - 1
+
 # How torch's messages name a dtype.
 _CPP_NAMES = {
     torch.float32: "float",
@@ -160,6 +163,8 @@ def _check_geometry(
             raise RuntimeError(_wrong_length(name, values))
     if any(value < 0 for value in padding):
         raise RuntimeError(f"negative padding is not supported, but got padding={list(padding)}")
+    if any(value > _MOST_PADDING for value in padding):
+        raise RuntimeError(f"padding should be at most {_MOST_PADDING}, but got padding={list(padding)}")
     if any(value <= 0 for value in stride):
         raise RuntimeError(f"non-positive stride is not supported, but got stride={list(stride)}")
     if any(value <= 0 for value in dilation):

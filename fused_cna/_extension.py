@@ -16,7 +16,7 @@ import torch
 from fused_cna._version import __version__
 
 _RECORD = Path(__file__).with_name("_build.json")
-_INSTALL = "pip install --no-build-isolation ."
+_INSTALL = "pip install --no-build-isolation --editable ."
 _REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -56,7 +56,8 @@ def _load() -> tuple[dict[str, Any], ModuleType | None, str, Exception | None]:
         return (
             {},
             None,
-            f"fused_cna was not built ({_RECORD} is missing); in a checkout of it: {_INSTALL}",
+            f"{_RECORD.parent} holds no {_RECORD.name}, so it is a source tree that was not built; "
+            f"if fused_cna is installed, run outside of its checkout, else build it there: {_INSTALL}",
             error,
         )
     except (KeyError, TypeError, ValueError) as error:

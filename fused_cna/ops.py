@@ -184,6 +184,15 @@ def _check_tensors(required: dict[str, object], optional: dict[str, object]) -> 
             raise TypeError(f"conv_norm_act(): {name} must be {allowed}, but got {type(value).__name__}")
 
 
+def _check_options(act: object, act_params: object, groups: object) -> None:
+    if not isinstance(act, str):
+        raise TypeError(f"act must be the name of an activation, such as 'relu', but got {act!r}")
+    if not isinstance(act_params, (tuple, list)):
+        raise TypeError(f"act_params must be a sequence of numbers, such as (0.1,), but got {act_params!r}")
+    if not isinstance(groups, (int, torch.SymInt)):
+        raise TypeError(f"groups must be an int, but got {groups!r}")
+
+
 def _run_eager(arguments: Sequence[Any]) -> Tensor:
     device_type = arguments[0].device.type
     if eager.is_autocast_enabled(device_type):
@@ -226,7 +235,7 @@ def conv_norm_act(
 
     On a GPU everything after the loads is computed in float32 and rounded once, at the store. Where a
     gradient is wanted it is eager and differentiable in every tensor. Under autocast ``x``, ``weight``,
-    ``bias`` and ``residual`` are cast and the norm vectors are not.
+    ``bias`` and ``residual`` are cast, on every call, and the norm vectors are not.
 
     It is eager as well, with one :class:`FusionFallbackWarning` per cause, on CUDA tensors of another dtype
     than float32, float16 and bfloat16, on GPUs below compute capability 8.0, and without the compiled
@@ -273,6 +282,7 @@ def conv_norm_act(
             "residual": residual,
         },
     )
+    _check_options(act, act_params, groups)
     unbatched = x.dim() == 3
     if unbatched:
         x, residual = unsqueeze(x, residual)

@@ -149,6 +149,13 @@ BAD: tuple[Bad, ...] = (
         "negative padding is not supported",
         "[1, 1, 1, -2]",
     ),
+    own(
+        "padding_huge",
+        {"padding": (2**62, 1), "residual": None},
+        "padding should be at most",
+        2**62,
+        2**31 - 1,
+    ),
     own("padding_five", {"padding": (1, 1, 1, 1, 1)}, "padding", "[1, 1, 1, 1, 1]"),
     own(
         "dilation_overflow",

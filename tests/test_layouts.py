@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -145,6 +146,16 @@ class Expanse:
 FAR = 2**31 + 2**8
 
 
+@pytest.fixture
+def expanse(kernels: Backend) -> Iterator[Expanse]:
+    made = Expanse(kernels.device)
+    yield made
+    # Eight gigabytes that torch would keep for itself, in every worker.
+    del made.storage
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.xdist_group("expanse")
 @pytest.mark.parametrize(
     ("operand", "strides"),
     [
@@ -159,13 +170,15 @@ FAR = 2**31 + 2**8
     ],
     ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
 )
-def test_offsets_beyond_32_bits(kernels: Backend, operand: str, strides: tuple[int, ...]) -> None:
+def test_offsets_beyond_32_bits(
+    kernels: Backend, expanse: Expanse, operand: str, strides: tuple[int, ...]
+) -> None:
     shape = ConvShape("far", 2, 2, 4, 4, 3, 3, 3, "offsets beyond 2^31 elements", padding=(1, 1))
     problem = make(kernels, shape, torch.float16)
     tensor = getattr(problem, operand)
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
     assert reach >= 2**31
-    kernels.check_exact(problem.replace(**{operand: Expanse(kernels.device).view_of(tensor, strides)}))
+    kernels.check_exact(problem.replace(**{operand: expanse.view_of(tensor, strides)}))
 
 
 @pytest.mark.parametrize("weight_layout", LAYOUTS, ids=lambda layout: layout.__name__)

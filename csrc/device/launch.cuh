@@ -22,6 +22,12 @@ struct LaunchShape {
     int64_t shared_bytes;
 };
 
+// The error in words, taken from the runtime as well: whoever asks it next would blame the wrong launch.
+inline const char* taken_error(cudaError_t error) {
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+}
+
 // Returns null, or the error in words.
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... args) {
@@ -29,7 +35,7 @@ const char* launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream
     if (shape.shared_bytes > default_shared_bytes) {
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-        if (error != cudaSuccess) return cudaGetErrorString(error);
+        if (error != cudaSuccess) return taken_error(error);
     }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
@@ -37,7 +43,7 @@ const char* launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream
     config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
     config.stream = stream;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return error == cudaSuccess ? nullptr : taken_error(error);
 }
 
 }  // namespace fused_cna::device
