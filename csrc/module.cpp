@@ -32,6 +32,8 @@ std::vector<std::string> kernels() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "Compiled part of fused_cna: the CUDA kernels and the plan that chooses among them.";
     m.def("build_info", &build_info, "The torch and the compiler this module was built with.");
+    m.def("force_plan", &force_plan, "Makes every call run the best plan whose name begins so; an empty name ends it.",
+          py::arg("name"));
     m.def("kernels", &kernels, "The names of the kernels, as a plan names them.");
 }
 

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -153,6 +154,12 @@ bool is_better(const Candidate& a, const Candidate& b) {
     return a.illegal.empty() && a.plan.estimate.total_us() < b.plan.estimate.total_us();
 }
 
+struct ForcedPlan {
+    std::atomic<bool> active = false;
+    std::mutex mutex;
+    std::string name;
+} forced;
+
 }  // namespace
 
 std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceInfo& device) {
@@ -193,7 +200,17 @@ Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::
     return found->plan;
 }
 
+void force_plan(const std::string& name) {
+    const std::lock_guard lock(forced.mutex);
+    forced.name = name;
+    forced.active = !name.empty();
+}
+
 Plan memoised_plan(const ConvProblem& problem, const DeviceInfo& device) {
+    if (forced.active) {
+        const std::lock_guard lock(forced.mutex);
+        return find_plan(problem, device, forced.name);
+    }
     // A server of ever new image sizes starts over now and then, rather than remembering them all.
     constexpr size_t most_plans = 10'000;
     static std::map<std::pair<ConvProblem, DeviceInfo>, Plan> plans;

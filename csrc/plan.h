@@ -82,6 +82,9 @@ Plan choose_plan_without_workspace(const ConvProblem& problem, const DeviceInfo&
 // std::runtime_error where no legal plan matches.
 Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::string& name);
 
+// Makes memoised_plan answer with find_plan(..., name) in this whole process, for tests and tuning; an empty name ends it.
+void force_plan(const std::string& name);
+
 // choose_plan, costed once per problem and device and remembered. Safe to call from several threads.
 Plan memoised_plan(const ConvProblem& problem, const DeviceInfo& device);
 

@@ -6,7 +6,7 @@ from fused_cna._version import __version__
 from fused_cna.config import FusionFallbackWarning
 from fused_cna.modules import ConvNormAct
 from fused_cna.ops import conv_norm_act
-from fused_cna.plan import ConvProblem, Explanation, explain
+from fused_cna.plan import ConvProblem, Explanation, explain, forced_plan
 
 __all__ = [
     "ConvNormAct",
@@ -18,4 +18,5 @@ __all__ = [
     "config",
     "conv_norm_act",
     "explain",
+    "forced_plan",
 ]

@@ -1,7 +1,8 @@
 """What would run for a convolution, on which device, and why: :func:`explain`."""
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_cna import _extension
 from fused_cna._checks import explicit_padding, pair
 from fused_cna.modules import ConvNormAct
 
@@ -204,6 +206,27 @@ def _problem_of(module: ConvNormAct, x: Tensor) -> dict[str, Any]:
         "weight_address": 0 if meta else weight.data_ptr(),
         "weight_strides": weight.stride(),
     }
+
+
+@contextlib.contextmanager
+def forced_plan(name: str) -> Iterator[None]:
+    """Inside this context every CUDA call of this process runs the best plan whose name begins so.
+
+    For tests and tuning; a call that no such plan can take raises a ``RuntimeError`` that lists the legal ones.
+
+    Args:
+        name: as :func:`explain` prints it or the start of it: "direct", "implicit_gemm_sm80 128x64x32",
+            "implicit_gemm_sm80 128x64x32 split 4 masked".
+
+    Raises:
+        ImportError: the compiled extension is not available; says why.
+    """
+    extension = _extension.module()
+    extension.force_plan(name)
+    try:
+        yield
+    finally:
+        extension.force_plan("")
 
 
 def explain(
