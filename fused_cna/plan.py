@@ -212,7 +212,8 @@ def _problem_of(module: ConvNormAct, x: Tensor) -> dict[str, Any]:
 def forced_plan(name: str) -> Iterator[None]:
     """Inside this context every CUDA call of this process runs the best plan whose name begins so.
 
-    For tests and tuning; a call that no such plan can take raises a ``RuntimeError`` that lists the legal ones.
+    For tests and tuning; a call that no such plan can take raises a ``RuntimeError`` that lists the legal
+    ones.
 
     Args:
         name: as :func:`explain` prints it or the start of it: "direct", "implicit_gemm_sm80 128x64x32",
