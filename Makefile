@@ -15,7 +15,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 EXTENSION := setup.py pyproject.toml $(filter csrc/%,$(NATIVE))
 GPU_LIMIT := timeout --kill-after=10 470
 
-.PHONY: help venv build bench test lint format simt clean gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: help venv build bench test lint format simt kernel-report coverage clean gpu-build gpu-test gpu-sanitize gpu-bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -42,6 +42,12 @@ bench: .venv/built  ## measure real networks and layers against eager PyTorch an
 
 test: .venv/built simt  ## the whole test suite; what needs a GPU is skipped without one
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist loadgroup
+
+kernel-report: .venv/installed  ## registers, shared memory, blocks and main loop of every kernel; needs nvcc
+	$(VENV) -m tests.kernel_report
+
+coverage: .venv/built  ## what the simulator never reaches in the kernels and the plan, and why
+	OMP_NUM_THREADS=1 $(VENV) -m tests.coverage_report
 
 lint: .venv/built  ## ruff, clang-format and mypy; changes nothing
 	$(VENV) -m ruff check .

@@ -154,7 +154,7 @@ def write_record(record: dict[str, Any], package: str) -> None:
 
 
 def plan_extension() -> list[Extension]:
-    """The planner: plain C++, so it is built wherever there is a C++ compiler; an installation without it cannot explain."""
+    """The planner: plain C++, built wherever there is a C++ compiler; without it nothing can be explained."""
     for header_of in ("pybind11", "torch"):  # torch brings the headers of pybind11
         package = importlib.util.find_spec(header_of)
         if package is not None and package.origin is not None:

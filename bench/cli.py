@@ -1,39 +1,83 @@
 """The command line: python -m bench."""
 
 import argparse
+import importlib.util
 import math
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from rich.console import Console
 
-from bench.jobs import JOBS, run
-from bench.layer_list import SUITES
+from bench import compare
+from bench.jobs import JOBS, NO_MATPLOTLIB, ResumeError, run
+from bench.networks import NETWORKS
 from bench.provenance import device_name
-from bench.setting import DTYPES, Budget, Setting, default_effort
+from bench.rows import ORDER_RULE, SUITES
+from bench.setting import LAYER_BATCHES, PRECISIONS, Budget, Setting, default_effort
+from bench.terminal import Console, make_console
 
 OUT = Path(__file__).parent / "out"
-WIDTH_IN_FILES = 120
+ALL_BATCHES = ",".join(str(batch) for batch in LAYER_BATCHES)
+Value = TypeVar("Value")
 
 
 def parser() -> argparse.ArgumentParser:
     """Every option with its default and what it allows."""
     jobs = "\n".join(f"  {name:<9} {job.summary}" for name, job in JOBS.items())
-    suites = "\n".join(f"  {name:<9} {text}" for name, text in SUITES.items())
+    suites = "\n".join(f"  {name:<16} {text}" for name, text in SUITES.items())
     made = argparse.ArgumentParser(
         prog="python -m bench",
         description="Compare fused_cna with what PyTorch does without it.\n\n"
         f"jobs (all, in this order, if none is named):\n{jobs}",
-        epilog=f"suites of layers:\n{suites}\n\n"
-        "Writes results.json and layers.png. Exit status: 0; 1 if a fused result was wrong or did not run.",
+        epilog=f"suites of layers:\n{suites}\n  {'networks':<16} all networks of this list\n\n"
+        f"order of the layers, which decides what a budget leaves out:\n{_wrapped(ORDER_RULE)}\n\n"
+        "Writes results.json, layers.png, suites.png and roofline.png; --compare writes compare.png.\n"
+        "Exit status: 0; 1 if a fused result was wrong or did not run; 2 if asked for what cannot be done.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
         "job", nargs="?", choices=("all", *JOBS), default="all", help="what to run (default: all)"
     )
+    _add_what_to_measure(made)
+    made.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where results go, created if missing; a results.json there is replaced (default: the folder of "
+        "the file that is resumed or of the second that is compared, else bench/out/<device>-<date>)",
+    )
+    made.add_argument(
+        "--budget",
+        type=_positive_seconds,
+        metavar="SECONDS",
+        help="start nothing more after this time, above 0; layers go most telling first, see below, and what "
+        "is left out is listed (default: no limit)",
+    )
+    made.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="a results.json whose layers are kept and not measured again; device, versions and sources must "
+        "be the same. Nothing is resumed unless asked for",
+    )
+    made.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing; print and plot which layers got faster or slower from A to B",
+    )
+    made.add_argument(
+        "--any-device", action="store_true", help="let --compare take files of two different devices"
+    )
+    return made
+
+
+def _add_what_to_measure(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -41,35 +85,64 @@ def parser() -> argparse.ArgumentParser:
         help="auto (default) takes the GPU if torch sees one, else the CPU",
     )
     made.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="storage type (default: float16 on a GPU, float32 on a CPU)"
+        "--dtype",
+        type=_list_of(_one_of(PRECISIONS, "dtype")),
+        metavar="NAMES",
+        help=f"one or more of {', '.join(PRECISIONS)}, with commas; tf32 and fp32 are float32 that every "
+        "route on a GPU multiplies so (default: fp16 on a GPU, fp32 on a CPU; jobs other than layers take "
+        "the first)",
     )
     made.add_argument(
         "--batch",
-        type=_positive_integer,
-        metavar="N",
-        help="images at a time, 1 or more (default: 32 on a GPU; on a CPU 4 for networks and 1 for layers)",
+        type=_list_of(_positive_integer),
+        metavar="NUMBERS",
+        help=f"images at a time, each 1 or more, with commas (default: for layers {ALL_BATCHES} on a GPU "
+        "and 1 on a CPU; for networks 32 and 4; jobs other than layers take the first)",
     )
     made.add_argument(
-        "--suite", choices=tuple(SUITES), default="default", help="which layers, see below (default: default)"
+        "--suite",
+        type=_list_of(_suites),
+        metavar="NAMES",
+        default=("default",),
+        help="which layers, with commas, see below (default: default)",
     )
-    made.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="where results go, created if missing (default: bench/out/<device>-<date>)",
-    )
-    made.add_argument(
-        "--budget",
-        type=_positive_seconds,
-        metavar="SECONDS",
-        help="start nothing more after this time, above 0; what is left out is listed (default: no limit)",
-    )
-    return made
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  ")
+
+
+def _list_of(parse: Callable[[str], Value | tuple[Value, ...]]) -> Callable[[str], tuple[Value, ...]]:
+    """Items with commas between them, each once, in the order given."""
+
+    def parse_all(text: str) -> tuple[Value, ...]:
+        found: list[Value] = []
+        for item in text.split(","):
+            parsed = parse(item.strip())
+            found += parsed if isinstance(parsed, tuple) else (parsed,)
+        return tuple(dict.fromkeys(found))
+
+    return parse_all
+
+
+def _one_of(known: Mapping[str, object], what: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"unknown {what} {text!r} (choose from {', '.join(known)})")
+        return text
+
+    return parse
+
+
+def _suites(text: str) -> tuple[str, ...]:
+    if text == "networks":
+        return tuple(NETWORKS)
+    return (_one_of({**SUITES, "networks": ""}, "suite")(text),)
 
 
 def _positive_integer(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of images, 1 or more, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected whole numbers of images, 1 or more, got {text!r}")
     return int(text)
 
 
@@ -88,32 +161,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     made = parser()
     options = made.parse_args(arguments)
+    console = make_console()
+    if options.compare:
+        try:
+            return compare_results(*options.compare, options.out, options.any_device, console)
+        except ValueError as error:
+            made.error(f"argument --compare: {error}")
+    if options.any_device:
+        made.error("argument --any-device: goes with --compare A.json B.json")
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error(
             f"argument --device: torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU here; "
             "allowed here: auto, cpu"
         )
     setting = setting_of(options)
-    out = options.out or OUT / default_folder(setting.device, datetime.now())
+    beside = None if options.resume is None else options.resume.parent
+    out = options.out or beside or OUT / default_folder(setting.device, datetime.now())
     jobs = tuple(JOBS) if options.job == "all" else (options.job,)
-    return run(setting, jobs, out, arguments, console())
+    try:
+        return run(setting, jobs, out, arguments, console, options.resume)
+    except ResumeError as error:
+        made.error(f"argument --resume: {error}")
 
 
-def console() -> Console:
-    """As wide as the terminal; wide enough for the tables where the output goes to a file."""
-    made = Console()
-    return made if made.is_terminal else Console(width=WIDTH_IN_FILES)
+def compare_results(before: Path, after: Path, out: Path | None, any_device: bool, console: Console) -> int:
+    """Print and plot two results; ValueError if they cannot be compared."""
+    compared = compare.compare_files(before, after, any_device=any_device)
+    compare.print_compared(console, compared)
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print(f"[yellow]{NO_MATPLOTLIB}[/yellow]", highlight=False)
+        return 0
+    path = (out or after.parent) / "compare.png"
+    compare.plot_compared(path, compared, f"{before} -> {after}")
+    console.print(f"plot: {path}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def setting_of(options: argparse.Namespace) -> Setting:
     """The defaults that depend on the device, filled in."""
     gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    names = options.dtype or (("fp16",) if gpu else ("fp32",))
     return Setting(
         device=device,
-        dtype=DTYPES[options.dtype or ("float16" if gpu else "float32")],
-        suite=options.suite,
-        batch=options.batch,
+        precisions=tuple(PRECISIONS[name] for name in names),
+        suites=options.suite,
+        batches=options.batch or (),
         effort=default_effort(device),
         budget=Budget(options.budget),
         seed=0,

@@ -3,20 +3,53 @@
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import fused_cna
 from bench import layers, overhead, pipeline, plot, report
-from bench.layer_list import layers_of
-from bench.provenance import device_name, load_average, provenance
+from bench.compare import load_rows
+from bench.layer_report import print_layers
+from bench.layer_result import LayerResult
+from bench.provenance import device_name, differences, load_average, provenance
+from bench.roofline import Ceilings
 from bench.setting import Setting, fused_path
+from bench.summary import LayersResult
+from bench.terminal import HAS_RICH, Console, progress_of
 
 BUSY = 0.5
+NO_RICH = "rich is not installed here: plain text instead (pip install -r requirements/bench.txt)"
+NO_MATPLOTLIB = (
+    "no plots: matplotlib is not installed here (pip install -r requirements/bench.txt); all numbers are in "
+    "results.json"
+)
+
+
+class ResumeError(ValueError):
+    """A file that was asked to be resumed and cannot be."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a run that is resumed had measured."""
+
+    rows: tuple[LayerResult, ...] = ()
+    ceilings: dict[str, Ceilings] | None = None
+    content: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a job is given: `save` writes its unfinished content, so that a run that is killed leaves it."""
+
+    setting: Setting
+    console: Console
+    out: Path
+    earlier: Earlier
+    save: Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -32,31 +65,38 @@ class Job:
     """A part of the bench; `needs` are modules beyond torch that it imports."""
 
     summary: str
-    run: Callable[[Setting, Console, Path], Outcome]
+    run: Callable[[Session], Outcome]
     needs: tuple[str, ...] = ()
 
 
-def run(setting: Setting, jobs: Sequence[str], out: Path, arguments: Sequence[str], console: Console) -> int:
+def run(
+    setting: Setting,
+    jobs: Sequence[str],
+    out: Path,
+    arguments: Sequence[str],
+    console: Console,
+    resume: Path | None = None,
+) -> int:
     """Run `jobs` in order; 1 if a fused result was wrong or did not run, else 0.
 
-    The JSON is written after each job, so that nothing measured is lost if a later one fails.
+    The JSON is written after each job and during long ones, so that nothing measured is lost.
+
+    Raises:
+        ResumeError: `resume` cannot be continued here; before anything is measured or written.
     """
     path, load = fused_path(setting.device), load_average()
     torch.backends.cudnn.benchmark = True
     fused_cna.config.strict = path.kernels
-    console.print(
-        f"[bold]fused_cna {fused_cna.__version__}[/bold] on {device_name(setting.device)}, "
-        f"{setting.dtype_name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads",
-        highlight=False,
-    )
-    console.print(path.line, highlight=False)
-    if load is not None and load > BUSY * (os.cpu_count() or 1):
-        console.print(
-            f"[yellow]The load average is {load:.1f} on {os.cpu_count()} processors: other work is or was "
-            "running, and these times are not to be trusted.[/yellow]",
-            highlight=False,
-        )
+    said = provenance(setting, arguments, load)
+    earlier = Earlier() if resume is None else read_earlier(resume, said)
+    _introduce(setting, console, path.line, load)
     content: dict[str, Any] = {"kernels": path.kernels, "fused_path": path.line, "skipped": {}}
+    content |= earlier.content
+    results = out / "results.json"
+
+    def write() -> None:
+        report.write_json(results, {"provenance": provenance(setting, arguments, load), **content})
+
     failures = []
     for name in jobs:
         reason = why_skip(JOBS[name], setting)
@@ -64,24 +104,65 @@ def run(setting: Setting, jobs: Sequence[str], out: Path, arguments: Sequence[st
             content["skipped"][name] = reason
             console.print(f"[yellow]{name} skipped:[/yellow] {reason}", highlight=False)
         else:
-            outcome = attempt(name, setting, console, out)
-            content[name] = outcome.content
+
+            def save(unfinished: Any, job: str = name) -> None:
+                content[job] = unfinished
+                write()
+
+            outcome = attempt(name, Session(setting, console, out, earlier, save))
+            if "broke_off" in outcome.content:
+                content[name] = content.get(name, {}) | outcome.content
+            else:
+                content[name] = outcome.content
             failures += outcome.failures
-        report.write_json(
-            out / "results.json", {"provenance": provenance(setting, arguments, load), **content}
-        )
+        write()
     for failure in failures:
         console.print(f"[red]WRONG or not run:[/red] {failure}", highlight=False)
-    console.print(f"results: {out / 'results.json'}", highlight=False, soft_wrap=True)
+    console.print(f"results: {results}", highlight=False, soft_wrap=True)
     return 1 if failures else 0
 
 
-def attempt(name: str, setting: Setting, console: Console, out: Path) -> Outcome:
+def read_earlier(path: Path, now: dict[str, Any]) -> Earlier:
+    """The rows and ceilings of a results.json; ResumeError if they cannot stand beside rows measured now."""
+    try:
+        before, rows = load_rows(path)
+    except ValueError as error:
+        raise ResumeError(str(error)) from error
+    different = differences(before, now)
+    if different:
+        raise ResumeError(
+            f"{path} cannot be resumed here, because rows of one result must be comparable, and these differ "
+            f"(file and now): {'; '.join(different)}"
+        )
+    content = report.read_json(path)["layers"]
+    ceilings = {precision: Ceilings(**values) for precision, values in content["ceilings"].items()}
+    return Earlier(tuple(rows), ceilings, {"layers": content})
+
+
+def _introduce(setting: Setting, console: Console, fused_line: str, load: float | None) -> None:
+    names = ", ".join(precision.name for precision in setting.precisions)
+    console.print(
+        f"[bold]fused_cna {fused_cna.__version__}[/bold] on {device_name(setting.device)}, "
+        f"{names}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads",
+        highlight=False,
+    )
+    console.print(fused_line, highlight=False)
+    if not HAS_RICH:
+        console.print(NO_RICH)
+    if load is not None and load > BUSY * (os.cpu_count() or 1):
+        console.print(
+            f"[yellow]The load average is {load:.1f} on {os.cpu_count()} processors: other work is or was "
+            "running, and these times are not to be trusted.[/yellow]",
+            highlight=False,
+        )
+
+
+def attempt(name: str, session: Session) -> Outcome:
     """Run one job. If it breaks off, its traceback is shown and it counts as a failure; others still run."""
     try:
-        return JOBS[name].run(setting, console, out)
+        return JOBS[name].run(session)
     except RuntimeError as error:
-        console.print_exception()
+        session.console.print_exception()
         reason = f"{name} broke off: {type(error).__name__}: {error}"
         return Outcome({"broke_off": reason}, [reason])
 
@@ -96,8 +177,9 @@ def why_skip(job: Job, setting: Setting) -> str | None:
     )
 
 
-def run_pipeline(setting: Setting, console: Console, out: Path) -> Outcome:
-    with report.progress(console, "pipeline", len(pipeline.NETWORKS)) as step:
+def run_pipeline(session: Session) -> Outcome:
+    setting, console = session.setting, session.console
+    with progress_of(console, "pipeline", len(pipeline.NETWORKS)) as step, setting.precision.applied():
         results = pipeline.run(setting, step)
     report.print_pipeline(console, results)
     left_out = list(pipeline.NETWORKS[len(results) :])
@@ -107,26 +189,38 @@ def run_pipeline(setting: Setting, console: Console, out: Path) -> Outcome:
     return Outcome({"networks": [result.as_json() for result in results], "left_out": left_out}, failures)
 
 
-def run_layers(setting: Setting, console: Console, out: Path) -> Outcome:
-    with report.progress(console, "layers", 1 + len(layers_of(setting.suite))) as step:
-        result = layers.run(setting, step)
-    report.print_layers(console, result)
-    if result.launches and importlib.util.find_spec("matplotlib") is None:
-        console.print("[yellow]no plot:[/yellow] matplotlib is not installed here")
-    elif result.launches:
-        heading = f"fused_cna {fused_cna.__version__} on {device_name(setting.device)}, {setting.dtype_name}"
-        batch = result.results[0].batch
-        plot.plot_layers(
-            out / "layers.png", result, f"{heading}, batch {batch}", fused_path(setting.device).line
+def run_layers(session: Session) -> Outcome:
+    setting, console, earlier = session.setting, session.console, session.earlier
+    with progress_of(console, "layers", layers.most_steps(setting)) as step:
+        result = layers.run(
+            setting,
+            step,
+            earlier=earlier.rows,
+            earlier_ceilings=earlier.ceilings,
+            save=lambda unfinished: session.save(unfinished.as_json()),
         )
-        console.print(f"plot: {out / 'layers.png'}", highlight=False, soft_wrap=True)
+    session.save(result.as_json())
+    print_layers(console, result)
+    if result.launches:
+        draw_layers(session, result)
     return Outcome(result.as_json(), result.failures)
 
 
-def run_overhead(setting: Setting, console: Console, out: Path) -> Outcome:
-    with report.progress(console, "overhead", 1) as step:
-        result = overhead.run(setting, step)
-    report.print_overhead(console, result)
+def draw_layers(session: Session, result: LayersResult) -> None:
+    """The plots, or a line that says why there are none."""
+    if importlib.util.find_spec("matplotlib") is None:
+        session.console.print(f"[yellow]{NO_MATPLOTLIB}[/yellow]", highlight=False)
+        return
+    device = session.setting.device
+    heading = f"fused_cna {fused_cna.__version__} on {device_name(device)}"
+    for path in plot.plot_all(session.out, result, heading, fused_path(device).line):
+        session.console.print(f"plot: {path}", highlight=False, soft_wrap=True)
+
+
+def run_overhead(session: Session) -> Outcome:
+    with progress_of(session.console, "overhead", 1) as step, session.setting.precision.applied():
+        result = overhead.run(session.setting, step)
+    report.print_overhead(session.console, result)
     return Outcome(result.as_json(), [])
 
 

@@ -13,7 +13,6 @@ RULE = (
     "networks, the one with the most uses"
 )
 FUSED_NORMS = ("BatchNorm2d", "FrozenBatchNorm2d")
-QUICK_COUNT = 8
 
 
 @dataclass(frozen=True)
@@ -186,11 +185,6 @@ ROLES = (
     _role("bare 3x3", "kxk dense", kh=3, h=14, norm="none", act="none", residual="none", conv_bias=0),
 )
 
-SUITES = {
-    "default": f"one layer for each of {len(ROLES)} roles",
-    "quick": f"the first {QUICK_COUNT} of those",
-}
-
 
 @cache
 def read_rows(path: Path = DATA) -> tuple[dict[str, str], ...]:
@@ -218,10 +212,7 @@ def parse(row: dict[str, str], role: str) -> Layer:
     return Layer(**values, conv_bias=row["conv_bias"] == "1", role=role)
 
 
-def layers_of(suite: str) -> list[Layer]:
-    """The layers of a suite, in the order in which they are measured."""
-    if suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}")
-    roles = ROLES[:QUICK_COUNT] if suite == "quick" else ROLES
-    rows = read_rows()
-    return [select(role, rows) for role in roles]
+@cache
+def layers_of_roles() -> tuple[Layer, ...]:
+    """One layer for each role, in the order of ROLES."""
+    return tuple(select(role, read_rows()) for role in ROLES)

@@ -1,4 +1,4 @@
-"""What was measured on a layer, and what it comes to: the comparison with the best rival, losses first."""
+"""What was measured on a row, and what it comes to: the comparison with the best rival; as JSON and back."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -7,17 +7,21 @@ from typing import Any
 import torch
 
 from bench.checks import allowed_for_rivals, allowed_for_us
-from bench.layer_list import RULE, Layer
-from bench.roofline import Ceilings, Floor, share
-from bench.stats import Summary, geometric_mean, paired_ratio, summarize, verdict
+from bench.layer_list import Layer
+from bench.plans import Plan
+from bench.roofline import Floor, share
+from bench.rows import Row
+from bench.stats import Summary, paired_ratio, summarize, verdict
 
 BASELINE = "three-step"
-LAUNCHES = {"launched": "launched eagerly", "graph": "in a CUDA graph"}
 
 
 @dataclass
 class Entry:
-    """One route in one memory format on one layer. `refused` says why it was not timed."""
+    """One route in one memory format on one row. `refused` says why it was not timed.
+
+    `samples` are seconds per call, by way of launching, while the row is measured; `seconds` sums them up.
+    """
 
     route: str
     memory_format: str
@@ -25,15 +29,24 @@ class Entry:
     refused: str | None = None
     error: float | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, Summary] = field(default_factory=dict)
+
+    def summarize(self) -> None:
+        self.seconds = {launch: summarize(samples) for launch, samples in self.samples.items()}
 
     def as_json(self) -> dict[str, Any]:
-        seconds = {launch: summarize(samples).as_json() for launch, samples in self.samples.items()}
-        return {key: value for key, value in asdict(self).items() if key != "samples"} | {"seconds": seconds}
+        return {key: value for key, value in asdict(self).items() if key != "samples"}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Entry":
+        seconds = {launch: Summary(**summary) for launch, summary in content["seconds"].items()}
+        error = None if content["error"] is None else float(content["error"])
+        return cls(**(content | {"seconds": seconds, "error": error}))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Fused against the best rival, launched one way. `speedup` is rival / fused: below 1, fused lost."""
+    """Fused against a rival, launched one way. `speedup` is rival / fused: below 1, fused lost."""
 
     fused_seconds: Summary
     rival: str
@@ -42,20 +55,37 @@ class Comparison:
     verdict: str
     roofline_share: float
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Comparison":
+        names = ("fused_seconds", "rival_seconds", "speedup")
+        share_read = float(content["roofline_share"])
+        return cls(
+            **(content | {name: Summary(**content[name]) for name in names} | {"roofline_share": share_read})
+        )
+
 
 @dataclass
 class LayerResult:
-    """All routes of one layer, what they come to, and what went wrong with ours if anything did."""
+    """All routes of one row, what they come to, and what went wrong with ours if anything did.
 
-    layer: Layer
-    batch: int
+    `comparisons` are with the best rival, `against_baseline` with the eager three-step, by way of launching.
+    """
+
+    row: Row
     floor: Floor
     flops: int
     least_bytes: int
     input_sets: int
     entries: list[Entry]
     comparisons: dict[str, Comparison]
+    against_baseline: dict[str, Comparison]
     failure: str | None
+    plan: Plan | None = None
+    why_no_plan: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.row.name
 
     def largest_error(self, *, ours: bool, route: str | None = None) -> float | None:
         """The largest error among our routes or the rivals, or of one route; None if none was checked."""
@@ -67,67 +97,40 @@ class LayerResult:
         return max(errors, default=None)
 
     def as_json(self) -> dict[str, Any]:
-        plain = {
-            name: getattr(self, name) for name in ("batch", "flops", "least_bytes", "input_sets", "failure")
-        }
+        row = self.row
+        plain = ("floor", "flops", "least_bytes", "input_sets", "comparisons", "against_baseline", "failure")
+        plan = None if self.plan is None else asdict(self.plan)
+        everything = asdict(self)
         return {
-            "name": self.layer.name,
-            "layer": asdict(self.layer),
-            **plain,
-            "floor": asdict(self.floor),
+            "key": row.key,
+            "name": row.layer.name,
+            "batch": row.batch,
+            "precision": row.precision,
+            "uses": row.uses,
+            "layer": asdict(row.layer),
+            **{name: everything[name] for name in plain},
+            "plan": plan,
+            "why_no_plan": self.why_no_plan,
             "routes": [entry.as_json() for entry in self.entries],
-            "comparisons": {launch: asdict(comparison) for launch, comparison in self.comparisons.items()},
         }
 
-
-@dataclass(frozen=True)
-class LayersResult:
-    """A suite: its layers in measured order, those the budget left out, those that broke off and why."""
-
-    suite: str
-    ceilings: Ceilings
-    results: list[LayerResult] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    broke_off: list[str] = field(default_factory=list)
-
-    def ordered(self, launch: str) -> list[LayerResult]:
-        """Layers compared under `launch`, the slowest against its rival first."""
-        compared = [result for result in self.results if launch in result.comparisons]
-        return sorted(compared, key=lambda result: result.comparisons[launch].speedup.median)
-
-    @property
-    def launches(self) -> list[str]:
-        return sorted({launch for result in self.results for launch in result.comparisons})
-
-    def summary(self, launch: str) -> dict[str, Any]:
-        """Geometric mean of the speed-ups, and the names of what was faster, even and slower."""
-        ordered = self.ordered(launch)
-        by_verdict = {
-            kind: [one.layer.name for one in ordered if one.comparisons[launch].verdict == kind]
-            for kind in ("slower", "even", "faster")
-        }
-        return {
-            "geometric_mean_speedup": geometric_mean(
-                [one.comparisons[launch].speedup.median for one in ordered]
-            ),
-            **by_verdict,
-        }
-
-    @property
-    def failures(self) -> list[str]:
-        wrong = [f"{result.layer.name}: {result.failure}" for result in self.results if result.failure]
-        return wrong + self.broke_off
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "suite": self.suite,
-            "rule": RULE,
-            "ceilings": self.ceilings.as_json(),
-            "summary": {launch: self.summary(launch) for launch in self.launches},
-            "failures": self.failures,
-            "left_out": self.left_out,
-            "layers": [result.as_json() for result in self.results],
-        }
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "LayerResult":
+        plan = content["plan"]
+        return cls(
+            row=Row(Layer(**content["layer"]), content["batch"], content["precision"], dict(content["uses"])),
+            floor=Floor(**content["floor"]),
+            **{
+                name: content[name]
+                for name in ("flops", "least_bytes", "input_sets", "failure", "why_no_plan")
+            },
+            entries=[Entry.from_json(entry) for entry in content["routes"]],
+            **{
+                name: {launch: Comparison.from_json(one) for launch, one in content[name].items()}
+                for name in ("comparisons", "against_baseline")
+            },
+            plan=None if plan is None else Plan(**(plan | {"tile": tuple(plan["tile"])})),
+        )
 
 
 def judge(entries: Sequence[Entry], dtype: torch.dtype) -> str | None:
@@ -152,19 +155,21 @@ def judge(entries: Sequence[Entry], dtype: torch.dtype) -> str | None:
     return "; ".join(failures) or None
 
 
-def compare(entries: Sequence[Entry], floor: Floor) -> dict[str, Comparison]:
-    """Fused against the best rival for every way of launching under which both were timed and right.
+def compare(entries: Sequence[Entry], floor: Floor, rivals: str | None = None) -> dict[str, Comparison]:
+    """Fused against the best rival, or the route named `rivals`, for every way of launching of both.
 
-    Where a route has several memory formats, its best counts, for us as for rivals.
+    Only what was right counts. Where a route has several memory formats, its best counts, for us as for
+    rivals.
     """
     usable = [entry for entry in entries if entry.refused is None]
     comparisons = {}
     for launch in sorted({launch for entry in usable for launch in entry.samples}):
         timed = [entry for entry in usable if launch in entry.samples]
-        ours, rivals = [e for e in timed if e.ours], [e for e in timed if not e.ours]
-        if not ours or not rivals:
+        ours = [entry for entry in timed if entry.ours]
+        others = [entry for entry in timed if not entry.ours and rivals in (None, entry.route)]
+        if not ours or not others:
             continue
-        own, rival = (min(side, key=lambda e: summarize(e.samples[launch]).median) for side in (ours, rivals))
+        own, rival = (min(side, key=lambda e: summarize(e.samples[launch]).median) for side in (ours, others))
         own_seconds = summarize(own.samples[launch])
         speedup = paired_ratio(rival.samples[launch], own.samples[launch])
         comparisons[launch] = Comparison(

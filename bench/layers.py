@@ -1,16 +1,24 @@
 """Single layers of real networks: fused against every other route, with errors and roofline."""
 
-from collections.abc import Callable
+import gc
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bench.checks import poison, relative_error
-from bench.layer_list import Layer, layers_of
-from bench.layer_result import Entry, LayerResult, LayersResult, compare, judge
+from bench.checks import POISON, poison, relative_error
+from bench.layer_result import BASELINE, Entry, LayerResult, compare, judge
+from bench.networks import NETWORKS, source_of
+from bench.plans import plan_of
+from bench.provenance import device_name
 from bench.roofline import Ceilings, floor, flops, least_bytes, measure_ceilings
 from bench.routes import ROUTES, Case, Route, make_case, reference
-from bench.setting import Setting
+from bench.rows import Row, layers_of, network_floor, ordered_rows
+from bench.setting import PRECISIONS, Setting
+from bench.summary import LayersResult
 from bench.timing import (
     InputSets,
     RandomPool,
@@ -24,40 +32,129 @@ from bench.timing import (
 )
 
 SECONDS_KEPT_FOR_OVERHEAD = 10.0
+SECONDS_BETWEEN_SAVES = 30.0
+CHECKED_IMAGES = 8
 
 
-def run(setting: Setting, step: Callable[[str], None]) -> LayersResult:
-    """Measure the ceilings, then every layer of the suite until the budget ends."""
-    layers = layers_of(setting.suite)
-    step("ceilings: large copy, large matrix product")
-    ceilings = measure_ceilings(setting.device, setting.dtype, seed=setting.seed)
-    pool = RandomPool(setting.device, setting.dtype, setting.seed)
-    batch = setting.batch_or(on_cpu=1, on_gpu=32)
-    outcome = LayersResult(setting.suite, ceilings)
-    for layer in layers:
-        if not setting.budget.allows(SECONDS_KEPT_FOR_OVERHEAD):
-            outcome.left_out.append(layer.name)
+def run(
+    setting: Setting,
+    step: Callable[[str], None],
+    *,
+    earlier: Sequence[LayerResult] = (),
+    earlier_ceilings: Mapping[str, Ceilings] | None = None,
+    save: Callable[[LayersResult], object] = lambda outcome: None,
+) -> LayersResult:
+    """Measure the ceilings, then every row of the suites, most telling first, until the budget ends.
+
+    What `earlier` has is not measured again and stays in the result. `save` gets unfinished results.
+    """
+    ceilings = dict(earlier_ceilings or {})
+    for precision in setting.precisions:
+        if precision.name not in ceilings:
+            step(f"ceilings: large copy, large matrix product, {precision.name}")
+            with precision.applied():
+                ceilings[precision.name] = measure_ceilings(
+                    setting.device, precision.dtype, seed=setting.seed
+                )
+    names = [precision.name for precision in setting.precisions]
+    rows = ordered_rows(setting.suites, setting.layer_batches, names, ceilings)
+    outcome = _begin(setting, rows, ceilings, earlier)
+    done = {result.row.key for result in earlier}
+    pools = Pools(setting)
+    saved = time.monotonic()
+    for row in rows:
+        if row.key in done:
             continue
-        step(layer.name)
-        try:
-            outcome.results.append(measure(layer, batch, setting, pool, ceilings))
-        except RuntimeError as error:
-            outcome.broke_off.append(f"{layer.name}: {_first_line(error)}")
+        if not setting.budget.allows(_kept(setting)):
+            outcome.left_out.append(row.name)
+            continue
+        step(row.name)
+        _attempt(row, setting, pools, ceilings[row.precision], outcome)
+        if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            save(outcome)
+            saved = time.monotonic()
     return outcome
 
 
-def measure(layer: Layer, batch: int, setting: Setting, pool: RandomPool, ceilings: Ceilings) -> LayerResult:
-    """Check, then time, every route on one layer."""
-    case = make_case(layer, setting.device, setting.dtype, setting.seed)
-    itemsize = setting.dtype.itemsize
-    shapes = [(batch, layer.cin, layer.h, layer.w)]
+def most_steps(setting: Setting) -> int:
+    """How many steps a run has at most: ceilings, and each layer of each suite as often as it is wanted."""
+    layers = {replace(layer, uses=1, role="") for suite in setting.suites for layer in layers_of(suite)}
+    return len(setting.precisions) * (1 + len(setting.layer_batches) * len(layers))
+
+
+def _kept(setting: Setting) -> float:
+    seconds = setting.budget.seconds
+    return 0.0 if seconds is None else min(SECONDS_KEPT_FOR_OVERHEAD, 0.1 * seconds)
+
+
+def _begin(
+    setting: Setting, rows: Sequence[Row], ceilings: dict[str, Ceilings], earlier: Sequence[LayerResult]
+) -> LayersResult:
+    """The result before anything is measured: what is planned, and what is there already."""
+    outcome = LayersResult({}, ceilings, results=list(earlier), resumed=len(earlier))
+    in_plan = {row.key: row for row in rows}
+    for result in earlier:
+        if result.row.key in in_plan:
+            result.row.uses.update(in_plan[result.row.key].uses)
+    asked = itertools.product((one.name for one in setting.precisions), setting.layer_batches, setting.suites)
+    there = [(one.row.precision, one.row.batch, suite) for one in earlier for suite in one.row.uses]
+    for precision, batch, suite in dict.fromkeys([*asked, *there]):
+        outcome.suites[suite] = source_of(suite) if suite in NETWORKS else "data/conv_layers.csv"
+        whole = [Row(one, batch, precision, {suite: one.uses}) for one in layers_of(suite)]
+        outcome.planned[suite, batch, precision] = {
+            one.key: network_floor(one, suite, ceilings[precision]) for one in whole
+        }
+    return outcome
+
+
+class Pools:
+    """Random inputs, one pool per storage type, made when first needed."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._pools: dict[torch.dtype, RandomPool] = {}
+
+    def of(self, dtype: torch.dtype) -> RandomPool:
+        if dtype not in self._pools:
+            self._pools[dtype] = RandomPool(self._setting.device, dtype, self._setting.seed)
+        return self._pools[dtype]
+
+    def free(self) -> None:
+        """Give all memory back to the device."""
+        self._pools.clear()
+        gc.collect()
+        if self._setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _attempt(row: Row, setting: Setting, pools: Pools, ceilings: Ceilings, outcome: LayersResult) -> None:
+    """Measure a row and file it; one that does not fit the memory is tried once more with all of it free."""
+    for tries_left in (1, 0):
+        try:
+            outcome.results.append(measure(row, setting, pools.of(PRECISIONS[row.precision].dtype), ceilings))
+            return
+        except torch.OutOfMemoryError:
+            if not tries_left:
+                outcome.too_large.append(row.name)
+        except RuntimeError as error:
+            outcome.broke_off.append(f"{row.name}: {_first_line(error)}")
+            return
+        pools.free()
+
+
+def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) -> LayerResult:
+    """Check, then time, every route on one row, in the row's precision."""
+    precision = PRECISIONS[row.precision]
+    layer = row.layer
+    case = make_case(layer, setting.device, precision.dtype, setting.seed)
+    shapes = [(row.batch, layer.cin, layer.h, layer.w)]
     if layer.residual_order is not None:
-        shapes.append((batch, layer.cout, layer.out_h, layer.out_w))
-    set_bytes = itemsize * sum(n * c * h * w for n, c, h, w in shapes)
+        shapes.append((row.batch, layer.cout, layer.out_h, layer.out_w))
+    set_bytes = row.itemsize * sum(n * c * h * w for n, c, h, w in shapes)
     count = input_sets_needed(set_bytes, cache_bytes_of(setting.device))
     entries: list[Entry] = []
     works: dict[tuple[int, str], Work] = {}
-    with torch.inference_mode():
+    with precision.applied(), torch.inference_mode():
         for memory_format in case.memory_formats:
             input_sets = pool.input_sets(shapes, count, memory_format)
             expected = _expected(case, input_sets[0])
@@ -66,29 +163,49 @@ def measure(layer: Layer, batch: int, setting: Setting, pool: RandomPool, ceilin
                 entries.append(entry)
                 works |= {(len(entries) - 1, launch): work for launch, work in launches.items()}
         _time(entries, works, setting)
-    failure = judge(entries, setting.dtype)
-    floor_time = floor(layer, batch, itemsize, ceilings)
+    failure = judge(entries, precision.dtype)
+    floor_time = floor(layer, row.batch, row.itemsize, ceilings)
+    plan, why_no_plan = plan_of(row, setting.device, device_name(setting.device))
     return LayerResult(
-        layer=layer,
-        batch=batch,
+        row=row,
         floor=floor_time,
-        flops=flops(layer, batch),
-        least_bytes=least_bytes(layer, batch, itemsize),
+        flops=flops(layer, row.batch),
+        least_bytes=least_bytes(layer, row.batch, row.itemsize),
         input_sets=count,
         entries=entries,
         comparisons=compare(entries, floor_time),
+        against_baseline=compare(entries, floor_time, BASELINE),
         failure=failure,
+        plan=plan,
+        why_no_plan=why_no_plan,
     )
 
 
+def checked_images(batch: int) -> list[int]:
+    """Which images are compared with float64: at most 8, spread over the batch, first and last included."""
+    count = min(batch, CHECKED_IMAGES)
+    return [index * (batch - 1) // max(count - 1, 1) for index in range(count)]
+
+
 def _expected(case: Case, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The float64 answer for one input set. Searching cuDNN's float64 algorithms would only cost time."""
+    """The float64 answer for the checked images of one input set.
+
+    Searching cuDNN's float64 algorithms would only cost time.
+    """
     searching = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
+    images = checked_images(inputs[0].shape[0])
     try:
-        return reference(case, *inputs)
+        return reference(case, *(tensor[images] for tensor in inputs))
     finally:
         torch.backends.cudnn.benchmark = searching
+
+
+def _error(output: Tensor, expected: Tensor) -> float:
+    """The relative error of the checked images; inf if anything in the whole batch is not finite."""
+    if not bool(torch.isfinite(output).all()):
+        return torch.inf
+    return relative_error(output[checked_images(output.shape[0])], expected)
 
 
 def _prepare(
@@ -102,14 +219,16 @@ def _prepare(
     try:
         call = route.prepare(case, memory_format)
         poison(call(*input_sets[0]))
-        entry.error = relative_error(call(*input_sets[0]), expected)
+        entry.error = _error(call(*input_sets[0]), expected)
         works = {"launched": rotating(call, input_sets)}
         if case.device.type == "cuda":
             graph = captured(call, input_sets)
-            graph.first_output.fill_(torch.nan)
+            graph.first_output.fill_(POISON)
             graph.graph.replay()
-            entry.error = max(entry.error, relative_error(graph.first_output, expected))
+            entry.error = max(entry.error, _error(graph.first_output, expected))
             works["graph"] = graph.work
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         if case.device.type == "cuda":
             # A library that refuses leaves the device alive; a lost device raises here again.
@@ -124,7 +243,7 @@ def _first_line(error: RuntimeError) -> str:
 
 
 def _time(entries: list[Entry], works: dict[tuple[int, str], Work], setting: Setting) -> None:
-    """Time all works of a layer side by side and file the samples with their entries."""
+    """Time all works of a row side by side and file the samples with their entries."""
     samples = interleaved(
         works,
         stopwatch_for(setting.device),
@@ -134,3 +253,5 @@ def _time(entries: list[Entry], works: dict[tuple[int, str], Work], setting: Set
     )
     for (index, launch), seconds in samples.items():
         entries[index].samples[launch] = seconds
+    for entry in entries:
+        entry.summarize()

@@ -1,5 +1,6 @@
 """Where a result comes from: everything needed to know whether two results may be compared."""
 
+import hashlib
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ from bench.roofline import convolution_precision
 from bench.setting import Setting
 
 ROOT = Path(__file__).parents[1]
+MEASURED = {"fused_cna": ".py", "csrc": ""}
 
 
 def load_average() -> float | None:
@@ -34,6 +36,7 @@ def provenance(setting: Setting, arguments: Sequence[str], load_before: float | 
         "command": ["python", "-m", "bench", *arguments],
         "seed": setting.seed,
         "git": git_state(ROOT),
+        "sources": sources_digest(ROOT),
         "host": {
             "cpu": cpu_model(),
             "machine": platform.machine(),
@@ -52,6 +55,37 @@ def provenance(setting: Setting, arguments: Sequence[str], load_before: float | 
             "conv_fp32_precision": convolution_precision(),
         },
     }
+
+
+def identity(content: dict[str, Any]) -> dict[str, object]:
+    """What must be the same, in two provenances, for rows of both runs to stand in one result."""
+    device = {f"device {name}": value for name, value in content["device"].items()}
+    same = {name: content[name] for name in ("torch", "sources", "seed")}
+    extension = {
+        f"fused_cna {name}": content["fused_cna"].get(name)
+        for name in ("available", "kernels", "architectures")
+    }
+    return {**device, **same, **extension, "threads": content["host"]["threads"]}
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Where the identities of two provenances differ: 'torch: 2.13.0 and 2.14.1'."""
+    first, second = identity(before), identity(after)
+    return [
+        f"{name}: {first.get(name)} and {second.get(name)}"
+        for name in dict.fromkeys((*first, *second))
+        if first.get(name) != second.get(name)
+    ]
+
+
+def sources_digest(root: Path) -> str:
+    """Twelve digits that change with any source file of what is measured, committed or not."""
+    digest = hashlib.sha256()
+    for folder, suffix in MEASURED.items():
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file() and path.name.endswith(suffix):
+                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def device_description(device: torch.device) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from bench.layer_list import Layer
 from bench.timing import Work, interleaved, stopwatch_for
 
 NORM_VECTORS = 4
+CEILING_LIMIT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, seed: int, sma
             stopwatch,
             rounds=20,
             sample_seconds=0.0 if small else 0.02,
+            limit_seconds=CEILING_LIMIT_SECONDS,
         )
     return Ceilings(
         bytes_per_second=2 * source.nbytes / min(samples["copy"]),

@@ -1,15 +1,50 @@
-"""What all jobs of the bench share: device, dtype, sizes, effort, and the time that is left."""
+"""What all jobs of the bench share: device, precisions, sizes, effort, and the time that is left."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 import fused_cna
+from fused_cna.ops import device_obstacle
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LOWEST_CAPABILITY = (8, 0)
+LAYER_BATCHES = (1, 8, 32, 128)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A storage type and, for float32, how convolutions on a GPU multiply it: "tf32" or "ieee"."""
+
+    name: str
+    dtype: torch.dtype
+    float32_products: str | None = None
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """PyTorch's switch for convolutions, which every route follows, set for the time inside."""
+        # torch's stubs do not know this module attribute; the older switch raises once this one was used.
+        switch: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009
+        before = switch.fp32_precision
+        if self.float32_products is not None:
+            switch.fp32_precision = self.float32_products
+        try:
+            yield
+        finally:
+            switch.fp32_precision = before
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp16", torch.float16),
+        Precision("bf16", torch.bfloat16),
+        Precision("tf32", torch.float32, "tf32"),
+        Precision("fp32", torch.float32, "ieee"),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -44,29 +79,44 @@ class Budget:
 
 @dataclass(frozen=True)
 class Setting:
-    """One run of the bench."""
+    """One run of the bench. Jobs that take one precision and one batch take the first of each.
+
+    `batches` is empty where none was asked for, and each job has a default of its own.
+    """
 
     device: torch.device
-    dtype: torch.dtype
-    suite: str
-    batch: int | None
+    precisions: tuple[Precision, ...]
+    suites: tuple[str, ...]
+    batches: tuple[int, ...]
     effort: Effort
     budget: Budget
     seed: int
 
     @property
-    def dtype_name(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+    def precision(self) -> Precision:
+        return self.precisions[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.precision.dtype
 
     def batch_or(self, on_cpu: int, on_gpu: int) -> int:
-        """The batch asked for, else the job's own default for this kind of device."""
-        if self.batch is not None:
-            return self.batch
+        """The first batch asked for, else the job's own default for this kind of device."""
+        if self.batches:
+            return self.batches[0]
         return on_gpu if self.device.type == "cuda" else on_cpu
+
+    @property
+    def layer_batches(self) -> tuple[int, ...]:
+        """The batches of the layers job: those asked for, else all on a GPU and 1 on a CPU."""
+        return self.batches or (LAYER_BATCHES if self.device.type == "cuda" else (1,))
 
 
 def default_effort(device: torch.device) -> Effort:
-    return Effort(rounds=15, sample_seconds=2e-3 if device.type == "cuda" else 6e-3)
+    """On a CPU there is no kernel to measure, so little time is spent."""
+    if device.type == "cuda":
+        return Effort(rounds=15, sample_seconds=2e-3)
+    return Effort(rounds=9, sample_seconds=2e-3, layer_limit_seconds=0.3)
 
 
 @dataclass(frozen=True)
@@ -86,14 +136,11 @@ def fused_path(device: torch.device) -> FusedPath:
             "expected. On a GPU this run would time the CUDA kernels against every cuDNN route.",
         )
     info = fused_cna.build_info()
-    capability = torch.cuda.get_device_capability(device)
     if not info["available"]:
         return FusedPath(
             False, f"There is no CUDA extension, so 'fused' is the eager fallback: {info['reason']}"
         )
-    if capability < LOWEST_CAPABILITY:
-        return FusedPath(
-            False,
-            f"The kernels need sm_80, this GPU is sm_{capability[0]}{capability[1]}: the eager fallback.",
-        )
+    obstacle = device_obstacle(device.index or 0)
+    if obstacle:
+        return FusedPath(False, f"'fused' is the eager fallback: {obstacle}")
     return FusedPath(True, f"On this GPU 'fused' runs the CUDA kernels: {', '.join(info['kernels'])}.")

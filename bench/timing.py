@@ -142,6 +142,7 @@ class RandomPool:
         steps = [math.ceil(size / aligned) * aligned for size in sizes]
         total = sum(steps) * count
         if self._numbers.numel() < total:
+            self._numbers = self._numbers.new_empty(0)
             self._numbers = torch.randn(
                 total, device=self._device, dtype=self._dtype, generator=self._generator
             )

@@ -109,7 +109,7 @@ if not _extension.is_available():
     _library.impl("conv_norm_act", _cuda_kernel_without_extension, "CUDA")
 
 
-def _device_obstacle(index: int) -> str:
+def device_obstacle(index: int) -> str:
     """Why the kernels in the extension cannot run on CUDA device ``index``; empty if they can."""
     major, minor = torch.cuda.get_device_capability(index)
     device = f"{torch.cuda.get_device_name(index)} with compute capability {major}.{minor}"
@@ -148,7 +148,7 @@ def _obstacle(dtype: torch.dtype, device_index: int) -> str:
     if dtype not in _FUSED_DTYPES:
         return f"no kernel takes {dtype}; there are kernels for float32, float16 and bfloat16"
     if device_index not in _device_obstacles:
-        _device_obstacles[device_index] = _device_obstacle(device_index)
+        _device_obstacles[device_index] = device_obstacle(device_index)
     return _device_obstacles[device_index]
 
 

@@ -47,51 +47,59 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 def check_kernels() -> None:
-    """Runs every shape in every dtype on the GPU, in both layouts, and compares the results bit for bit.
+    """Runs every shape in every dtype on the GPU, and every instantiation of the tensor-core kernel.
 
-    All but the convolutions is computed on the CPU and copied, so that the tool sees only these kernels.
+    The results are compared bit for bit. All but the convolutions is computed on the CPU and copied, so that
+    the tool sees only these kernels.
     """
     import torch
 
     import fused_cna
     from fused_cna import _extension
-    from tests.reference import DTYPES, Wanted, expected_rounded, integer_problem
+    from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
     from tests.shapes import SHAPES
+    from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
 
     fused_cna.config.strict = True
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     extension = _extension.module()
-    reached = set()
     wanted = Wanted(act="relu", residual_order="add_act")
+
+    def check(problem: Problem, layout: torch.memory_format, plan: str) -> None:
+        placed = problem.map(
+            lambda tensor: (tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor).cuda()
+        )
+        extension.force_plan(plan)
+        with torch.inference_mode():
+            actual = placed.call(fused_cna.conv_norm_act).cpu()
+        assert torch.equal(actual, expected_rounded(problem)), (
+            f"{problem.x.shape} {layout} {plan}: wrong result"
+        )
+
     for shape in SHAPES:
         for dtype in DTYPES:
             problem = integer_problem(shape, dtype, wanted)
-            expected = expected_rounded(problem)
-            for layout in (torch.contiguous_format, torch.channels_last):
-                placed = problem.map(
-                    lambda t, layout=layout: (
-                        t.contiguous(memory_format=layout) if t.dim() == 4 else t
-                    ).cuda()
+            check(problem, torch.contiguous_format, "direct")
+            check(problem, torch.channels_last, "")
+    instantiations = set()
+    for shape in LARGER:
+        for dtype in DTYPES:
+            problem = integer_problem(shape, dtype, wanted)
+            dense = problem.map(
+                lambda tensor: (
+                    tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
                 )
-                with torch.inference_mode():
-                    actual = placed.call(fused_cna.conv_norm_act).cpu()
-                assert torch.equal(actual, expected), f"{shape} {dtype} {layout}: wrong result"
-            plan = extension.plan(
-                *shape.x_size,
-                shape.k,
-                shape.r,
-                shape.s,
-                stride=shape.stride,
-                padding=shape.pads,
-                dilation=shape.dilation,
-                groups=shape.groups,
-                dtype=str(dtype).removeprefix("torch."),
             )
-            reached.add(plan["kernel"])
+            # one plan for each instantiation, the one with the most splits
+            plans = {without_split(plan): plan for plan in reversed(tensor_core_plans(dense))}
+            new = {(dtype, kind): plan for kind, plan in plans.items() if (dtype, kind) not in instantiations}
+            for plan in new.values():
+                check(problem, torch.channels_last, plan)
+            instantiations |= set(new)
+    extension.force_plan("")
     torch.cuda.synchronize()
-    missed = set(extension.kernels()) - reached
-    assert not missed, f"no shape reaches {sorted(missed)}; add one to tests/shapes.py"
     print(
-        f"{len(SHAPES)} shapes, {len(DTYPES)} dtypes, 2 layouts: kernels {sorted(reached)} agree bit for bit"
+        f"{len(SHAPES)} shapes, {len(DTYPES)} dtypes, {len(instantiations)} tensor-core kernels: bit for bit"
     )
 
 

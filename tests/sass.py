@@ -1,12 +1,29 @@
-"""Compiles a kernel file with nvcc and reads the result: resources, launch bounds, machine instructions."""
+"""Compiles kernel files with nvcc and reads the result: resources, launch bounds, machine instructions.
+
+What comes out is kept under build/sass/, by the content of everything that went in.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
+import runpy
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from tests.machine_code import Code, count, parse_code
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+SOURCES = sorted((CSRC / "kernels").glob("*.cu"))
+CACHE = ROOT / "build" / "sass"
+PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -30,17 +47,17 @@ class LaunchBounds:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel, by mangled name, for one architecture. ``opcodes`` is None without a disassembler."""
+    """One kernel, by mangled name, for one architecture. ``code`` is None without a disassembler."""
 
     name: str
     resources: Resources
     bounds: LaunchBounds
-    opcodes: tuple[str, ...] | None
+    code: Code | None
 
     def count(self, pattern: str) -> int:
         """How many instructions have an opcode, modifiers included, that ``pattern`` matches as a whole."""
-        assert self.opcodes is not None
-        return sum(re.fullmatch(pattern, opcode) is not None for opcode in self.opcodes)
+        assert self.code is not None
+        return count(self.code, pattern)
 
 
 def parse_resources(log: str) -> dict[str, Resources]:
@@ -72,18 +89,7 @@ def parse_launch_bounds(ptx: str) -> dict[str, LaunchBounds]:
     return found
 
 
-def parse_opcodes(listing: str) -> dict[str, tuple[str, ...]]:
-    """The opcodes of each kernel in order, modifiers included, by mangled name, from nvdisasm's listing.
-
-    Functions that a kernel calls and that were not inlined lie in its section and so count as part of it.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    for part in re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.MULTILINE)[1:]:
-        instructions = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", part, re.MULTILINE)
-        found[part[: part.index(",")]] = tuple(instructions)
-    return found
-
-
+@cache
 def find_disassembler() -> str | None:
     """nvdisasm of the toolkit on PATH, or the one that triton brings."""
     if found := shutil.which("nvdisasm"):
@@ -96,39 +102,180 @@ def find_disassembler() -> str | None:
     return str(bundled) if bundled.is_file() else None
 
 
+def included_files(source: Path, include: Path) -> set[Path]:
+    """The source and every file that it includes, those of the system left out."""
+    found: set[Path] = set()
+    waiting = [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^#include ["<]([^">]+)[">]', path.read_text(), re.MULTILINE):
+            candidates = (path.parent / name, include / name)
+            waiting += [file.resolve() for file in candidates if file.is_file()][:1]
+    return found
+
+
 def compile_kernels(
-    source: Path, architecture: str, include: Path, flags: list[str], folder: Path
+    source: Path, architecture: str, include: Path, flags: list[str], cache_folder: Path = CACHE
 ) -> list[CompiledKernel]:
     """Compiles one .cu file for an architecture such as ``sm_90a`` and reads every kernel in it.
 
     Args:
         flags: nvcc's, as the build uses them.
-        folder: where the files go; must be empty or new.
+        cache_folder: where the results are kept for the next time.
 
     Raises:
         RuntimeError: it does not compile. Has all that nvcc printed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    cubin = folder / f"{source.stem}.cubin"
-    target = f"-gencode=arch={architecture.replace('sm_', 'compute_')},code={architecture}"
-    intermediate = ["--keep", "--keep-dir", str(folder)]
-    command = ["nvcc", "-cubin", target, *flags, f"-I{include}", "-Xptxas", "-v", *intermediate]
-    done = subprocess.run(
-        [*command, str(source), "-o", str(cubin)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"nvcc could not compile {source} for {architecture}:\n{done.stdout}")
-    resources = parse_resources(done.stdout)
-    bounds = parse_launch_bounds((folder / f"{source.stem}.ptx").read_text())
-    opcodes: dict[str, tuple[str, ...]] = {}
+    folder = cache_folder / f"{source.stem}-{architecture}-{_digest(source, architecture, include, flags)}"
+    if not folder.exists():
+        _compile(source, architecture, include, flags, folder)
+    resources = parse_resources((folder / "log").read_text())
+    bounds = parse_launch_bounds((folder / "ptx").read_text())
+    code: dict[str, Code] = {}
     if disassembler := find_disassembler():
-        listing = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, check=True, text=True)
-        opcodes = parse_opcodes(listing.stdout)
+        listing = subprocess.run(
+            [disassembler, "-c", str(folder / "cubin")], capture_output=True, check=True, text=True
+        )
+        code = parse_code(listing.stdout)
     return [
-        CompiledKernel(name, resources[name], bounds[name], opcodes[name] if opcodes else None)
+        CompiledKernel(name, resources[name], bounds[name], code[name] if code else None)
         for name in resources
     ]
+
+
+def _digest(source: Path, architecture: str, include: Path, flags: list[str]) -> str:
+    digest = hashlib.sha256(repr((architecture, flags, _compiler_version())).encode())
+    for path in sorted(included_files(source, include)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _compiler_version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, check=True, text=True).stdout
+
+
+def _compile(source: Path, architecture: str, include: Path, flags: list[str], folder: Path) -> None:
+    """Leaves the log, the PTX and the machine code in ``folder``, which appears only when all are there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    target = f"-gencode=arch={architecture.replace('sm_', 'compute_')},code={architecture}"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        kept, result = Path(temporary, "kept"), Path(temporary, "result")
+        kept.mkdir()
+        result.mkdir()
+        intermediate = ["--keep", "--keep-dir", str(kept)]
+        command = ["nvcc", "-cubin", target, *flags, f"-I{include}", "-Xptxas", "-v", *intermediate]
+        done = subprocess.run(
+            [*command, str(source), "-o", str(result / "cubin")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc could not compile {source} for {architecture}:\n{done.stdout}")
+        (result / "log").write_text(done.stdout)
+        (kept / f"{source.stem}.ptx").rename(result / "ptx")
+        try:
+            result.rename(folder)
+        except OSError:
+            # another process was faster, with the same result
+            if not folder.exists():
+                raise
+    for old in folder.parent.glob(f"{source.stem}-{architecture}-*"):
+        if old != folder:
+            # another process may be removing it too
+            shutil.rmtree(old, ignore_errors=True)
+
+
+Compiled = dict[tuple[str, str], list[CompiledKernel]]
+"""Kernels by the name of their file, without its ending, and architecture."""
+
+
+def compile_all(architectures: Iterable[str]) -> Compiled:
+    """Every kernel file for every architecture, with the flags of the build, two compilers at a time."""
+    flags: list[str] = runpy.run_path(str(ROOT / "setup.py"))["NVCC_FLAGS"]
+    # the files that take longest first
+    sources = sorted(SOURCES, key=lambda source: "gemm" not in source.stem)
+    jobs = [(source, architecture) for source in sources for architecture in architectures]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        results = list(pool.map(lambda job: compile_kernels(job[0], job[1], CSRC, flags), jobs))
+    return {
+        (source.stem, architecture): found
+        for (source, architecture), found in zip(jobs, results, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class GemmKernel:
+    """An instantiation of implicit_gemm_sm80: what its mangled name says of it."""
+
+    dtype: str
+    m: int
+    n: int
+    k_bytes: int
+    stages: int
+    warps_m: int
+    warps_n: int
+    blocks: int
+    access_bytes: int
+    rows: str
+
+    @property
+    def value_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def tile(self) -> str:
+        """As the plan prints it."""
+        return f"{self.m}x{self.n}x{self.k_bytes // self.value_bytes}"
+
+    @property
+    def threads(self) -> int:
+        return self.warps_m * self.warps_n * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """GemmTile::shared_bytes of csrc/tiles.h, and what the kernel may add to it for alignment."""
+        return self.stages * (self.m + self.n) * self.k_bytes + self.m * 24 + self.n * 12 + 128
+
+
+_DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+_GEMM = re.compile(
+    r"18implicit_gemm_sm80INS0_18ImplicitGemmTraitsI(?P<dtype>f|6__half|13__nv_bfloat16)XtlNS_8GemmTileE"
+    r"(?P<tile>(?:L[ib]\d+E)+)EELi(?P<access>\d+)EEENS0_\d+(?P<rows>[A-Z][a-z]+)Rows"
+)
+
+
+def gemm_kernel(name: str) -> GemmKernel | None:
+    """What a mangled name says, or None where it is another kernel's."""
+    match = _GEMM.search(name)
+    if match is None:
+        return None
+    tile = [int(number) for number in re.findall(r"L[ib](\d+)E", match["tile"])]
+    return GemmKernel(_DTYPES[match["dtype"]], *tile[:7], int(match["access"]), match["rows"].lower())
+
+
+REGISTERS_PER_MULTIPROCESSOR = 65536
+THREADS_PER_MULTIPROCESSOR = 2048
+SHARED_BYTES_PER_MULTIPROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
+SYSTEM_SHARED_BYTES = 1024
+"""What the system takes of a multiprocessor's shared memory for each block."""
+
+
+def registers_of_a_block(kernel: CompiledKernel) -> int:
+    """Registers are given out to a warp in units of 256."""
+    return -(-kernel.resources.registers * 32 // 256) * 256 * (kernel.bounds.threads // 32)
+
+
+def resident_blocks(kernel: CompiledKernel, shared_bytes: int, architecture: str) -> int:
+    """How many blocks a multiprocessor holds at once, each with so much dynamic shared memory."""
+    shared = shared_bytes + kernel.resources.shared_bytes + SYSTEM_SHARED_BYTES
+    return min(
+        REGISTERS_PER_MULTIPROCESSOR // registers_of_a_block(kernel),
+        THREADS_PER_MULTIPROCESSOR // kernel.bounds.threads,
+        SHARED_BYTES_PER_MULTIPROCESSOR[architecture] // shared,
+    )

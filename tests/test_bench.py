@@ -1,4 +1,4 @@
-"""The bench: its arithmetic, its choices and its files. Nothing here asserts a time."""
+"""The bench's arithmetic: statistics, roofline, clocks and inputs. Nothing here asserts a time."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -7,73 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.checks import relative_error
-from bench.layer_list import ROLES, SUITES, Layer, Role, layers_of, parse, read_rows, select
-from bench.layer_result import BASELINE
-from bench.roofline import Ceilings, Floor, floor, flops, least_bytes, measure_ceilings, share
-from bench.routes import (
-    ROUTES,
-    CudnnAddRelu,
-    CudnnRelu,
-    Folded,
-    Fused,
-    ThreeStep,
-    folded_weight_and_bias,
-    make_case,
-    reference,
-)
-from bench.setting import Budget, Effort, Setting
+from bench.roofline import Floor, floor, flops, least_bytes, measure_ceilings, share
+from bench.setting import PRECISIONS, Budget
 from bench.stats import Summary, geometric_mean, paired_ratio, summarize, verdict
 from bench.timing import EventStopwatch, RandomPool, Work, captured, input_sets_needed, interleaved, rotating
-
-CPU = torch.device("cpu")
-FORMATS = (torch.contiguous_format, torch.channels_last)
-ROW = {
-    "kind": "kxk dense",
-    "norm": "BatchNorm2d",
-    "act": "ReLU",
-    "residual": "none",
-    "conv_bias": "0",
-    **dict.fromkeys(
-        ("stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups", "uses", "models"), "1"
-    ),
-    "cin": "8",
-    "cout": "4",
-    "kh": "3",
-    "kw": "3",
-    "h": "6",
-    "w": "5",
-}
-CEILINGS = Ceilings(1e9, 1e12, 1, 1, "float32")
-
-
-def layer(**changes: object) -> Layer:
-    return replace(parse(ROW, "a role"), **changes)  # type: ignore[arg-type]
-
-
-def setting(budget: Budget | None = None, batch: int | None = 2) -> Setting:
-    return Setting(CPU, torch.float32, "quick", batch, Effort(3, 0.0), budget or Budget(None), seed=0)
-
-
-def exact(value: float) -> Summary:
-    return Summary(value, value, value, 1)
-
-
-class FakeClock:
-    """Seconds that pass only where work says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        start = self.now
-        work()
-        return self.now - start
+from tests.bench_cases import CEILINGS, CPU, FORMATS, FakeClock, layer
 
 
 class TestStats:
@@ -102,69 +42,6 @@ class TestStats:
     )
     def test_verdict_needs_both_quartiles(self, low: float, high: float, expected: str) -> None:
         assert verdict(Summary((low + high) / 2, low, high, 9)) == expected
-
-
-class TestLayerList:
-    def test_every_role_has_a_row_and_every_name_is_its_own(self) -> None:
-        chosen = layers_of("default")
-        assert [one.role for one in chosen] == [role.name for role in ROLES]
-        assert len({one.name for one in chosen}) == len(chosen)
-        assert all(one.models >= 2 for one in chosen)
-
-    def test_quick_is_the_beginning_of_default(self) -> None:
-        quick = layers_of("quick")
-        assert 0 < len(quick) < len(layers_of("default"))
-        assert quick == layers_of("default")[: len(quick)]
-
-    def test_kinds_that_must_be_there(self) -> None:
-        chosen = layers_of("default")
-        assert {one.kh for one in chosen if one.depthwise} == {3, 5, 7}
-        assert any(1 < one.groups < one.cin for one in chosen)
-        assert any(one.dil_h > 1 for one in chosen)
-        assert any(one.cin == 3 for one in chosen)
-        assert any((one.h, one.w) == (1, 1) for one in chosen)
-        assert {one.residual_order for one in chosen} == {None, "add_act", "act_add"}
-
-    def test_most_used_row_of_at_least_two_networks_is_chosen(self) -> None:
-        rows = [
-            ROW | {"uses": "9", "models": "1", "cin": "1"},
-            ROW | {"uses": "5", "models": "2", "cin": "2"},
-            ROW | {"uses": "7", "models": "2", "cin": "3"},
-            ROW | {"uses": "8", "models": "2", "cin": "4", "kh": "5"},
-        ]
-        assert select(Role("r", {"kh": "3"}), rows).cin == 3
-        with pytest.raises(LookupError, match=r"no row .* matches the role 'r'"):
-            select(Role("r", {"kh": "11"}), rows)
-
-    def test_rows_are_complete(self) -> None:
-        assert len(read_rows()) > 3000
-        assert set(ROW) == set(read_rows()[0])
-
-    def test_unknown_suite_lists_the_known(self) -> None:
-        with pytest.raises(ValueError, match=", ".join(SUITES)):
-            layers_of("everything")
-
-    def test_names(self) -> None:
-        assert layer(cin=4).name == "3x3 4 @6 BN ReLU"
-        assert layer(groups=8, cout=8, stride_h=2, stride_w=2).name == "dw 3x3 s2 8 @6 BN ReLU"
-        assert layer(groups=2, dil_h=2, residual="add_act").name == "3x3 d2 g2 8->4 @6 BN add ReLU"
-        assert (
-            layer(norm="none", conv_bias=True, act="none", residual="act_add").name == "3x3 8->4 @6 bias add"
-        )
-
-    @pytest.mark.parametrize("one", layers_of("default"), ids=lambda one: one.name)
-    def test_output_size_is_the_one_torch_computes(self, one: Layer) -> None:
-        conv = nn.Conv2d(
-            one.cin,
-            one.cout,
-            (one.kh, one.kw),
-            (one.stride_h, one.stride_w),
-            (one.pad_h, one.pad_w),
-            (one.dil_h, one.dil_w),
-            one.groups,
-            device="meta",
-        )
-        assert conv(torch.empty(1, one.cin, one.h, one.w, device="meta")).shape[2:] == (one.out_h, one.out_w)
 
 
 class TestRoofline:
@@ -329,99 +206,24 @@ class TestTiming:
         assert Budget(None).allows(keep=1e9)
 
 
-VARIANTS = {
-    "norm": {},
-    "bias and norm": {"conv_bias": True},
-    "no norm": {"norm": "none", "conv_bias": True, "act": "SiLU"},
-    "bare": {"norm": "none", "act": "none"},
-    "add_act": {"residual": "add_act"},
-    "act_add": {"residual": "act_add", "act": "SiLU"},
-    "depthwise": {"groups": 8, "cout": 8, "act": "ReLU6"},
-    "strided": {"stride_h": 2, "stride_w": 2, "act": "Hardswish"},
-    "gelu": {"norm": "none", "act": "GELU"},
-    "layer norm follows": {"norm": "other", "act": "none", "conv_bias": True},
-}
+class TestPrecision:
+    @pytest.mark.parametrize(("name", "inside"), [("tf32", "tf32"), ("fp32", "ieee"), ("fp16", "before")])
+    def test_switch_is_set_inside_and_put_back(self, name: str, inside: str) -> None:
+        switch = torch.backends.cudnn.conv
+        found = switch.fp32_precision
+        before = "ieee" if inside == "tf32" else "tf32"
+        switch.fp32_precision = before
+        try:
+            with PRECISIONS[name].applied():
+                assert switch.fp32_precision == (before if inside == "before" else inside)
+            assert switch.fp32_precision == before
+        finally:
+            switch.fp32_precision = found
 
-
-class TestRoutes:
-    @pytest.mark.parametrize("memory_format", FORMATS)
-    @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-    @pytest.mark.parametrize("route", [Fused(), ThreeStep(), Folded()], ids=lambda route: route.name)
-    def test_every_route_computes_the_layer(
-        self, route: object, changes: dict[str, object], memory_format: torch.memory_format
-    ) -> None:
-        assert isinstance(route, (Fused, ThreeStep, Folded))
-        case = make_case(layer(**changes), CPU, torch.float32, seed=1)
-        shapes = [(2, case.layer.cin, case.layer.h, case.layer.w)]
-        if case.layer.residual_order:
-            shapes.append((2, case.layer.cout, case.layer.out_h, case.layer.out_w))
-        (inputs,) = RandomPool(CPU, torch.float32, seed=2).input_sets(shapes, 1, memory_format)
-        kept = [tensor.clone() for tensor in inputs]
-        with torch.inference_mode():
-            output = route.prepare(case, memory_format)(*inputs)
-            assert relative_error(output, reference(case, *inputs)) < 1e-6
-        assert all(torch.equal(tensor, before) for tensor, before in zip(inputs, kept, strict=True))
-
-    def test_reference_is_the_formula(self) -> None:
-        case = make_case(layer(conv_bias=True, residual="add_act"), CPU, torch.float32, seed=1)
-        x, residual = torch.randn(2, 8, 6, 5), torch.randn(2, 4, 6, 5)
-        assert case.norm is not None
-        z = case.norm.double()(case.conv.double()(x.double())) + residual.double()
-        torch.testing.assert_close(reference(case, x, residual), z.clamp(min=0), rtol=1e-12, atol=1e-12)
-
-    def test_folding_happens_in_float64(self) -> None:
-        case = make_case(layer(conv_bias=True), CPU, torch.float64, seed=1)
-        weight, bias = folded_weight_and_bias(case)
-        assert case.norm is not None
-        x = torch.randn(1, 8, 6, 5, dtype=torch.float64)
-        folded = nn.functional.conv2d(x, weight, bias, padding=1)
-        torch.testing.assert_close(folded, case.norm(case.conv(x)), rtol=1e-12, atol=1e-12)
-        half = make_case(layer(conv_bias=True), CPU, torch.float16, seed=1)
-        assert folded_weight_and_bias(half)[0].dtype == torch.float16
-
-    def test_routes_say_why_they_do_not_apply(self) -> None:
-        gpu = torch.device("cuda")
-        relu, add_relu = CudnnRelu(), CudnnAddRelu()
-        assert "needs a CUDA device" in str(relu.why_not(layer(), CPU))
-        assert relu.why_not(layer(), gpu) is None
-        assert "only ReLU, the layer has SiLU" in str(relu.why_not(layer(act="SiLU"), gpu))
-        assert "residual" in str(relu.why_not(layer(residual="add_act"), gpu))
-        assert add_relu.why_not(layer(residual="add_act"), gpu) is None
-        assert "before the activation" in str(add_relu.why_not(layer(residual="act_add"), gpu))
-        assert "before the activation" in str(add_relu.why_not(layer(), gpu))
-        assert "no norm to fold" in str(Folded().why_not(layer(norm="none"), gpu))
-        assert Folded().why_not(layer(), gpu) is None
-
-    @pytest.mark.parametrize(("route", "residual"), [(CudnnRelu(), "none"), (CudnnAddRelu(), "add_act")])
-    def test_cudnn_is_called_as_its_schema_says(
-        self, route: CudnnRelu, residual: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        name = "cudnn_convolution_relu" if residual == "none" else "cudnn_convolution_add_relu"
-        schema = getattr(torch.ops.aten, name).default._schema
-        seen: dict[str, object] = {}
-
-        def record(*arguments: object) -> Tensor:
-            seen.update(zip((argument.name for argument in schema.arguments), arguments, strict=True))
-            return torch.zeros(1)
-
-        monkeypatch.setattr(torch, name, record)
-        case = make_case(layer(residual=residual, stride_h=2, dil_w=3, groups=2), CPU, torch.float32, seed=0)
-        x, z = torch.zeros(1), torch.ones(1)
-        route.prepare(case, torch.channels_last)(*((x, z) if residual == "add_act" else (x,)))
-        assert seen["self"] is x
-        assert (seen["stride"], seen["padding"], seen["dilation"], seen["groups"]) == (
-            (2, 1),
-            (1, 1),
-            (1, 3),
-            2,
-        )
-        assert torch.equal(seen["weight"], folded_weight_and_bias(case)[0])  # type: ignore[arg-type]
-        assert seen["weight"].is_contiguous(memory_format=torch.channels_last)  # type: ignore[attr-defined]
-        assert torch.equal(seen["bias"], folded_weight_and_bias(case)[1])  # type: ignore[arg-type]
-        if residual == "add_act":
-            assert seen["z"] is z
-            assert seen["alpha"] == 1.0
-
-    def test_exactly_one_route_is_ours(self) -> None:
-        assert [route.name for route in ROUTES if route.ours] == ["fused"]
-        assert BASELINE in [route.name for route in ROUTES]
+    def test_names_and_types(self) -> None:
+        assert {name: one.dtype for name, one in PRECISIONS.items()} == {
+            "fp16": torch.float16,
+            "bf16": torch.bfloat16,
+            "tf32": torch.float32,
+            "fp32": torch.float32,
+        }

@@ -3,71 +3,91 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.machine_code import TENSOR_CORES, Code, Instruction, Loop, count, main_loop, parse_code
 from tests.sass import (
+    CSRC,
+    REGISTERS_PER_MULTIPROCESSOR,
+    SHARED_BYTES_PER_MULTIPROCESSOR,
+    SOURCES,
+    Compiled,
     CompiledKernel,
+    GemmKernel,
     LaunchBounds,
     Resources,
+    compile_all,
     compile_kernels,
     find_disassembler,
+    gemm_kernel,
+    included_files,
     parse_launch_bounds,
-    parse_opcodes,
     parse_resources,
+    registers_of_a_block,
+    resident_blocks,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "csrc"
-SOURCES = sorted((CSRC / "kernels").glob("*.cu"))
+BLOCKS = {"direct": 3, "split_k": 0}
+"""The blocks a multiprocessor that a kernel file's launch bounds promise; tiles say it for the others."""
 
-# Per multiprocessor: registers, and shared memory that blocks can use, a kilobyte a block being the system's.
-REGISTERS = 65536
-SHARED_BYTES = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
-SYSTEM_SHARED_BYTES = 1024
+SCALAR_STORES = r"6direct.*4TileELi\d+ELi1ELi"
+"""Kernels that store too few neighbouring channels for 16-byte accesses, by mangled name."""
 
+GEMM_FILES = [source.stem for source in SOURCES if source.stem.startswith("implicit_gemm_sm80")]
 
-@dataclass(frozen=True)
-class Promise:
-    """What a kernel file promises, so that its plans fit the machine and its memory accesses are wide.
+TILE = re.compile(
+    r"^ {4}\{(\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\d+)(, true)?(, true)?\},", re.MULTILINE
+)
+"""A row of implicit_gemm_tiles in csrc/tiles.h."""
 
-    ``blocks`` is how many are to run on a multiprocessor at once, each with at most ``shared_bytes``.
-    Kernels whose mangled name matches ``scalar`` store too few neighbouring channels for 16-byte accesses.
-    """
+MMA = {
+    "float16": r"HMMA\.16816\.F32",
+    "bfloat16": r"HMMA\.16816\.F32\.BF16",
+    "float32": r"HMMA\.1688\.F32\.TF32",
+}
 
-    blocks: int
-    shared_bytes: int
-    scalar: str
-
-
-PROMISES = {"direct": Promise(blocks=3, shared_bytes=48 * 1024, scalar=r"4TileELi\d+ELi1ELi")}
-
-Compiled = dict[tuple[str, str], list[CompiledKernel]]
+COPIES = {
+    16: r"LDGSTS\.E\.BYPASS\.LTC128B\.128",
+    8: r"LDGSTS\.E\.LTC128B\.64",
+    4: r"LDGSTS\.E\.LTC128B",
+}
+"""The opcode of cp.async by its bytes."""
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def compiled() -> Compiled:
     """Every kernel file compiled for every architecture, with the flags of the build."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc, and there is none on PATH")
-    flags: list[str] = runpy.run_path(str(ROOT / "setup.py"))["NVCC_FLAGS"]
-    folder = tmp_path_factory.mktemp("nvcc")
-    return {
-        (source.stem, architecture): compile_kernels(
-            source, architecture, CSRC, flags, folder / f"{source.stem}-{architecture}"
-        )
-        for source in SOURCES
-        for architecture in SHARED_BYTES
-    }
+    return compile_all(SHARED_BYTES_PER_MULTIPROCESSOR)
+
+
+@pytest.fixture
+def disassembled(compiled: Compiled) -> Compiled:
+    if find_disassembler() is None:
+        pytest.skip("needs nvdisasm, of the CUDA toolkit or of the triton package")
+    return compiled
 
 
 every_kernel_file = pytest.mark.parametrize("source", [source.stem for source in SOURCES])
-every_architecture = pytest.mark.parametrize("architecture", SHARED_BYTES)
+every_gemm_file = pytest.mark.parametrize("source", GEMM_FILES)
+every_architecture = pytest.mark.parametrize("architecture", SHARED_BYTES_PER_MULTIPROCESSOR)
 in_one_worker = pytest.mark.xdist_group("nvcc")
+
+
+def gemms(compiled: Compiled, source: str, architecture: str) -> list[tuple[CompiledKernel, GemmKernel]]:
+    """The instantiations of implicit_gemm_sm80 in a file."""
+    found = [(kernel, gemm_kernel(kernel.name)) for kernel in compiled[source, architecture]]
+    assert all(gemm is not None for _, gemm in found), "the names are mangled in another way than expected"
+    return [(kernel, gemm) for kernel, gemm in found if gemm is not None]
+
+
+def loop_of(kernel: CompiledKernel) -> Loop:
+    assert kernel.code is not None
+    return main_loop(kernel.code)
 
 
 @pytest.mark.nvcc
@@ -87,36 +107,100 @@ def test_no_kernel_spills(compiled: Compiled, source: str, architecture: str) ->
 @in_one_worker
 @every_kernel_file
 @every_architecture
-def test_planned_blocks_fit_a_multiprocessor(compiled: Compiled, source: str, architecture: str) -> None:
-    promise = PROMISES[source]
+def test_the_promised_blocks_have_registers_enough(
+    compiled: Compiled, source: str, architecture: str
+) -> None:
     for kernel in compiled[source, architecture]:
-        assert kernel.bounds.blocks == promise.blocks, kernel.name
-        # Registers are given out to a warp in units of 256.
-        registers_per_warp = -(-kernel.resources.registers * 32 // 256) * 256
-        registers = promise.blocks * (kernel.bounds.threads // 32) * registers_per_warp
-        assert registers <= REGISTERS, f"{kernel.name}: {promise.blocks} blocks need {registers} registers"
-        shared = promise.shared_bytes + kernel.resources.shared_bytes + SYSTEM_SHARED_BYTES
-        assert promise.blocks * shared <= SHARED_BYTES[architecture], f"{kernel.name}: {shared} bytes a block"
+        gemm = gemm_kernel(kernel.name)
+        assert kernel.bounds.blocks == (gemm.blocks if gemm else BLOCKS[source]), kernel.name
+        registers = max(kernel.bounds.blocks, 1) * registers_of_a_block(kernel)
+        assert registers <= REGISTERS_PER_MULTIPROCESSOR, f"{kernel.name}: {registers} registers"
+        assert kernel.resources.shared_bytes == 0, (
+            f"{kernel.name}: static shared memory, which no plan counts"
+        )
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_gemm_file
+@every_architecture
+def test_every_tile_is_compiled_as_the_plan_knows_it(
+    compiled: Compiled, source: str, architecture: str
+) -> None:
+    listed = TILE.findall((CSRC / "tiles.h").read_text())
+    assert len(listed) > 5
+    found = gemms(compiled, source, architecture)
+    expected = set()
+    for *numbers, narrow, any_filter in listed:
+        tile = tuple(map(int, numbers))
+        expected |= {(*tile, 16, "masked"), (*tile, 16, "pointwise")}
+        expected |= {(*tile, 8, "masked"), (*tile, 4, "masked")} if narrow else set()
+        expected |= {(*tile, 4, "plain")} if any_filter else set()
+    compiled_tiles = {
+        (g.m, g.n, g.k_bytes, g.stages, g.warps_m, g.warps_n, g.blocks, g.access_bytes, g.rows)
+        for _, g in found
+    }
+    assert compiled_tiles == expected
+    for kernel, gemm in found:
+        assert kernel.bounds.threads == gemm.threads, kernel.name
+        assert source.endswith(gemm.dtype)
+        assert resident_blocks(kernel, gemm.shared_bytes, architecture) >= 1, kernel.name
 
 
 @pytest.mark.nvcc
 @in_one_worker
 @every_kernel_file
 @every_architecture
-def test_memory_accesses(compiled: Compiled, source: str, architecture: str) -> None:
-    if find_disassembler() is None:
-        pytest.skip("needs nvdisasm, of the CUDA toolkit or of the triton package")
-    for kernel in compiled[source, architecture]:
+def test_memory_accesses(disassembled: Compiled, source: str, architecture: str) -> None:
+    for kernel in disassembled[source, architecture]:
         local = kernel.count(r"(LDL|STL)\b.*")
         assert local == 0, f"{kernel.name} has {local} accesses to local memory"
         assert kernel.count(r"EXIT") >= 1, f"{kernel.name} was not disassembled"
-        if not re.search(PROMISES[source].scalar, kernel.name):
+        if not re.search(SCALAR_STORES, kernel.name):
             for opcode in (r"LDG\.E.*\.128.*", r"STG\.E.*\.128.*"):
                 assert kernel.count(opcode) >= 1, f"{kernel.name} has no 16-byte {opcode[:3]}"
 
 
+@pytest.mark.nvcc
+@in_one_worker
+@every_gemm_file
+@every_architecture
+def test_the_main_loop_is_tensor_cores_fed_by_wide_copies(
+    disassembled: Compiled, source: str, architecture: str
+) -> None:
+    for kernel, gemm in gemms(disassembled, source, architecture):
+        loop = loop_of(kernel)
+        products = gemm.m // gemm.warps_m // 16 * (gemm.n // gemm.warps_n // 8) * (gemm.k_bytes // 32)
+        assert count(loop.every_turn, MMA[gemm.dtype]) == products, kernel.name
+        assert kernel.count(TENSOR_CORES) == products, f"{kernel.name} has others outside its main loop"
+        copies = (gemm.m + gemm.n) * gemm.k_bytes // gemm.threads // gemm.access_bytes
+        assert count(loop.all, COPIES[gemm.access_bytes]) == copies, kernel.name
+        assert count(loop.all, r"LDGSTS.*") == copies, f"{kernel.name} has copies of another width"
+        assert count(loop.all, r"(LDG|STG|LD|ST|STS)\b.*") == 0, (
+            f"{kernel.name} has other accesses in its loop"
+        )
+        assert count(loop.every_turn, r"BAR\..*") == 1, f"{kernel.name} has more than a barrier a turn"
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+@pytest.mark.parametrize("rows", ["masked", "pointwise"])
+def test_two_fifths_of_the_largest_main_loop_are_products(
+    disassembled: Compiled, architecture: str, rows: str
+) -> None:
+    """Issued instructions of one turn, the copies included, which lie outside the loop's straight line."""
+    kernels = gemms(disassembled, "implicit_gemm_sm80_float16", architecture)
+    largest = max(gemm.m * gemm.n for _, gemm in kernels)
+    for kernel, gemm in kernels:
+        if gemm.m * gemm.n == largest and gemm.m > gemm.n and gemm.rows == rows:
+            loop = loop_of(kernel)
+            assert loop.share(TENSOR_CORES) >= 0.4, f"{gemm.tile}: {loop.families().most_common()}"
+
+
 def test_every_kernel_file_states_its_promise() -> None:
-    assert set(PROMISES) == {source.stem for source in SOURCES}
+    assert {*BLOCKS, *GEMM_FILES} == {source.stem for source in SOURCES}
+    assert len(GEMM_FILES) == 3
 
 
 PTXAS_LOG = """\
@@ -138,8 +222,9 @@ LISTING = """\
         /*0010*/              @!P0 BRA `(.L_x_0) ;
         /*0020*/              @UP1 UIADD3 UR4, UR4, 0x1, URZ ;
 .L_x_0:
-        /*0030*/              @P2  LDG.E.128.CONSTANT R4, [R2.64] ;
-        /*0040*/                   EXIT ;
+        /*0030*/               @P2 LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*0040*/              @!PT LDS RZ, [RZ] ;
+        /*0050*/                   EXIT ;
 \t.section\t.text._Z1bv,"ax",@progbits
         /*0000*/                   STL.64 [R1], R4 ;
 """
@@ -162,12 +247,58 @@ def test_launch_bounds_are_read_from_ptx() -> None:
         parse_launch_bounds(".visible .entry _Z1av(\n)\n{\n}\n.maxntid 64\n")
 
 
-def test_opcodes_are_read_from_the_listing() -> None:
-    opcodes = parse_opcodes(LISTING)
-    assert opcodes == {"_Z1av": ("LDC", "BRA", "UIADD3", "LDG.E.128.CONSTANT", "EXIT"), "_Z1bv": ("STL.64",)}
-    kernel = CompiledKernel("b", Resources(32, 0, 0, 0, 0), LaunchBounds(32, 0), opcodes["_Z1bv"])
-    assert kernel.count(r"(LDL|STL)\b.*") == 1
-    assert kernel.count("STL") == 0
+def test_instructions_are_read_from_the_listing() -> None:
+    code = parse_code(LISTING)
+    assert code == {
+        "_Z1av": (
+            Instruction("LDC"),
+            Instruction("BRA", is_conditional=True, targets=(3,)),
+            Instruction("UIADD3", is_conditional=True),
+            Instruction("LDG.E.128.CONSTANT", is_conditional=True),
+            Instruction("LDS", is_conditional=True),
+            Instruction("EXIT"),
+        ),
+        "_Z1bv": (Instruction("STL.64"),),
+    }
+    assert count(code["_Z1bv"], r"(LDL|STL)\b.*") == 1
+    assert count(code["_Z1bv"], "STL") == 0
+
+
+def straight(text: str) -> Code:
+    """Instructions by their opcodes; "BRA>3" jumps to number 3, "?BRA>3" where its predicate says so."""
+    code = []
+    for word in text.split():
+        opcode, _, target = word.lstrip("?").partition(">")
+        code.append(Instruction(opcode, word.startswith("?"), (int(target),) if target else ()))
+    return tuple(code)
+
+
+def test_a_loop_is_found_with_what_it_branches_out_to() -> None:
+    #                    0   1    2     3     4     5          6      7      8       9     10
+    code = straight("MOV BRA>5 LDG LDGSTS BRA>8 LDSM ?BRA>2 IADD HMMA.1 ?BRA>5 EXIT")
+    loop = main_loop(code)
+    assert " ".join(i.opcode for i in loop.all) == "LDG LDGSTS BRA LDSM BRA IADD HMMA.1 BRA"
+    assert " ".join(i.opcode for i in loop.every_turn) == "LDSM BRA HMMA.1 BRA"
+    assert loop.share(TENSOR_CORES) == 1 / 8
+    assert loop.families()["BRA"] == 3
+
+
+def test_the_loop_with_the_most_products_is_the_main_loop() -> None:
+    code = straight("HMMA.1 ?BRA>0 MOV HMMA.1 HMMA.1 ?BRA>3 LDG ?BRA>6 EXIT")
+    assert len(main_loop(code).all) == 3
+    with pytest.raises(ValueError, match="no loop has"):
+        main_loop(straight("HMMA.1 LDG ?BRA>1 EXIT"))
+
+
+def test_what_a_file_includes_is_followed(tmp_path: Path) -> None:
+    include = tmp_path / "include"
+    (include / "device").mkdir(parents=True)
+    (tmp_path / "a.cu").write_text('#include <cmath>\n#include <device/b.h>\n#include "c.h"\n')
+    (include / "device" / "b.h").write_text('#include "../d.h"\n')
+    (tmp_path / "c.h").write_text('#include "c.h"\n')
+    (include / "d.h").write_text("")
+    (include / "not_included.h").write_text("")
+    assert {path.name for path in included_files(tmp_path / "a.cu", include)} == {"a.cu", "b.h", "c.h", "d.h"}
 
 
 @pytest.mark.nvcc
@@ -192,3 +323,7 @@ def test_a_spilling_kernel_is_seen(tmp_path: Path) -> None:
     assert kernel.resources.spill_store_bytes > 0
     if find_disassembler() is not None:
         assert kernel.count(r"(LDL|STL)\b.*") > 0
+    assert compile_kernels(source, "sm_80", CSRC, ["-std=c++20"], tmp_path / "out") == [kernel]
+    source.write_text("int two() { return 2 }\n")
+    with pytest.raises(RuntimeError, match="could not compile"):
+        compile_kernels(source, "sm_80", CSRC, ["-std=c++20"], tmp_path / "out")

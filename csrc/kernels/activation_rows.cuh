@@ -13,19 +13,20 @@ namespace fused_cna::kernels {
 
 // A position in the reduction, which is walked with the channels of a tap fastest, then s, then r.
 struct Walk {
-    int c, r, s;         // first channel of this step within its group, and the tap
+    int r, s;            // the tap
     const char* x;       // where this position lies for a row whose first tap is at offset 0
     const char* weight;  // and in the thread's first filter
 };
 
-// Bytes from one step of the walk to the next, made on the host.
+// Bytes from one step of the walk to the next, in each operand; made on the host.
 struct WalkSteps {
-    int64_t next_c, next_s, next_r;
+    int64_t x, weight;
 };
 
 // Each kind of rows offers:
 //   start(x, first_row, step)  makes rows first_row, first_row + step, ... of the GEMM this thread's
-//   enter_tap(x, walk)         is called at the first step and whenever r or s changes
+//   enter_tap(x, walk)         is called at the first step
+//   advance(x, walk, next_tap, next_row)  after each step: whether s or r has changed, and whether r has
 //   is_inside(i)               whether the i-th row exists and its tap lies inside the image
 //   source(i, walk)            the walk's position in the i-th row; meaningful only where is_inside(i)
 struct ActivationGeometry {
@@ -57,6 +58,10 @@ class PlainRows {
         }
     }
 
+    __device__ void advance(const ActivationGeometry& x, const Walk& walk, bool next_tap, bool) {
+        if (next_tap) enter_tap(x, walk);
+    }
+
     __device__ bool is_inside(int i) const { return inside_[i]; }
     __device__ const char* source(int i, const Walk& walk) const { return walk.x + offsets_[i]; }
 
@@ -83,14 +88,17 @@ class MaskedRows {
     }
 
     __device__ void enter_tap(const ActivationGeometry&, const Walk& walk) {
-        // The walk ends one tap behind the last, which may be number 32; nothing is loaded there.
-        const int r = walk.r % 32, s = walk.s % 32;
-        inside_ = 0;
-#pragma unroll
-        for (int i = 0; i < Count; ++i) inside_ |= (r_inside_[i] >> r & s_inside_[i] >> s & 1u) << i;
+        r_bit_ = 1u << walk.r;
+        s_bit_ = 1u << walk.s;
     }
 
-    __device__ bool is_inside(int i) const { return inside_ >> i & 1u; }
+    // Behind tap 31 no bit is left, and nothing is inside.
+    __device__ void advance(const ActivationGeometry&, const Walk&, bool next_tap, bool next_row) {
+        s_bit_ = next_row ? 1u : s_bit_ << next_tap;
+        r_bit_ <<= next_row;
+    }
+
+    __device__ bool is_inside(int i) const { return (r_inside_[i] & r_bit_) != 0 && (s_inside_[i] & s_bit_) != 0; }
     __device__ const char* source(int i, const Walk& walk) const { return walk.x + offsets_[i]; }
 
    private:
@@ -105,7 +113,7 @@ class MaskedRows {
 
     int64_t offsets_[Count];
     uint32_t r_inside_[Count], s_inside_[Count];
-    uint32_t inside_;
+    uint32_t r_bit_, s_bit_;
 };
 
 // 1x1, stride 1, no padding, pixels evenly spaced in memory: a plain GEMM, whose rows need no coordinates.
@@ -120,6 +128,7 @@ class PointwiseRows {
     }
 
     __device__ void enter_tap(const ActivationGeometry&, const Walk&) {}
+    __device__ void advance(const ActivationGeometry&, const Walk&, bool, bool) {}
 
     __device__ bool is_inside(int i) const { return i * step_ < remaining_; }
     __device__ const char* source(int i, const Walk& walk) const { return walk.x + first_ + i * step_bytes_; }

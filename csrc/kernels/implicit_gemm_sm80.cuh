@@ -20,8 +20,8 @@ namespace fused_cna::kernels {
 struct ImplicitGemmArgs {
     ConvArgs conv;
     ActivationGeometry x;
-    WalkSteps x_steps, weight_steps;
-    int64_t weight_k_bytes;  // stride of the weight's output channels
+    WalkSteps walk_steps[3];  // to the next channels, the next s, the next r
+    int64_t weight_k_bytes;   // stride of the weight's output channels
     int c_per_group, k_per_group;
     int tiles_per_group, tiles_n, tiles_m;
     int channel_steps;  // main-loop steps per tap
@@ -109,7 +109,9 @@ class OperandLoader {
     __device__ OperandLoader(const ImplicitGemmArgs& args, const GemmBlock& block, int first_step, uint32_t shared)
         : args_(args) {
         const int row = device::thread_x() / Traits::chunks_per_row, chunk = device::thread_x() % Traits::chunks_per_row;
-        first_value_ = chunk * Traits::values_per_chunk;
+        const int first_value = chunk * Traits::values_per_chunk;
+        all_values_ = args.c_per_group - first_value;
+        last_values_ = Traits::k - first_value;
         weight_columns_ = block.columns - row;
         destination_ = shared + row * Traits::row_bytes + swizzle<Traits::row_bytes>(row, chunk) * 16;
         rows_.start(args.x, block.first_row + row, Traits::row_pass);
@@ -120,8 +122,8 @@ class OperandLoader {
         const int64_t first_channel = static_cast<int64_t>(block.group) * args.c_per_group + c;
         const FilterStrides& filter = args.conv.weight_strides;
         const int64_t first_weight = (block.first_channel(args) + row) * filter.k + r * filter.r + s * filter.s + c;
-        walk_ = {.c = c,
-                 .r = r,
+        values_ = all_values_ - c;
+        walk_ = {.r = r,
                  .s = s,
                  .x = static_cast<const char*>(args.conv.x) + x_tap + first_channel * sizeof(T) + chunk * 16,
                  .weight = static_cast<const char*>(args.conv.weight) + first_weight * sizeof(T) + chunk * 16};
@@ -129,19 +131,18 @@ class OperandLoader {
     }
 
     // Starts the copies of the walk's step into a stage, and walks on.
-    __device__ __forceinline__ void load(int stage) {
-        const uint32_t destination = destination_ + stage * Traits::stage_bytes;
-        const int values = args_.c_per_group - walk_.c - first_value_;  // of this thread's chunk and all behind it
+    __device__ __forceinline__ void load(uint32_t stage) {
+        const uint32_t destination = destination_ + stage;
 #pragma unroll
         for (int i = 0; i < Traits::x_rows; ++i) {
             copy_chunk(destination + i * Traits::row_pass * Traits::row_bytes, rows_.source(i, walk_),
-                       rows_.is_inside(i) ? values : 0);
+                       rows_.is_inside(i) ? values_ : 0);
         }
 #pragma unroll
         for (int i = 0; i < Traits::weight_rows; ++i) {
             copy_chunk(destination + Traits::weight_start + i * Traits::row_pass * Traits::row_bytes,
                        walk_.weight + i * Traits::row_pass * args_.weight_k_bytes,
-                       i * Traits::row_pass < weight_columns_ ? values : 0);
+                       i * Traits::row_pass < weight_columns_ ? values_ : 0);
         }
         advance();
     }
@@ -158,26 +159,22 @@ class OperandLoader {
     }
 
     __device__ __forceinline__ void advance() {
-        walk_.c += Traits::k;
-        if (walk_.c < args_.c_per_group) {
-            walk_.x += args_.x_steps.next_c;
-            walk_.weight += args_.weight_steps.next_c;
-            return;
-        }
-        walk_.c = 0;
-        const bool next_row = ++walk_.s == args_.x.s;
-        walk_.x += next_row ? args_.x_steps.next_r : args_.x_steps.next_s;
-        walk_.weight += next_row ? args_.weight_steps.next_r : args_.weight_steps.next_s;
-        if (next_row) {
-            walk_.s = 0;
-            ++walk_.r;
-        }
-        rows_.enter_tap(args_.x, walk_);
+        const bool next_tap = values_ <= last_values_;
+        const bool next_row = next_tap && walk_.s + 1 == args_.x.s;
+        const WalkSteps& steps = args_.walk_steps[next_tap + next_row];
+        walk_.x += steps.x;
+        walk_.weight += steps.weight;
+        values_ = next_tap ? all_values_ : values_ - Traits::k;
+        walk_.s = next_row ? 0 : walk_.s + next_tap;
+        walk_.r += next_row;
+        rows_.advance(args_.x, walk_, next_tap, next_row);
     }
 
     const ImplicitGemmArgs& args_;
     uint32_t destination_;
-    int first_value_;     // of this thread's chunk, within a step
+    int values_;  // channels of the group from this thread's chunk on: in this step, at a tap's first one
+    int all_values_;
+    int last_values_;     // as many as this, or fewer, are left in a tap's last step
     int weight_columns_;  // columns from this thread's first weight row to the last that exists
     Walk walk_;
     Rows<Traits::x_rows> rows_;
@@ -204,9 +201,9 @@ class FragmentReader {
                   swizzle<Traits::row_bytes>(weight_row, lane / 8 % 2) * 16;
     }
 
-    __device__ __forceinline__ void read(Fragments<Traits>& fragments, int stage, int k_step) const {
-        const uint32_t x = (x_ + stage * Traits::stage_bytes) ^ (k_step * 32);
-        const uint32_t weight = (weight_ + stage * Traits::stage_bytes) ^ (k_step * 32);
+    __device__ __forceinline__ void read(Fragments<Traits>& fragments, uint32_t stage, int k_step) const {
+        const uint32_t x = (x_ + stage) ^ (k_step * 32);
+        const uint32_t weight = (weight_ + stage) ^ (k_step * 32);
 #pragma unroll
         for (int i = 0; i < Traits::fragments_m; ++i) {
             device::load_matrices(x + i * 16 * Traits::row_bytes, fragments.x[i]);
@@ -304,14 +301,15 @@ __device__ __forceinline__ void accumulate(const ImplicitGemmArgs& args, const G
     // Groups are committed even when empty, so that the number under way is always the same.
 #pragma unroll
     for (int stage = 0; stage < Traits::stages - 1; ++stage) {
-        if (stage < steps) loader.load(stage);
+        if (stage < steps) loader.load(stage * Traits::stage_bytes);
         device::commit_copies();
     }
     device::wait_copies<Traits::stages - 2>();
     device::sync_threads();
 
     Fragments<Traits> fragments[2];
-    int read_stage = 0, write_stage = Traits::stages - 1;
+    constexpr uint32_t end = Traits::stages * Traits::stage_bytes;
+    uint32_t read_stage = 0, write_stage = end - Traits::stage_bytes;
     reader.read(fragments[0], read_stage, 0);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -321,13 +319,13 @@ __device__ __forceinline__ void accumulate(const ImplicitGemmArgs& args, const G
                 // The next stage has landed, and every warp has read the last of the stage that is written next.
                 device::wait_copies<Traits::stages - 2>();
                 device::sync_threads();
-                read_stage = read_stage + 1 == Traits::stages ? 0 : read_stage + 1;
+                read_stage = read_stage + Traits::stage_bytes == end ? 0 : read_stage + Traits::stage_bytes;
             }
             reader.read(fragments[(k + 1) % 2], read_stage, (k + 1) % Traits::k_steps);
             if (k == 0) {
                 if (step + Traits::stages - 1 < steps) loader.load(write_stage);
                 device::commit_copies();
-                write_stage = write_stage + 1 == Traits::stages ? 0 : write_stage + 1;
+                write_stage = write_stage + Traits::stage_bytes == end ? 0 : write_stage + Traits::stage_bytes;
             }
             multiply<Traits>(total, fragments[k % 2]);
         }

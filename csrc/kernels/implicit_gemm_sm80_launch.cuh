@@ -55,12 +55,13 @@ ImplicitGemmArgs make_gemm_args(const ConvArgs& given, const Plan& plan) {
     args.weight_k_bytes = conv.weight_strides.k * bytes;
 
     const int64_t last_c = (args.channel_steps - 1) * int64_t{Traits::row_bytes};
-    const auto walk_steps = [&](int64_t r_bytes, int64_t s_bytes) {
-        return WalkSteps{
-            .next_c = Traits::row_bytes, .next_s = s_bytes - last_c, .next_r = r_bytes - (args.x.s - 1) * s_bytes - last_c};
+    const auto set_steps = [&](int64_t WalkSteps::* operand, int64_t r_bytes, int64_t s_bytes) {
+        args.walk_steps[0].*operand = Traits::row_bytes;
+        args.walk_steps[1].*operand = s_bytes - last_c;
+        args.walk_steps[2].*operand = r_bytes - (args.x.s - 1) * s_bytes - last_c;
     };
-    args.x_steps = walk_steps(args.x.dil_h * args.x.h_bytes, args.x.dil_w * args.x.w_bytes);
-    args.weight_steps = walk_steps(conv.weight_strides.r * bytes, conv.weight_strides.s * bytes);
+    set_steps(&WalkSteps::x, args.x.dil_h * args.x.h_bytes, args.x.dil_w * args.x.w_bytes);
+    set_steps(&WalkSteps::weight, conv.weight_strides.r * bytes, conv.weight_strides.s * bytes);
     return args;
 }
 

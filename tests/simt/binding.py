@@ -15,6 +15,9 @@ from tests.simt.build import build
 
 SUCCEEDED, LAUNCH_REFUSED, KERNEL_AT_FAULT = 0, 1, 2
 
+CONV = "conv"
+"""The target whose kernels `run_conv` runs."""
+
 VECTORS = ("bias", "norm_weight", "norm_bias", "running_mean", "running_var")
 
 
@@ -84,7 +87,7 @@ def _load(target: str) -> ctypes.CDLL:
 
 
 def _load_conv() -> ctypes.CDLL:
-    library = _load("conv")
+    library = _load(CONV)
     if library.simt_conv_call_bytes() != ctypes.sizeof(ConvCall):
         raise RuntimeError("ConvCall of binding.py is not laid out as in host/conv_call.h; make them agree")
     return library

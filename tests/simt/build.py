@@ -40,6 +40,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 
 PLAIN = Variant("plain", ("-O2", "-g1"), ("-shared",))
 SANITIZED = Variant("sanitized", ("-O1", "-g1", *SANITIZE), (*SANITIZE, "-rdynamic"))
+COVERAGE = Variant("coverage", ("-O0", "-g1", "--coverage"), ("-shared", "--coverage"))
 
 # The host side of csrc/ that needs neither torch nor Python.
 HOST_SOURCES = ("cost.cpp", "layout.cpp", "plan.cpp", "run.cpp")
@@ -78,6 +79,7 @@ def targets() -> dict[str, Target]:
         "conv": Target("libsimt_conv.so", PLAIN, conv),
         "kernels": Target("libsimt_kernels.so", PLAIN, kernels),
         "kernels_ucontext": Target("libsimt_kernels_ucontext.so", PLAIN, (switch["ucontext"], *core, *tests)),
+        "conv_coverage": Target("libsimt_conv.so", COVERAGE, conv),
         "conv_sanitized": Target("simt_conv", SANITIZED, (*conv, host / "conv_main.cpp")),
         "kernels_sanitized": Target("simt_kernels", SANITIZED, (*kernels, host / "test_kernels_main.cpp")),
     }

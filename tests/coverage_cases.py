@@ -1,0 +1,147 @@
+"""What `tests.coverage_report` runs under gcov: every branch of kernels and plan, on small problems.
+
+``python -m tests.coverage_cases`` runs them in the library built for coverage; what each computes is compared
+as in the tests, so that a line counts as reached only where its result is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.layouts import channels_last, misaligned_channels_last, odd_unit_strides, sliced_channels_last
+from tests.reference import (
+    ACTIVATIONS,
+    DTYPES,
+    NORM_PARTS,
+    Problem,
+    Wanted,
+    error_bound,
+    expected_exactly,
+    expected_rounded,
+    integer_problem,
+    random_problem,
+    relative_error,
+)
+from tests.shapes import SHAPES, TELLING_SHAPES, ConvShape, shape_named
+from tests.simt import binding, conv_norm_act, list_plans
+from tests.simt.conv import _geometry
+from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
+
+BEYOND_INT = 2**31
+
+
+def check(problem: Problem, **extra: object) -> None:
+    result = problem.call(conv_norm_act, **extra)
+    assert torch.equal(result, expected_rounded(problem)), (problem.x.shape, extra)
+
+
+def dense(problem: Problem) -> Problem:
+    return problem.replace(x=channels_last(problem.x), weight=channels_last(problem.weight))
+
+
+def refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+def every_shape() -> None:
+    for shape in SHAPES:
+        for dtype in DTYPES if shape in TELLING_SHAPES else DTYPES[1:2]:
+            problem = integer_problem(shape, dtype, Wanted("relu", residual_order="act_add"))
+            check(problem)
+            check(dense(problem), allow_tf32=True)
+            check(problem, plan="direct")
+
+
+def every_instantiation() -> None:
+    for dtype in DTYPES:
+        shapes = LARGER if dtype == torch.float16 else (*LARGER[2:5], *LARGER[6:])
+        for shape in shapes:
+            problem = dense(integer_problem(shape, dtype, Wanted(residual_order="add_act")))
+            for plan in {without_split(plan): plan for plan in tensor_core_plans(problem)}.values():
+                check(problem, plan=plan, allow_tf32=True)
+    for tile in ("64x64x32", "128x8x32", "256x1x16"):
+        for order in (None, "add_act", "act_add"):
+            problem = integer_problem(shape_named("groups_odd"), torch.float16, Wanted(residual_order=order))
+            check(problem, plan=f"direct {tile}")
+
+
+def every_epilogue() -> None:
+    shape = ConvShape("eight_and_a_tail", 1, 8, 5, 5, 20, 1, 1, "whole vectors of channels and some left")
+    for dtype in DTYPES:
+        for plan in ("direct", "implicit_gemm_sm80 64x64x" + ("16" if dtype == torch.float32 else "32")):
+            for order in (None, "add_act", "act_add"):
+                check(
+                    dense(integer_problem(shape, dtype, Wanted(residual_order=order))),
+                    plan=plan,
+                    allow_tf32=True,
+                )
+            for norm in NORM_PARTS:
+                for bias in (False, True):
+                    wanted = Wanted(norm=norm, bias=bias, norm_dtype=dtype)
+                    check(integer_problem(shape, dtype, wanted), plan=plan, allow_tf32=True)
+            for layout in (channels_last, misaligned_channels_last):
+                problem = integer_problem(LARGER[2], dtype, Wanted(residual_order="add_act"))
+                problem = dense(problem).replace(residual=layout(problem.residual))
+                check(problem, plan=plan, allow_tf32=True)
+    for act in ACTIVATIONS:
+        problem = random_problem(shape, torch.float32, Wanted(act, ACTIVATIONS[act]))
+        problem = problem.replace(x=problem.x * 12)
+        error = relative_error(problem.call(conv_norm_act), expected_exactly(problem))
+        assert error <= error_bound(torch.float32), act
+
+
+def every_layout() -> None:
+    for name in ("channels_mod_4", "one_filter", "one_row", "one_column", "all_ones", "groups_wide"):
+        for layout in (channels_last, sliced_channels_last, misaligned_channels_last):
+            problem = dense(integer_problem(shape_named(name), torch.float16))
+            check(problem.replace(x=layout(problem.x)))
+            check(problem.replace(weight=layout(problem.weight)))
+            check(
+                problem.replace(x=odd_unit_strides(problem.x, 7), weight=odd_unit_strides(problem.weight, 7))
+            )
+    pointwise = dense(integer_problem(LARGER[2], torch.float16))
+    check(pointwise.replace(x=sliced_channels_last(pointwise.x)))
+    check(pointwise.replace(x=pointwise.x[:, :, ::2], padding=(0, 0)))
+    check(pointwise.replace(x=pointwise.x[:, :, :, ::2]))
+    check(pointwise.replace(padding=(1, 0)))
+    check(pointwise.replace(padding=(0, 1)))
+    check(pointwise.replace(stride=(1, 2)))
+
+
+def every_answer_of_the_plan() -> None:
+    half = torch.zeros((), dtype=torch.float16)
+    weight = half.expand(8, 8, 1, 1)
+    list_plans(half.expand(1, 2080, 2, 2), half.expand(8, 2080, 1, 1))
+    list_plans(half.expand(32, 64, 56, 56), half.expand(64, 64, 1, 1))
+    list_plans(half.expand(32, 64, 56, 56), half.expand(64, 64, 3, 3), padding=(1, 1))
+    list_plans(half.expand(1, 0, 2, 2), half.expand(8, 0, 1, 1))
+    list_plans(channels_last(torch.zeros(1, 64, 9, 9)), channels_last(torch.zeros(64, 64, 1, 1)))
+    list_plans(half.expand(8, 64, 9, 9), half.expand(64, 64, 1, 1), device="L4")
+    list_plans(half.expand(1, 8, 2, 40), half.expand(8, 8, 1, 33))
+    refused(lambda: list_plans(half.expand(1, 8, BEYOND_INT, 1), weight), "padded input height")
+    refused(lambda: list_plans(half.expand(1 << 20, 8, 1 << 15, 1 << 15), weight), "split the batch")
+    problem = integer_problem(shape_named("odd_channels"), torch.float16)
+    refused(lambda: problem.call(conv_norm_act, plan="direct 1x2x3"), "no plan")
+    refused(lambda: problem.call(conv_norm_act, plan="direct 64x64x3"), "no plan")
+    refused(lambda: problem.call(conv_norm_act, plan="implicit_gemm_sm80 64x64x32"), "legal are")
+    problem = integer_problem(shape_named("empty_batch"), torch.float16)
+    geometry = _geometry(problem.x, problem.weight, (1, 1), (1, 1), (1, 1), 1, "H100", False)
+    binding.run_conv(binding.ConvCall(act=b"relu", residual_order=b"add_act", **geometry))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    binding.CONV = "conv_coverage"
+    every_answer_of_the_plan()
+    every_layout()
+    every_epilogue()
+    every_shape()
+    every_instantiation()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""What no test reaches in the kernels and the plan: ``python -m tests.coverage_report``.
+
+Compiles csrc/ for the simulator with gcov's counters, runs tests/coverage_cases.py and lists every line that
+never ran and every branch that never went one of its ways. Each must be argued in ARGUED: the command fails
+where one is not, and where an argument has lost its object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.simt import build
+
+IN_SCOPE = (
+    "csrc/kernels/",
+    "csrc/device/vector.cuh",
+    "csrc/plan.cpp",
+    "csrc/cost.cpp",
+    "csrc/layout.cpp",
+    "csrc/run.cpp",
+)
+
+NO_SUCH_TILE = "only where a plan had a tile or rows that plan.cpp never makes"
+NO_SUCH_DTYPE = "the switch names every DType; the line behind it is for the compiler"
+NO_LAUNCH_ERROR = "the simulator launches whatever it is given; only a driver refuses"
+NO_OLD_DEVICE = "every named device is 8.0 or newer; tests of the operator meet older ones"
+EXCEPTIONS = "these ways clean up after an exception"
+OPS_ONLY = "called by ops.cpp alone, which needs torch: tests/test_operator.py and the GPU tests"
+MULTI_LINE = "gcov counts this statement on its following lines, which were reached"
+
+# By file, the text of a line, without the space around it, or the name of a function that nothing called.
+ARGUED: dict[str, dict[str, str]] = {
+    "csrc/cost.cpp": {
+        (
+            "const double step = std::max({tile.m * tile.n * k / rate, (operand_bytes + "
+            "fragment_bytes) / shared_bytes_per_cycle,"
+        ): MULTI_LINE,
+    },
+    "csrc/kernels/activation.cuh": {
+        "switch (activation) {": "the switch names every Activation",
+    },
+    "csrc/kernels/direct.cu": {
+        (
+            "if (plan.tile_index == 2) return launch_tile<T, DirectTile<direct_tiles[2], 1, "
+            "1>>(args, plan, stream);"
+        ): NO_SUCH_TILE,
+        'return "direct has no instantiation of this tile";': NO_SUCH_TILE,
+        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
+        'return "direct has no instantiation of this dtype";': NO_SUCH_DTYPE,
+    },
+    "csrc/kernels/direct.cuh": {
+        "store_tile<T, Traits::m, Traits::n, Traits::n + 1, Traits::threads>(": MULTI_LINE,
+    },
+    "csrc/kernels/implicit_gemm_sm80_launch.cuh": {
+        (
+            "if (const char* error = device::launch(implicit_gemm_sm80<Traits, Rows>, shape, "
+            "stream, args)) return error;"
+        ): NO_LAUNCH_ERROR,
+        (
+            "if (plan.rows == Rows::masked) return launch_gemm<Wide, MaskedRows>(conv, plan, stream);"
+        ): NO_SUCH_TILE,
+        (
+            "if (plan.rows == Rows::masked && plan.access_bytes == 4) return "
+            "launch_gemm<Quarter, MaskedRows>(conv, plan, stream);"
+        ): NO_SUCH_TILE,
+        (
+            "if (plan.rows == Rows::plain) return launch_gemm<Quarter, PlainRows>(conv, plan, stream);"
+        ): NO_SUCH_TILE,
+        "return no_instantiation;": NO_SUCH_TILE,
+        "...);": NO_SUCH_TILE,
+    },
+    "csrc/kernels/split_k.cu": {
+        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
+        'return "split_k has no instantiation of this dtype";': NO_SUCH_DTYPE,
+    },
+    "csrc/plan.cpp": {
+        "if (device.compute_major < 8) {": NO_OLD_DEVICE,
+        (
+            'candidate.illegal = "it needs compute capability 8.0, the device has " + '
+            'std::to_string(device.compute_major) + "." +'
+        ): NO_OLD_DEVICE,
+        "std::to_string(device.compute_minor);": NO_OLD_DEVICE,
+        (
+            'message += found == all.end() ? "; there are:" : ": " + found->illegal + "; legal are:";'
+        ): EXCEPTIONS,
+        "choose_plan_without_workspace": OPS_ONLY,
+        "memoised_plan": OPS_ONLY,
+        "force_plan": OPS_ONLY,
+    },
+    "csrc/run.cpp": {
+        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
+        'return "implicit_gemm_sm80 has no instantiation of this dtype";': NO_SUCH_DTYPE,
+        "switch (plan.kernel) {": "the switch names every Kernel",
+        "if (error) {": NO_LAUNCH_ERROR,
+        (
+            'throw std::runtime_error("fused_cna: launching " + to_string(plan) + " failed: " + '
+            'error + " (" +'
+        ): NO_LAUNCH_ERROR,
+        'to_string(args.problem) + ")");': NO_LAUNCH_ERROR,
+    },
+}
+
+
+@dataclass
+class Line:
+    """What the instantiations of one line did, together: how often it ran, and each way of its branches.
+
+    Instantiations with another number of branches, where a constant took some away, are kept apart.
+    """
+
+    runs: int = 0
+    ways: dict[int, list[int]] = field(default_factory=dict)
+    idle: int = 0  # instantiations in which it never ran
+
+    def add(self, runs: int, ways: list[int]) -> None:
+        self.runs += runs
+        self.idle += runs == 0
+        known = self.ways.setdefault(len(ways), [0] * len(ways))
+        self.ways[len(ways)] = [a + b for a, b in zip(known, ways, strict=True)]
+
+    def hole(self) -> str:
+        """What is missing, in words; empty where nothing is."""
+        if self.runs == 0:
+            return "never ran"
+        for ways in self.ways.values():
+            if any(ways) and not all(ways):
+                missed = ", ".join(str(i + 1) for i, way in enumerate(ways) if not way)
+                return f"never went way {missed} of {len(ways)}"
+        return ""
+
+
+@dataclass
+class Function:
+    """A function, all its instantiations together."""
+
+    name: str
+    calls: int = 0
+
+
+@dataclass
+class File:
+    """What gcov counted in a file: lines by number, functions by their first and last line."""
+
+    lines: dict[int, Line] = field(default_factory=lambda: defaultdict(Line))
+    functions: dict[tuple[int, int], Function] = field(default_factory=dict)
+
+
+Coverage = dict[str, File]
+"""By path, as in the tree."""
+
+
+def read_counts(reports: Iterable[dict[str, Any]]) -> Coverage:
+    """Merges what gcov printed as JSON for each object file."""
+    found: Coverage = defaultdict(File)
+    for report in reports:
+        for file in report["files"]:
+            name = os.path.normpath(file["file"])
+            if not name.startswith(IN_SCOPE):
+                continue
+            for function in file["functions"]:
+                extent = (function["start_line"], function["end_line"])
+                known = found[name].functions.setdefault(
+                    extent, Function(short_name(function["demangled_name"]))
+                )
+                known.calls += function["execution_count"]
+            for line in file["lines"]:
+                # ways that only an exception takes are the compiler's, not the source's
+                ways = [branch["count"] for branch in line["branches"] if not branch["throw"]]
+                found[name].lines[line["line_number"]].add(line["count"], ways)
+    return found
+
+
+def short_name(demangled: str) -> str:
+    """The name of a function without its namespaces, types and arguments."""
+    # arguments of templates and functions hold names of their own
+    while (shorter := re.sub(r"<[^<>]*>|\([^()]*\)", "", demangled)) != demangled:
+        demangled = shorter
+    return demangled.split("::")[-1].split(" ")[-1].strip()
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A line, or a function that nothing called: `text` is the line or the function's name."""
+
+    file: str
+    number: int
+    text: str
+    missing: str
+
+
+def find_holes(coverage: Coverage, root: Path) -> Iterator[Hole]:
+    for path, file in sorted(coverage.items()):
+        source = (root / path).read_text().splitlines()
+        idle: set[int] = set()
+        for (first, last), function in sorted(file.functions.items()):
+            if function.calls == 0 and first not in idle:
+                idle |= set(range(first, last + 1))
+                yield Hole(path, first, function.name, "never called")
+        for number, line in sorted(file.lines.items()):
+            text, missing = source[number - 1].strip(), line.hole()
+            # a closing brace stands for the destructors that run when an exception passes
+            if missing and text != "}" and number not in idle:
+                yield Hole(path, number, text, missing)
+
+
+def complaints(holes: Collection[Hole], argued: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What has to be covered or argued, and which arguments have lost their object."""
+    known = {(file, text) for file, texts in argued.items() for text in texts}
+    unargued = [hole for hole in holes if (hole.file, hole.text) not in known]
+    idle = known - {(hole.file, hole.text) for hole in holes}
+    return [
+        *(f"{hole.file}:{hole.number}: {hole.missing}: {hole.text}" for hole in unargued),
+        *(f"{file}: argued, but reached or no longer there: {text}" for file, text in sorted(idle)),
+    ]
+
+
+def measure() -> Coverage:
+    """Builds, runs the cases, and reads the counters."""
+    build.build("conv_coverage")
+    objects = build.FOLDER / build.COVERAGE.name / "objects"
+    for old in objects.glob("*.gcda"):
+        old.unlink()
+    subprocess.run([sys.executable, "-m", "tests.coverage_cases"], check=True, cwd=build.ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        return read_counts([_gcov(path, folder) for path in sorted(objects.glob("csrc_*.gcda"))])
+
+
+def _gcov(counts: Path, folder: str) -> dict[str, Any]:
+    command = [
+        os.environ.get("GCOV", "gcov"),
+        "--stdout",
+        "--json-format",
+        "--branch-probabilities",
+        str(counts),
+    ]
+    printed = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    report: dict[str, Any] = json.loads(printed)
+    return report
+
+
+def main() -> int:
+    coverage = measure()
+    holes = list(find_holes(coverage, build.ROOT))
+    for path, file in sorted(coverage.items()):
+        reached = [line for line in file.lines.values() if line.runs]
+        idle = sum(line.idle for line in reached)
+        print(
+            f"{path}: {len(reached)} of {len(file.lines)} lines ran, {idle} of their instantiations did not"
+        )
+    print("\nnever reached, for a reason:")
+    for hole in holes:
+        if reason := ARGUED.get(hole.file, {}).get(hole.text):
+            print(f"  {hole.file}:{hole.number}: {hole.missing}: {hole.text}\n      {reason}")
+    found = complaints(holes, ARGUED)
+    print("\nneither reached nor argued:" if found else "\nnothing else is left out", *found, sep="\n  ")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

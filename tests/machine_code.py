@@ -1,0 +1,175 @@
+"""Machine instructions of a kernel, from nvdisasm's listing, and the loops that their branches make."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:(@!?)(U?P(?:\w+)) +)?([A-Z][\w.]*)(.*)")
+_LABEL = re.compile(r"(\.L_x_\d+):")
+_TARGET = re.compile(r"\.L_x_\d+")
+
+_JUMPS = ("BRA", "BRX", "JMP", "JMX")
+_ENDS = ("EXIT", "RET", *_JUMPS)
+
+TENSOR_CORES = r"HMMA\..*"
+"""The opcodes of mma.sync, modifiers included."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: opcode with its modifiers, whether a predicate may skip it, and where it may jump.
+
+    Targets are indices into the kernel's instructions.
+    """
+
+    opcode: str
+    is_conditional: bool = False
+    targets: tuple[int, ...] = ()
+
+    @property
+    def falls_through(self) -> bool:
+        return self.is_conditional or self.opcode.partition(".")[0] not in _ENDS
+
+
+Code = tuple[Instruction, ...]
+
+
+def parse_code(listing: str) -> dict[str, Code]:
+    """The instructions of each kernel in order, by mangled name, from what ``nvdisasm -c`` prints.
+
+    Functions that a kernel calls and that were not inlined lie in its section and so count as part of it.
+    """
+    sections = re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.MULTILINE)[1:]
+    return {part[: part.index(",")]: _parse_section(part.splitlines()) for part in sections}
+
+
+def _parse_section(lines: Iterable[str]) -> Code:
+    found: list[re.Match[str]] = []
+    labels: dict[str, int] = {}
+    for line in lines:
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(found)
+        elif instruction := _INSTRUCTION.match(line):
+            found.append(instruction)
+    return tuple(_make_instruction(match, labels) for match in found)
+
+
+def _make_instruction(match: re.Match[str], labels: dict[str, int]) -> Instruction:
+    negation, predicate, opcode, operands = match.groups()
+    is_conditional = predicate is not None and not (negation == "@" and predicate in ("PT", "UPT"))
+    jumps = opcode.partition(".")[0] in _JUMPS
+    targets = tuple(labels[name] for name in _TARGET.findall(operands)) if jumps else ()
+    return Instruction(opcode, is_conditional, targets)
+
+
+def count(code: Iterable[Instruction], pattern: str) -> int:
+    """How many instructions have an opcode, modifiers included, that ``pattern`` matches as a whole."""
+    matches = re.compile(pattern).fullmatch
+    return sum(matches(instruction.opcode) is not None for instruction in code)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The instructions of a loop: ``every_turn`` is the part that no turn can go around."""
+
+    all: Code
+    every_turn: Code
+
+    def share(self, pattern: str) -> float:
+        """The share of instructions that ``pattern`` matches, over the whole loop."""
+        return count(self.all, pattern) / len(self.all)
+
+    def families(self) -> Counter[str]:
+        """How often each opcode occurs in the whole loop, without its modifiers."""
+        return Counter(instruction.opcode.partition(".")[0] for instruction in self.all)
+
+
+def main_loop(code: Code, pattern: str = TENSOR_CORES) -> Loop:
+    """The loop with the most instructions that ``pattern`` matches, blocks that lie elsewhere included.
+
+    It is found by following branches: everything that can be reached from one of its instructions and from
+    which that instruction can be reached again. A skipped instruction is issued all the same, and counts.
+
+    Raises:
+        ValueError: no such instruction lies in a loop.
+    """
+    graph = _graph(code)
+    loops = [loop for loop in _strong_components(graph) if count((code[i] for i in loop), pattern)]
+    if not loops:
+        raise ValueError(f"no loop has an instruction like {pattern}")
+    loop = max(loops, key=lambda nodes: count((code[i] for i in nodes), pattern))
+    every_turn = [node for node in loop if not _has_cycle(graph, loop - {node})]
+    return Loop(tuple(code[i] for i in sorted(loop)), tuple(code[i] for i in sorted(every_turn)))
+
+
+def _graph(code: Code) -> list[tuple[int, ...]]:
+    """The instructions that each one may be followed by."""
+    following = []
+    for i, instruction in enumerate(code):
+        next_one = (i + 1,) if instruction.falls_through and i + 1 < len(code) else ()
+        following.append((*instruction.targets, *next_one))
+    return following
+
+
+def _strong_components(graph: list[tuple[int, ...]]) -> list[set[int]]:
+    """The sets of nodes that reach one another, nodes that do not reach themselves left out."""
+    reverse: list[list[int]] = [[] for _ in graph]
+    for node, following in enumerate(graph):
+        for other in following:
+            reverse[other].append(node)
+    components = []
+    left = set(range(len(graph)))
+    for node in reversed(_postorder(graph)):
+        if node in left:
+            component = _reached(reverse, node, left)
+            left -= component
+            if len(component) > 1 or node in graph[node]:
+                components.append(component)
+    return components
+
+
+def _postorder(graph: list[tuple[int, ...]]) -> list[int]:
+    """Every node after those that it leads to, as a depth-first walk leaves them."""
+    order: list[int] = []
+    seen: set[int] = set()
+    for start in range(len(graph)):
+        stack = [] if start in seen else [(start, iter(graph[start]))]
+        seen.add(start)
+        while stack:
+            node, following = stack[-1]
+            unseen = next((other for other in following if other not in seen), None)
+            if unseen is None:
+                order.append(node)
+                stack.pop()
+            else:
+                seen.add(unseen)
+                stack.append((unseen, iter(graph[unseen])))
+    return order
+
+
+def _reached(graph: list[list[int]], start: int, within: Collection[int]) -> set[int]:
+    found, stack = {start}, [start]
+    while stack:
+        for other in graph[stack.pop()]:
+            if other in within and other not in found:
+                found.add(other)
+                stack.append(other)
+    return found
+
+
+def _has_cycle(graph: list[tuple[int, ...]], within: set[int]) -> bool:
+    """Whether a walk inside ``within`` can come back: taking away nodes that nothing leads to leaves some."""
+    arrivals = Counter(other for node in within for other in graph[node] if other in within)
+    free = [node for node in within if not arrivals[node]]
+    left = len(within)
+    while free:
+        left -= 1
+        for other in graph[free.pop()]:
+            if other in within:
+                arrivals[other] -= 1
+                if not arrivals[other]:
+                    free.append(other)
+    return left > 0

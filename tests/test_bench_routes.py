@@ -1,0 +1,175 @@
+"""The ways to run a layer that are compared, their answers, and the comparison."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.checks import (
+    POISON,
+    allowed_for_rivals,
+    allowed_for_us,
+    largest_image_error,
+    poison,
+    relative_error,
+)
+from bench.layer_result import BASELINE, compare, judge
+from bench.roofline import Floor
+from bench.routes import (
+    ROUTES,
+    CudnnAddRelu,
+    CudnnRelu,
+    Folded,
+    Fused,
+    ThreeStep,
+    folded_weight_and_bias,
+    make_case,
+    reference,
+)
+from bench.timing import RandomPool
+from tests.bench_cases import CPU, FORMATS, entry, layer
+
+VARIANTS = {
+    "norm": {},
+    "bias and norm": {"conv_bias": True},
+    "no norm": {"norm": "none", "conv_bias": True, "act": "SiLU"},
+    "bare": {"norm": "none", "act": "none"},
+    "add_act": {"residual": "add_act"},
+    "act_add": {"residual": "act_add", "act": "SiLU"},
+    "depthwise": {"groups": 8, "cout": 8, "act": "ReLU6"},
+    "strided": {"stride_h": 2, "stride_w": 2, "act": "Hardswish"},
+    "gelu": {"norm": "none", "act": "GELU"},
+    "layer norm follows": {"norm": "other", "act": "none", "conv_bias": True},
+}
+
+
+class TestRoutes:
+    @pytest.mark.parametrize("memory_format", FORMATS)
+    @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+    @pytest.mark.parametrize("route", [Fused(), ThreeStep(), Folded()], ids=lambda route: route.name)
+    def test_every_route_computes_the_layer(
+        self, route: object, changes: dict[str, object], memory_format: torch.memory_format
+    ) -> None:
+        assert isinstance(route, (Fused, ThreeStep, Folded))
+        case = make_case(layer(**changes), CPU, torch.float32, seed=1)
+        shapes = [(2, case.layer.cin, case.layer.h, case.layer.w)]
+        if case.layer.residual_order:
+            shapes.append((2, case.layer.cout, case.layer.out_h, case.layer.out_w))
+        (inputs,) = RandomPool(CPU, torch.float32, seed=2).input_sets(shapes, 1, memory_format)
+        kept = [tensor.clone() for tensor in inputs]
+        with torch.inference_mode():
+            output = route.prepare(case, memory_format)(*inputs)
+            assert relative_error(output, reference(case, *inputs)) < 1e-6
+        assert all(torch.equal(tensor, before) for tensor, before in zip(inputs, kept, strict=True))
+
+    def test_reference_is_the_formula(self) -> None:
+        case = make_case(layer(conv_bias=True, residual="add_act"), CPU, torch.float32, seed=1)
+        x, residual = torch.randn(2, 8, 6, 5), torch.randn(2, 4, 6, 5)
+        assert case.norm is not None
+        z = case.norm.double()(case.conv.double()(x.double())) + residual.double()
+        torch.testing.assert_close(reference(case, x, residual), z.clamp(min=0), rtol=1e-12, atol=1e-12)
+
+    def test_folding_happens_in_float64(self) -> None:
+        case = make_case(layer(conv_bias=True), CPU, torch.float64, seed=1)
+        weight, bias = folded_weight_and_bias(case)
+        assert case.norm is not None
+        x = torch.randn(1, 8, 6, 5, dtype=torch.float64)
+        folded = nn.functional.conv2d(x, weight, bias, padding=1)
+        torch.testing.assert_close(folded, case.norm(case.conv(x)), rtol=1e-12, atol=1e-12)
+        half = make_case(layer(conv_bias=True), CPU, torch.float16, seed=1)
+        assert folded_weight_and_bias(half)[0].dtype == torch.float16
+
+    def test_routes_say_why_they_do_not_apply(self) -> None:
+        gpu = torch.device("cuda")
+        relu, add_relu = CudnnRelu(), CudnnAddRelu()
+        assert "needs a CUDA device" in str(relu.why_not(layer(), CPU))
+        assert relu.why_not(layer(), gpu) is None
+        assert "only ReLU, the layer has SiLU" in str(relu.why_not(layer(act="SiLU"), gpu))
+        assert "residual" in str(relu.why_not(layer(residual="add_act"), gpu))
+        assert add_relu.why_not(layer(residual="add_act"), gpu) is None
+        assert "before the activation" in str(add_relu.why_not(layer(residual="act_add"), gpu))
+        assert "before the activation" in str(add_relu.why_not(layer(), gpu))
+        assert "no norm to fold" in str(Folded().why_not(layer(norm="none"), gpu))
+        assert Folded().why_not(layer(), gpu) is None
+
+    @pytest.mark.parametrize(("route", "residual"), [(CudnnRelu(), "none"), (CudnnAddRelu(), "add_act")])
+    def test_cudnn_is_called_as_its_schema_says(
+        self, route: CudnnRelu, residual: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name = "cudnn_convolution_relu" if residual == "none" else "cudnn_convolution_add_relu"
+        schema = getattr(torch.ops.aten, name).default._schema
+        seen: dict[str, object] = {}
+
+        def record(*arguments: object) -> Tensor:
+            seen.update(zip((argument.name for argument in schema.arguments), arguments, strict=True))
+            return torch.zeros(1)
+
+        monkeypatch.setattr(torch, name, record)
+        case = make_case(layer(residual=residual, stride_h=2, dil_w=3, groups=2), CPU, torch.float32, seed=0)
+        x, z = torch.zeros(1), torch.ones(1)
+        route.prepare(case, torch.channels_last)(*((x, z) if residual == "add_act" else (x,)))
+        assert seen["self"] is x
+        assert (seen["stride"], seen["padding"], seen["dilation"], seen["groups"]) == (
+            (2, 1),
+            (1, 1),
+            (1, 3),
+            2,
+        )
+        assert torch.equal(seen["weight"], folded_weight_and_bias(case)[0])  # type: ignore[arg-type]
+        assert seen["weight"].is_contiguous(memory_format=torch.channels_last)  # type: ignore[attr-defined]
+        assert torch.equal(seen["bias"], folded_weight_and_bias(case)[1])  # type: ignore[arg-type]
+        if residual == "add_act":
+            assert seen["z"] is z
+            assert seen["alpha"] == 1.0
+
+    def test_exactly_one_route_is_ours(self) -> None:
+        assert [route.name for route in ROUTES if route.ours] == ["fused"]
+        assert BASELINE in [route.name for route in ROUTES]
+
+
+class TestChecks:
+    def test_relative_error(self) -> None:
+        expected = torch.tensor([3.0, 4.0], dtype=torch.float64)
+        assert relative_error(torch.tensor([3.0, 4.5]), expected) == pytest.approx(0.1)
+        assert relative_error(torch.tensor([3.0, float("nan")]), expected) == float("inf")
+        assert largest_image_error(torch.tensor([[3.0, 4.0], [3.0, 4.5]]), torch.stack([expected] * 2)) == (
+            pytest.approx(0.1)
+        )
+
+    def test_ours_is_held_to_the_contract(self) -> None:
+        assert allowed_for_us(1e-2, torch.float16) == pytest.approx(1.05e-2)
+        assert allowed_for_us(0.0, torch.float16) == 4 * 2.0**-11
+        assert allowed_for_rivals(0.0, torch.float16) == 16 * 2.0**-11
+
+    def test_poison(self) -> None:
+        output = torch.ones(8)
+        poison(output)
+        assert (output == POISON).all()
+
+
+class TestComparison:
+    def test_best_rival_counts_and_wrong_ones_do_not(self) -> None:
+        entries = [
+            entry("fused", 2.0, ours=True),
+            entry(BASELINE, 6.0),
+            entry("slow", 8.0),
+            entry("wrong", 1.0, error=0.5),
+        ]
+        assert judge(entries, torch.float32) is None
+        assert "wrong result" in str(entries[3].refused)
+        comparison = compare(entries, Floor(1.0, "memory"))["launched"]
+        assert comparison.rival == BASELINE
+        assert comparison.speedup.median == 3.0
+        assert comparison.verdict == "faster"
+        assert comparison.roofline_share == 0.5
+
+    @pytest.mark.parametrize("error", [1e-5, float("inf")])
+    def test_a_wrong_fused_result_is_a_failure_and_not_compared(self, error: float) -> None:
+        entries = [entry("fused", 2.0, ours=True, error=error), entry(BASELINE, 6.0)]
+        assert "fused (channels_last): wrong result" in str(judge(entries, torch.float32))
+        assert compare(entries, Floor(1.0, "memory")) == {}
+
+    def test_baseline_is_compared_beside_the_best(self) -> None:
+        entries = [entry("fused", 2.0, ours=True), entry(BASELINE, 6.0), entry("folded conv", 3.0)]
+        assert compare(entries, Floor(1.0, "memory"))["launched"].rival == "folded conv"
+        against = compare(entries, Floor(1.0, "memory"), BASELINE)["launched"]
+        assert (against.rival, against.speedup.median) == (BASELINE, 3.0)
