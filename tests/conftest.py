@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import hypothesis
@@ -101,6 +102,18 @@ class Gpu(Backend):
         return relative_error(conv_norm_act(*problem.operator_arguments()), expected_exactly(problem))
 
 
+@contextlib.contextmanager
+def convolutions_in_float32() -> Iterator[None]:
+    """Float32 convolutions on a GPU without tf32."""
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
 @pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """The kernels, simulated and real. On a GPU a fallback to eager is an error."""
@@ -110,15 +123,14 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     needs_gpu()
     monkeypatch.setattr(fused_cna.config, "strict", True)
     # Eager's error is part of the bound: in tf32 it would allow a float32 kernel a thousand times too much.
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    with torch.inference_mode():
+    with convolutions_in_float32(), torch.inference_mode():
         yield Gpu()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """A device for modules, on which float32 convolutions keep float32's precision."""
     if request.param == "cuda":
         needs_gpu()
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    return request.param
+    with convolutions_in_float32():
+        yield request.param
