@@ -104,14 +104,19 @@ class Gpu(Backend):
 
 @contextlib.contextmanager
 def convolutions_in_float32() -> Iterator[None]:
-    """Float32 convolutions on a GPU without tf32."""
-    switch = torch.backends.cudnn.conv
-    before = switch.fp32_precision
-    switch.fp32_precision = "ieee"
+    """Float32 convolutions on a GPU without tf32.
+
+    Recurrent networks too: torch.export reads one switch for both, and refuses to where they differ.
+    """
+    switches = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
     try:
         yield
     finally:
-        switch.fp32_precision = before
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 @pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -20,7 +20,8 @@ def includes(path: Path) -> list[str]:
 
 
 NATIVE = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
-TORCH = re.compile(r"(torch|ATen|c10|pybind11)/|Python\.h")
+TORCH = re.compile(r"(torch|ATen|c10)/")
+PYTHON = re.compile(r"pybind11/|Python\.h")
 CUDA = re.compile(r"(cuda\w*|cu_\w+|cuComplex|mma|cooperative_groups)\.h(pp)?|(cuda|cub|cute|thrust)/.*")
 # What only device/ may say, because the simulator has to give it its meaning there.
 FORBIDDEN = re.compile(
@@ -36,6 +37,8 @@ def test_sources_keep_to_their_layer(path: Path) -> None:
         assert [name for name in includes(path) if TORCH.match(name)] == [], (
             "only the operator's own files may include torch"
         )
+    if path.name not in ("module.cpp", "plan_module.cpp"):
+        assert [name for name in includes(path) if PYTHON.match(name)] == [], "Python belongs in the modules"
     if on_device:
         return
     assert [name for name in includes(path) if CUDA.fullmatch(name)] == [], "CUDA headers belong in device/"
