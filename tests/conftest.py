@@ -106,17 +106,13 @@ class Gpu(Backend):
 def convolutions_in_float32() -> Iterator[None]:
     """Float32 convolutions on a GPU without tf32.
 
-    Recurrent networks too: torch.export reads one switch for both, and refuses to where they differ.
+    By the old switch, which sets the new ones too: torch.export reads it, and refuses to where they differ.
     """
-    switches = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
+        torch.backends.cudnn.allow_tf32 = True
 
 
 @pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])

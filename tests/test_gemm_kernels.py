@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import fused_cna
-from fused_cna import _extension
 from tests.conftest import needs_gpu
 from tests.layouts import LAYOUTS, Layout
 from tests.reference import (
@@ -54,13 +53,8 @@ def run_simulated(problem: Problem, plan: str = "implicit_gemm_sm80", seed: int 
 
 def run_on_gpu(problem: Problem, plan: str = "implicit_gemm_sm80", seed: int = 0) -> Tensor:
     """Runs the plan on the GPU, which orders its threads as it likes."""
-    module = _extension.module()
-    module.force_plan(plan)
-    try:
-        with torch.inference_mode():
-            return problem.map(_to_gpu).call(fused_cna.conv_norm_act).cpu()
-    finally:
-        module.force_plan("")
+    with fused_cna.forced_plan(plan), torch.inference_mode():
+        return problem.map(_to_gpu).call(fused_cna.conv_norm_act).cpu()
 
 
 def _to_gpu(tensor: Tensor) -> Tensor:
@@ -72,13 +66,12 @@ def _to_gpu(tensor: Tensor) -> Tensor:
 
 @pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Runs a plan of the tensor-core kernel, simulated and real; float32 rounds to tf32."""
+    """Runs a plan of the tensor-core kernel, simulated and real; float32 rounds to tf32, torch's default."""
     if request.param == "simt":
         yield run_simulated
         return
     needs_gpu()
     monkeypatch.setattr(fused_cna.config, "strict", True)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
     yield run_on_gpu
 
 
