@@ -103,6 +103,9 @@ int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
 
 DeviceInfo read_device_info(c10::DeviceIndex device) {
     const auto get = [&](cudaDeviceAttr attribute) { return device_attribute(attribute, device); };
+    // Virtualised and integrated devices may report a clock of 0; any plausible one orders the plans better than infinity.
+    const DeviceInfo& fallback = named_devices.front().info;
+    const auto known = [](double reported, double otherwise) { return reported > 0 ? reported : otherwise; };
     const double memory_clock_hz = get(cudaDevAttrMemoryClockRate) * 1e3;  // two transfers a clock
     const DeviceInfo info{
         .compute_major = get(cudaDevAttrComputeCapabilityMajor),
@@ -110,8 +113,9 @@ DeviceInfo read_device_info(c10::DeviceIndex device) {
         .multiprocessors = get(cudaDevAttrMultiProcessorCount),
         .shared_per_multiprocessor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
         .shared_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-        .clock_ghz = get(cudaDevAttrClockRate) * 1e-6,
-        .bandwidth_gbs = 2 * memory_clock_hz * get(cudaDevAttrGlobalMemoryBusWidth) / 8 * 1e-9,
+        .clock_ghz = known(get(cudaDevAttrClockRate) * 1e-6, fallback.clock_ghz),
+        .bandwidth_gbs =
+            known(2 * memory_clock_hz * get(cudaDevAttrGlobalMemoryBusWidth) / 8 * 1e-9, fallback.bandwidth_gbs),
     };
     TORCH_CHECK(info.compute_major >= 8, "fused_cna's kernels need compute capability 8.0 or newer, but device ",
                 static_cast<int>(device), " has ", info.compute_major, ".", info.compute_minor,
@@ -133,7 +137,7 @@ Tensor dense_copy(const Tensor& tensor) { return tensor.clone(at::MemoryFormat::
 
 // Runs a plan with the copies and the workspace that it asks for. They are freed on return, which is safe: the caching
 // allocator reuses memory in stream order.
-void run_plan(ConvArgs& args, const Plan& plan, const Inputs& in) {
+void run_plan(ConvArgs args, const Plan& plan, const Inputs& in) {
     Tensor x, weight, workspace;
     if (plan.convert_x) {
         x = dense_copy(in.x);
@@ -161,8 +165,8 @@ Tensor conv_norm_act_cuda(const Inputs& in) {
     try {
         run_plan(call.args, plan, in);
     } catch (const c10::OutOfMemoryError&) {
-        if (plan.workspace_bytes == 0) throw;
-        run_plan(call.args, choose_plan_without_workspace(call.args.problem, device), in);
+        if (!plan.allocates()) throw;
+        run_plan(call.args, choose_plan_without_memory(call.args.problem, device), in);
     }
     return call.y;
 }

@@ -176,10 +176,10 @@ Plan choose_plan(const ConvProblem& problem, const DeviceInfo& device) {
     return list_candidates(problem, device).front().plan;
 }
 
-Plan choose_plan_without_workspace(const ConvProblem& problem, const DeviceInfo& device) {
+Plan choose_plan_without_memory(const ConvProblem& problem, const DeviceInfo& device) {
     const std::vector<Candidate> all = list_candidates(problem, device);
-    // direct never needs one, so there is always a match
-    return std::find_if(all.begin(), all.end(), [](const Candidate& c) { return c.plan.workspace_bytes == 0; })->plan;
+    // direct never needs any, so there is always a match
+    return std::find_if(all.begin(), all.end(), [](const Candidate& c) { return !c.plan.allocates(); })->plan;
 }
 
 Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::string& name) {

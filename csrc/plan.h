@@ -59,6 +59,9 @@ struct Plan {
     int64_t blocks = 0;
     int64_t workspace_bytes = 0;
     Estimate estimate;
+
+    // Whether running it takes memory: a workspace, or copies of operands.
+    bool allocates() const { return workspace_bytes > 0 || convert_x || convert_weight; }
 };
 
 // A plan that was considered. `illegal` says in words why it cannot run the problem, and is empty where it can.
@@ -74,8 +77,8 @@ std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceI
 // The first of them.
 Plan choose_plan(const ConvProblem& problem, const DeviceInfo& device);
 
-// The first that needs no workspace.
-Plan choose_plan_without_workspace(const ConvProblem& problem, const DeviceInfo& device);
+// The first that needs no memory beyond its operands.
+Plan choose_plan_without_memory(const ConvProblem& problem, const DeviceInfo& device);
 
 // The best plan among those of a name: a kernel ("direct"), a kernel and tile ("implicit_gemm_sm80 128x64x32"), or these and
 // a split ("implicit_gemm_sm80 128x64x32 split 4") or rows ("... masked"), as to_string prints them. Throws

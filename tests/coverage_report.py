@@ -93,7 +93,7 @@ ARGUED: dict[str, dict[str, str]] = {
         (
             'message += found == all.end() ? "; there are:" : ": " + found->illegal + "; legal are:";'
         ): EXCEPTIONS,
-        "choose_plan_without_workspace": OPS_ONLY,
+        "choose_plan_without_memory": OPS_ONLY,
         "memoised_plan": OPS_ONLY,
         "force_plan": OPS_ONLY,
     },

@@ -48,11 +48,11 @@ class PlainRows {
     }
 
     __device__ void enter_tap(const ActivationGeometry& x, const Walk& walk) {
-        const int64_t walked = walk.r * x.dil_h * x.h_bytes + walk.s * x.dil_w * x.w_bytes;
+        const int64_t walked = int64_t{walk.r} * x.dil_h * x.h_bytes + int64_t{walk.s} * x.dil_w * x.w_bytes;
 #pragma unroll
         for (int i = 0; i < Count; ++i) {
-            const int h = pixels_[i].p * x.stride_h - x.pad_top + walk.r * x.dil_h;
-            const int w = pixels_[i].q * x.stride_w - x.pad_left + walk.s * x.dil_w;
+            const int64_t h = pixels_[i].p * x.stride_h - x.pad_top + int64_t{walk.r} * x.dil_h;
+            const int64_t w = pixels_[i].q * x.stride_w - x.pad_left + int64_t{walk.s} * x.dil_w;
             inside_[i] = pixels_[i].exists() && h >= 0 && h < x.h && w >= 0 && w < x.w;
             offsets_[i] = pixels_[i].n * x.n_bytes + h * x.h_bytes + w * x.w_bytes - walked;
         }
