@@ -106,8 +106,8 @@ class Gpu(Backend):
 def convolutions_in_float32() -> Iterator[None]:
     """Float32 convolutions on a GPU without tf32.
 
-    By the one way that sets the old and the new switches alike, which torch.export wants, and that torch's own
-    test utilities leave open.
+    By the one way that sets the old and the new switches alike, which torch.export wants, and that torch's
+    own test utilities leave open.
     """
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
