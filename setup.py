@@ -160,6 +160,7 @@ def plan_extension() -> list[Extension]:
         if package is not None and package.origin is not None:
             include = Path(package.origin).with_name("include")
             sources = [f"csrc/{name}.cpp" for name in ("cost", "layout", "plan", "plan_module")]
+            sources += sorted(str(path) for path in Path("csrc/plans").glob("*.cpp"))
             return [
                 Extension(
                     "fused_cna._plan",
@@ -201,7 +202,7 @@ def extension_arguments(record: dict[str, Any]) -> dict[str, Any]:
         "fused_cna._C",
         sorted(
             str(path)
-            for pattern in ("*.cpp", "**/*.cu")
+            for pattern in ("**/*.cpp", "**/*.cu")
             for path in Path("csrc").glob(pattern)
             if path.name != "plan_module.cpp"
         ),

@@ -32,8 +32,9 @@ struct ConvProblem {
     bool allow_tf32 = false;  // whether float32 products may be rounded to tf32
 
     // How the operands lie in memory. An access is the widest load, in bytes up to 16, that every run of channels allows by
-    // alignment and length; 0 where channels are not dense.
-    int64_t x_access = 0, weight_access = 0;
+    // alignment and length; 0 where channels are not dense. Runs are a group's channels, for x_pixel_access all of a
+    // pixel's.
+    int64_t x_access = 0, x_pixel_access = 0, weight_access = 0;
     bool x_pixels_even = false;  // pixels follow each other at one distance, from the first image to the last
 
     constexpr int64_t padded_h() const { return h + pad_top + pad_bottom; }
@@ -46,12 +47,9 @@ struct ConvProblem {
     constexpr int64_t c_per_group() const { return c / groups; }
     constexpr int64_t k_per_group() const { return k / groups; }
 
-    // The access that dense channels_last memory allows.
-    constexpr int64_t dense_access() const {
-        int64_t access = 16;
-        while (c_per_group() * size_in_bytes(dtype) % access != 0) access /= 2;
-        return access;
-    }
+    // The access that dense channels_last memory allows, to a group's channels and to all of a pixel's.
+    constexpr int64_t dense_access() const { return widest_access(c_per_group()); }
+    constexpr int64_t dense_pixel_access() const { return widest_access(c); }
 
     // The convolution as one matrix product per group: [gemm_m, gemm_k] x [gemm_k, gemm_n].
     constexpr int64_t gemm_m() const { return n * p() * q(); }
@@ -60,6 +58,13 @@ struct ConvProblem {
 
     // Plans are memoised by problem, so a problem is ordered.
     auto operator<=>(const ConvProblem&) const = default;
+
+   private:
+    constexpr int64_t widest_access(int64_t channels) const {
+        int64_t access = 16;
+        while (channels * size_in_bytes(dtype) % access != 0) access /= 2;
+        return access;
+    }
 };
 
 }  // namespace fused_cna

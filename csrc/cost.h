@@ -1,4 +1,4 @@
-// The plan's estimates: explicit, coarse, and meant to be fitted to measurements.
+// What the estimates of all kernels share: bytes, time, and the constants of the hardware.
 #pragma once
 
 #include "conv_problem.h"
@@ -7,10 +7,34 @@
 
 namespace fused_cna {
 
-// How many blocks of a tile run on one multiprocessor at a time; 0 where not even one fits.
-int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device);
+// Assumptions that no measurement has yet replaced; times in multiprocessor cycles unless the name says otherwise.
+inline constexpr double launch_us = 2.5;
+inline constexpr double mma_share = 0.85;      // of the tensor cores' rate, in a main loop that is fed
+inline constexpr double memory_latency = 800;  // from a copy's start to its landing
+inline constexpr double step_latency = 120;    // barrier, loads from shared memory and first products of a lone block's step
+inline constexpr double prologue_and_epilogue = 3000;
+inline constexpr double shared_bytes_per_cycle = 128;
 
-Estimate estimate_direct(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device);
-Estimate estimate_implicit_gemm(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device);
+double as_us(double cycles, const DeviceInfo& device);
+
+// Through device memory.
+double transfer_us(double bytes, const DeviceInfo& device);
+
+double x_bytes(const ConvProblem& problem);
+double weight_bytes(const ConvProblem& problem);
+double y_bytes(const ConvProblem& problem);
+
+// What any kernel moves: each operand once. Pixels that a strided 1x1 filter skips are not read.
+double compulsory_bytes(const ConvProblem& problem);
+
+// The separate passes that a plan asks for.
+double conversions_us(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device);
+
+// How many blocks run on one multiprocessor at a time; 0 where not even one fits. `by_registers` is the kernel's launch
+// bound.
+int64_t resident_blocks(int threads, int64_t shared_bytes, int by_registers, const DeviceInfo& device);
+
+// How many times a multiprocessor that holds `resident` blocks at once starts anew.
+double waves(const Plan& plan, int64_t resident, const DeviceInfo& device);
 
 }  // namespace fused_cna

@@ -1,53 +1,47 @@
 #include "layout.h"
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace fused_cna {
 
 namespace {
 
-// The widest access, in bytes up to 16, that an address and every distance between runs of channels allow.
-class Access {
-   public:
-    void require(int64_t bytes) {
-        while (bytes % widest_ != 0) widest_ /= 2;
-    }
-    // A dimension of size 1 is never stepped along, whatever its stride.
-    void require_stride(int64_t bytes, int64_t size) {
-        if (size > 1) require(bytes);
-    }
-    int64_t widest() const { return widest_; }
-
-   private:
-    int64_t widest_ = 16;
+// A dimension that an access is repeated along; its stride is in elements.
+struct Dimension {
+    int64_t stride, size;
 };
 
-int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); }
+// The widest access, in bytes up to 16, that an address, the length of the runs and every distance between them allow.
+int64_t widest_access(const void* pointer, int64_t run, std::initializer_list<Dimension> dimensions, DType dtype) {
+    int64_t widest = 16;
+    const auto require = [&](int64_t bytes) {
+        while (bytes % widest != 0) widest /= 2;
+    };
+    require(static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)));
+    require(run * size_in_bytes(dtype));
+    for (const Dimension& dimension : dimensions) {
+        // A dimension of size 1 is never stepped along, whatever its stride.
+        if (dimension.size > 1) require(dimension.stride * size_in_bytes(dtype));
+    }
+    return widest;
+}
 
-int64_t x_access(const ConvArgs& args) {
+// x in runs of so many channels, which are dense or the access is 0.
+int64_t x_access(const ConvArgs& args, int64_t run) {
     const ConvProblem& problem = args.problem;
-    const int64_t bytes = size_in_bytes(problem.dtype);
-    if (problem.c > 1 && args.x_strides.c != 1) return 0;
-    Access access;
-    access.require(address(args.x));
-    access.require(problem.c_per_group() * bytes);
-    access.require_stride(args.x_strides.n * bytes, problem.n);
-    access.require_stride(args.x_strides.h * bytes, problem.h);
-    access.require_stride(args.x_strides.w * bytes, problem.w);
-    return access.widest();
+    const Strides& strides = args.x_strides;
+    if (problem.c > 1 && strides.c != 1) return 0;
+    return widest_access(args.x, run, {{strides.n, problem.n}, {strides.h, problem.h}, {strides.w, problem.w}},
+                         problem.dtype);
 }
 
 int64_t weight_access(const ConvArgs& args) {
     const ConvProblem& problem = args.problem;
-    const int64_t bytes = size_in_bytes(problem.dtype);
-    if (problem.c_per_group() > 1 && args.weight_strides.c != 1) return 0;
-    Access access;
-    access.require(address(args.weight));
-    access.require(problem.c_per_group() * bytes);
-    access.require_stride(args.weight_strides.k * bytes, problem.k);
-    access.require_stride(args.weight_strides.r * bytes, problem.r);
-    access.require_stride(args.weight_strides.s * bytes, problem.s);
-    return access.widest();
+    const FilterStrides& strides = args.weight_strides;
+    if (problem.c_per_group() > 1 && strides.c != 1) return 0;
+    return widest_access(args.weight, problem.c_per_group(),
+                         {{strides.k, problem.k}, {strides.r, problem.r}, {strides.s, problem.s}}, problem.dtype);
 }
 
 }  // namespace
@@ -62,7 +56,8 @@ std::optional<int64_t> pixel_step(const ConvArgs& args) {
 }
 
 void describe_layout(ConvArgs& args) {
-    args.problem.x_access = x_access(args);
+    args.problem.x_access = x_access(args, args.problem.c_per_group());
+    args.problem.x_pixel_access = x_access(args, args.problem.c);
     args.problem.weight_access = weight_access(args);
     args.problem.x_pixels_even = pixel_step(args).has_value();
 }

@@ -12,7 +12,8 @@ namespace fused_cna {
 // images.
 std::optional<int64_t> pixel_step(const ConvArgs& args);
 
-// Fills in problem.x_access, weight_access and x_pixels_even from the pointers and strides of x and the weight.
+// Fills in problem.x_access, x_pixel_access, weight_access and x_pixels_even from the pointers and strides of x and the
+// weight.
 void describe_layout(ConvArgs& args);
 
 }  // namespace fused_cna

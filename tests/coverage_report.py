@@ -25,6 +25,7 @@ IN_SCOPE = (
     "csrc/kernels/",
     "csrc/device/vector.cuh",
     "csrc/plan.cpp",
+    "csrc/plans/",
     "csrc/cost.cpp",
     "csrc/layout.cpp",
     "csrc/run.cpp",

@@ -70,6 +70,7 @@ def targets() -> dict[str, Target]:
     host = SIMT / "host"
     operator = [
         *(CSRC / name for name in HOST_SOURCES),
+        *sorted((CSRC / "plans").glob("*.cpp")),
         *sorted((CSRC / "kernels").glob("*.cu")),
         host / "conv.cpp",
     ]

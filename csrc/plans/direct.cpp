@@ -1,0 +1,46 @@
+#include <algorithm>
+
+#include "../cost.h"
+#include "families.h"
+
+namespace fused_cna {
+
+namespace {
+
+// Assumptions that no measurement has yet replaced.
+constexpr double direct_share = 0.25;  // of the CUDA cores' rate, in the main loop of `direct`
+constexpr int64_t direct_blocks_per_multiprocessor = 3;
+constexpr double load_cost = 10;  // multiply-adds in the time of one address and load, there
+
+Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
+    const double m = plan.tile.m, n = plan.tile.n;
+    const double products_per_block = m * n * static_cast<double>(problem.gemm_k());
+    const double cycles = products_per_block * (1 + load_cost * (m + n) / (m * n)) / (fma_per_clock(device) * direct_share);
+    // Nothing is loaded ahead: every step waits for its own operands.
+    const double steps = static_cast<double>(ceil_div(problem.gemm_k(), plan.tile.k));
+    return {.products_us = as_us(waves(plan, 1, device) * cycles, device),
+            .bytes_us = transfer_us(compulsory_bytes(problem), device),
+            .latency_us = as_us(waves(plan, direct_blocks_per_multiprocessor, device) *
+                                    (prologue_and_epilogue + steps * (memory_latency + step_latency)),
+                                device),
+            .overhead_us = launch_us};
+}
+
+Candidate candidate_of_tile(const ConvProblem& problem, const DeviceInfo& device, int tile_index) {
+    const Tile& tile = direct_tiles[tile_index];
+    Candidate candidate;
+    Plan& plan = candidate.plan;
+    plan = {.kernel = Kernel::direct, .tile_index = tile_index, .tile = tile};
+    plan.blocks = ceil_div(problem.gemm_m(), tile.m) * ceil_div(problem.gemm_n(), tile.n) * problem.groups;
+    plan.estimate = estimate(problem, plan, device);
+    if (plan.blocks > int_limit) candidate.illegal = with_numbers("it needs", plan.blocks, " blocks", int_limit);
+    return candidate;
+}
+
+}  // namespace
+
+void add_direct(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all) {
+    for (int i = 0; i < static_cast<int>(direct_tiles.size()); ++i) all.push_back(candidate_of_tile(problem, device, i));
+}
+
+}  // namespace fused_cna

@@ -1,0 +1,28 @@
+// Each kernel's share of the plan, in a file of its own: which problems it takes, in which forms, and what they should cost.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../plan.h"
+
+namespace fused_cna {
+
+inline constexpr int64_t int_limit = std::numeric_limits<int32_t>::max();
+
+// For example "it needs 300 bytes, at most 200 bytes".
+std::string with_numbers(const char* text, int64_t given, const char* unit, int64_t limit);
+
+// Why no kernel on tensor cores or with cp.async can run on the device; empty where they can.
+std::string too_old(const DeviceInfo& device);
+
+// Each appends its kernel's candidates for the problem, those that cannot run it with the reason.
+void add_direct(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
+void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
+
+// Each says what tells its kernel's plans of one tile apart, for to_string.
+std::string describe_implicit_gemm(const Plan& plan);
+
+}  // namespace fused_cna

@@ -1,0 +1,152 @@
+#include <algorithm>
+
+#include "../cost.h"
+#include "families.h"
+
+namespace fused_cna {
+
+namespace {
+
+using fused_cna::resident_blocks;
+
+// Assumptions that no measurement has yet replaced.
+constexpr double l2_bytes_per_cycle = 40;  // to one multiprocessor while all read
+constexpr double copies_per_cycle = 8;     // cp.async of single threads
+
+int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device) {
+    return resident_blocks(tile.threads(), tile.shared_bytes(), tile.blocks_per_multiprocessor, device);
+}
+
+Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
+    const GemmTile& tile = implicit_gemm_tiles[plan.tile_index];
+    const double k = plan.tile.k;
+    const double rate = mma_per_clock(device) * mma_share / (problem.dtype == DType::float32 ? 2 : 1);
+    const double operand_bytes = static_cast<double>(tile.m + tile.n) * tile.k_bytes;
+    const double fragment_bytes =
+        (static_cast<double>(tile.m) * tile.warps_n + static_cast<double>(tile.n) * tile.warps_m) * tile.k_bytes;
+    const double step = std::max({tile.m * tile.n * k / rate, (operand_bytes + fragment_bytes) / shared_bytes_per_cycle,
+                                  operand_bytes / l2_bytes_per_cycle, operand_bytes / plan.access_bytes / copies_per_cycle});
+    const int64_t all_steps = problem.r * problem.s * ceil_div(problem.c_per_group(), plan.tile.k);
+    const double steps = static_cast<double>(ceil_div(all_steps, plan.split_k));
+
+    const double lone_step = std::max({step, step_latency, memory_latency / (tile.stages - 1)});
+
+    Estimate estimate{
+        .products_us = as_us(waves(plan, 1, device) * steps * step, device),
+        .bytes_us = transfer_us(compulsory_bytes(problem), device),
+        .latency_us =
+            as_us(waves(plan, resident_blocks(tile, device), device) * (prologue_and_epilogue + steps * lone_step), device),
+        .overhead_us = launch_us + conversions_us(problem, plan, device)};
+    if (plan.split_k > 1) {
+        estimate.overhead_us += launch_us + transfer_us(2 * static_cast<double>(plan.workspace_bytes), device);
+    }
+    return estimate;
+}
+
+// The rows that a problem's geometry and the tile's instantiations leave, the fastest first; the reason where there is none.
+std::vector<Rows> legal_rows(const ConvProblem& problem, const GemmTile& tile, const Plan& plan, std::string& illegal) {
+    constexpr int64_t widest_mask = 32;
+    const bool narrow = plan.access_bytes < 16;
+    const bool pointwise = problem.r == 1 && problem.s == 1 && problem.stride_h == 1 && problem.stride_w == 1 &&
+                           problem.padded_h() == problem.h && problem.padded_w() == problem.w &&
+                           (problem.x_pixels_even || plan.convert_x);
+    const bool masked = problem.r <= widest_mask && problem.s <= widest_mask;
+    if (narrow && !tile.takes_narrow_accesses) {
+        illegal = "channels allow loads of " + std::to_string(plan.access_bytes) + " bytes, this tile takes 16";
+    } else if (!masked && !tile.takes_any_filter) {
+        illegal = "the filter is larger than 32x32, this tile has masked rows only";
+    }
+    std::vector<Rows> rows;
+    if (!illegal.empty()) return rows;
+    if (pointwise && !narrow) rows.push_back(Rows::pointwise);
+    if (masked) rows.push_back(Rows::masked);
+    if (tile.takes_any_filter) rows.push_back(Rows::plain);
+    return rows;
+}
+
+// Splits worth a thought: those that leave every block about four steps or more, on a grid that does not fill the device.
+std::vector<int> useful_splits(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
+    const int64_t steps = problem.r * problem.s * ceil_div(problem.c_per_group(), plan.tile.k);
+    std::vector<int> splits{1};
+    for (const int split : {2, 3, 4, 6, 8, 12, 16}) {
+        const bool none_is_empty = (split - 1) * ceil_div(steps, split) < steps;
+        if (steps >= 4 * split && none_is_empty && plan.blocks * split <= 4 * device.multiprocessors)
+            splits.push_back(split);
+    }
+    return splits;
+}
+
+// Everything but rows and split, with the reason where the tile cannot run the problem at all.
+Candidate base_of_tile(const ConvProblem& problem, const DeviceInfo& device, int tile_index) {
+    const GemmTile& tile = implicit_gemm_tiles[tile_index];
+    Candidate candidate;
+    Plan& plan = candidate.plan;
+    const int k = tile.k_bytes / static_cast<int>(size_in_bytes(problem.dtype));
+    plan = {
+        .kernel = Kernel::implicit_gemm_sm80, .tile_index = tile_index, .tile = {tile.m, tile.n, k}, .stages = tile.stages};
+    // Copying to dense memory pays where it widens the loads or makes tensor cores possible at all; it is costed like
+    // anything else.
+    plan.convert_x = problem.x_access < 4;
+    plan.convert_weight = problem.weight_access < 4;
+    plan.access_bytes = static_cast<int>(std::min(plan.convert_x ? problem.dense_access() : problem.x_access,
+                                                  plan.convert_weight ? problem.dense_access() : problem.weight_access));
+    plan.blocks = ceil_div(problem.gemm_m(), tile.m) * ceil_div(problem.gemm_n(), tile.n) * problem.groups;
+    const int64_t padded_rows = ceil_div(problem.gemm_m(), tile.m) * tile.m;
+    if (!too_old(device).empty()) {
+        candidate.illegal = too_old(device);
+    } else if (problem.dtype == DType::float32 && !problem.allow_tf32) {
+        candidate.illegal = "float32 is to be exact, its tensor cores round to tf32";
+    } else if (problem.dense_access() < 4) {
+        candidate.illegal = "a group's " + std::to_string(problem.c_per_group()) +
+                            " channels allow loads of 2 bytes, cp.async "
+                            "copies at least 4";
+    } else if (problem.gemm_k() == 0) {
+        candidate.illegal = "there is nothing to multiply";
+    } else if (resident_blocks(tile, device) == 0) {
+        candidate.illegal =
+            with_numbers("it needs", tile.shared_bytes(), " bytes of shared memory", device.shared_per_block);
+    } else if (std::max(padded_rows, plan.blocks) > int_limit) {
+        candidate.illegal = with_numbers("it needs", std::max(padded_rows, plan.blocks), " rows or blocks", int_limit);
+    }
+    return candidate;
+}
+
+void add_tile(const ConvProblem& problem, const DeviceInfo& device, int tile_index, std::vector<Candidate>& all) {
+    const Candidate base = base_of_tile(problem, device, tile_index);
+    const GemmTile& tile = implicit_gemm_tiles[tile_index];
+    std::string illegal = base.illegal;
+    const std::vector<Rows> rows = illegal.empty() ? legal_rows(problem, tile, base.plan, illegal) : std::vector<Rows>{};
+    if (!illegal.empty()) {
+        all.push_back({base.plan, illegal});
+        return;
+    }
+    for (const Rows each : rows) {
+        for (const int split : useful_splits(problem, base.plan, device)) {
+            Plan plan = base.plan;
+            plan.rows = each;
+            // One version with the narrowest accesses serves every alignment.
+            if (each == Rows::plain) plan.access_bytes = 4;
+            plan.split_k = split;
+            if (split > 1) plan.workspace_bytes = plan.blocks * split * tile.m * tile.n * int64_t{sizeof(float)};
+            plan.blocks *= split;
+            plan.estimate = estimate(problem, plan, device);
+            all.push_back({plan, ""});
+        }
+    }
+}
+
+}  // namespace
+
+void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all) {
+    for (int i = 0; i < static_cast<int>(implicit_gemm_tiles.size()); ++i) add_tile(problem, device, i, all);
+}
+
+std::string describe_implicit_gemm(const Plan& plan) {
+    std::string text = " split " + std::to_string(plan.split_k) + " " + rows_name(plan.rows) + " " +
+                       std::to_string(plan.access_bytes) + "-byte";
+    if (plan.convert_x) text += " after a copy of x";
+    if (plan.convert_weight) text += " after a copy of the weight";
+    return text;
+}
+
+}  // namespace fused_cna
