@@ -37,10 +37,12 @@ struct ConvArgs {
 // Each returns null, or the launch error in words.
 const char* launch_direct(const ConvArgs& args, const Plan& plan, Stream stream);
 
-// One per dtype, each in a file of its own, because their tiles make most of the compile time.
-const char* launch_implicit_gemm_float32(const ConvArgs& args, const Plan& plan, Stream stream);
-const char* launch_implicit_gemm_float16(const ConvArgs& args, const Plan& plan, Stream stream);
-const char* launch_implicit_gemm_bfloat16(const ConvArgs& args, const Plan& plan, Stream stream);
+// One per dtype and arithmetic, each in a file of its own, because their tiles make most of the compile time.
+const char* launch_implicit_gemm_sm80_float32(const ConvArgs& args, const Plan& plan, Stream stream);
+const char* launch_implicit_gemm_sm80_float16(const ConvArgs& args, const Plan& plan, Stream stream);
+const char* launch_implicit_gemm_sm80_bfloat16(const ConvArgs& args, const Plan& plan, Stream stream);
+const char* launch_implicit_gemm_tf32x3(const ConvArgs& args, const Plan& plan, Stream stream);
+const char* launch_implicit_gemm_fp32(const ConvArgs& args, const Plan& plan, Stream stream);
 
 // Adds up the partial sums of a split in a fixed order, [split_k][rows][columns] float32 in args.workspace, then finishes
 // and stores. `columns` counts the padded columns of all groups, `columns_per_group` those of one.

@@ -133,6 +133,8 @@ std::string to_string(const Plan& plan) {
     switch (plan.kernel) {
         case Kernel::direct: return name;
         case Kernel::implicit_gemm_sm80: return name + describe_implicit_gemm(plan);
+        case Kernel::implicit_gemm_tf32x3: return name + describe_implicit_gemm(plan);
+        case Kernel::implicit_gemm_fp32: return name + describe_implicit_gemm(plan);
     }
     return name;
 }

@@ -12,19 +12,31 @@
 
 namespace fused_cna {
 
-enum class Kernel : int32_t { direct, implicit_gemm_sm80 };
+enum class Kernel : int32_t {
+    direct,
+    implicit_gemm_sm80,
+    implicit_gemm_tf32x3,
+    implicit_gemm_fp32,
+};
 
-inline constexpr std::array<Kernel, 2> all_kernels{Kernel::direct, Kernel::implicit_gemm_sm80};
+inline constexpr std::array all_kernels{
+    Kernel::direct,
+    Kernel::implicit_gemm_sm80,
+    Kernel::implicit_gemm_tf32x3,
+    Kernel::implicit_gemm_fp32,
+};
 
 constexpr const char* kernel_name(Kernel kernel) {
     switch (kernel) {
         case Kernel::direct: return "direct";
         case Kernel::implicit_gemm_sm80: return "implicit_gemm_sm80";
+        case Kernel::implicit_gemm_tf32x3: return "implicit_gemm_tf32x3";
+        case Kernel::implicit_gemm_fp32: return "implicit_gemm_fp32";
     }
     return "unknown";
 }
 
-// How the tensor-core kernel finds its rows; see kernels/activation_rows.cuh.
+// How the implicit GEMM finds its rows; see kernels/activation_rows.cuh.
 enum class Rows : int32_t { plain, masked, pointwise };
 
 constexpr const char* rows_name(Rows rows) {

@@ -17,7 +17,7 @@ struct Tile {
 // two output channels read the same input and wider tiles would idle.
 inline constexpr std::array<Tile, 3> direct_tiles{{{64, 64, 32}, {128, 8, 32}, {256, 1, 16}}};
 
-// A tile of the tensor-core kernel. Its depth is in bytes, because an MMA takes 32 bytes of a row whatever the type.
+// A tile of the implicit GEMM. Its depth is in bytes, because an MMA takes 32 bytes of a row whatever the type.
 struct GemmTile {
     int m = 0, n = 0, k_bytes = 0;
     int stages = 0;  // tiles of operands under way at once
@@ -33,7 +33,7 @@ struct GemmTile {
     bool operator==(const GemmTile&) const = default;
 };
 
-inline constexpr std::array<GemmTile, 9> implicit_gemm_tiles{{
+inline constexpr std::array<GemmTile, 9> implicit_gemm_sm80_tiles{{
     // Most products per byte of shared memory: large layers with many channels.
     {256, 128, 64, 3, 4, 2, 1},
     {128, 256, 64, 3, 2, 4, 1},
@@ -48,6 +48,24 @@ inline constexpr std::array<GemmTile, 9> implicit_gemm_tiles{{
     // Few pixels: late layers and small batches, where large tiles would leave multiprocessors idle.
     {64, 64, 128, 5, 2, 2, 2},
     {64, 64, 64, 6, 2, 2, 3, true, true},
+}};
+
+// Three products for one, operands split in two, and sums kept twice, as the chunk and the total: 48 results a thread at
+// most.
+inline constexpr std::array<GemmTile, 4> implicit_gemm_tf32x3_tiles{{
+    {192, 64, 64, 4, 4, 2, 1},
+    {96, 64, 64, 4, 2, 2, 2},
+    {128, 32, 64, 6, 4, 1, 2, true},
+    {64, 64, 64, 6, 2, 2, 2, true, true},
+}};
+
+// CUDA cores: 8 x 8 results a thread in the large tiles, 8 x 4 in the small ones, each once for the running chunk of
+// products and once for the total.
+inline constexpr std::array<GemmTile, 4> implicit_gemm_fp32_tiles{{
+    {128, 128, 64, 4, 4, 2, 1},
+    {128, 64, 64, 4, 4, 1, 2},
+    {128, 32, 64, 4, 4, 1, 2, true},
+    {64, 64, 64, 4, 2, 2, 3, true, true},
 }};
 
 }  // namespace fused_cna

@@ -62,9 +62,9 @@ ARGUED: dict[str, dict[str, str]] = {
     "csrc/kernels/direct.cuh": {
         "store_tile<T, Traits::m, Traits::n, Traits::n + 1, Traits::threads>(": MULTI_LINE,
     },
-    "csrc/kernels/implicit_gemm_sm80_launch.cuh": {
+    "csrc/kernels/implicit_gemm_launch.cuh": {
         (
-            "if (const char* error = device::launch(implicit_gemm_sm80<Traits, Rows>, shape, "
+            "if (const char* error = device::launch(implicit_gemm<Traits, Rows>, shape, "
             "stream, args)) return error;"
         ): NO_LAUNCH_ERROR,
         (

@@ -1,6 +1,6 @@
 """How every kernel comes out of the compiler, as a table: ``python -m tests.kernel_report``.
 
-The tensor-core kernel by tile, dtype, kind of rows and width of access; the others by dtype. What differs
+The implicit GEMM by tile, dtype, kind of rows and width of access; the others by dtype. What differs
 between sm_80 (A100) and sm_90a (H100) is given as a pair. Needs nvcc and nvdisasm.
 """
 
@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 
-from tests.machine_code import TENSOR_CORES, Loop, count, main_loop
+from tests.machine_code import Loop, count
 from tests.sass import (
     SHARED_BYTES_PER_MULTIPROCESSOR,
     Compiled,
@@ -32,7 +32,7 @@ HEADINGS = (
     "registers",
     "shared KiB",
     "blocks",
-    "HMMA",
+    "products",
     "others",
     "share",
     "every turn",
@@ -40,9 +40,9 @@ HEADINGS = (
 
 NOTES = """\
 Pairs are sm_80 / sm_90a, blocks those that one multiprocessor of an A100 / H100 holds at once.
-HMMA and others are the instructions that a turn of the main loop issues, those that a predicate skips and
-those of the copies among them; share is HMMA's of them all,
-every turn its share of those that no turn jumps over."""
+Products (HMMA, or FFMA of the CUDA cores) and others are the instructions that a turn of the main loop
+issues, those that a predicate skips and those of the copies among them; share is that of the products
+among them all, every turn their share of those that no turn jumps over."""
 
 _DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 
@@ -54,7 +54,7 @@ def pair(values: Sequence[object]) -> str:
 
 
 def gemm_row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...] | None:
-    """A row for an instantiation of the tensor-core kernel, compiled for both architectures."""
+    """A row for an instantiation of the implicit GEMM, compiled for both architectures."""
     gemm = gemm_kernel(kernels[0].name)
     if gemm is None:
         return None
@@ -62,10 +62,10 @@ def gemm_row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...] | None:
         resident_blocks(kernel, gemm.shared_bytes, architecture)
         for kernel, architecture in zip(kernels, SHARED_BYTES_PER_MULTIPROCESSOR, strict=True)
     ]
-    loops = [main_loop(kernel.code) for kernel in kernels if kernel.code is not None]
-    products = [count(loop.all, TENSOR_CORES) for loop in loops]
+    loops = [kernel.main_loop() for kernel in kernels if kernel.code is not None]
+    products = [count(loop.all, gemm.products) for loop in loops]
     return (
-        "implicit_gemm_sm80",
+        gemm.kernel,
         gemm.tile,
         gemm.dtype,
         gemm.rows,
@@ -75,18 +75,18 @@ def gemm_row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...] | None:
         f"{gemm.shared_bytes / 1024:.1f}",
         pair(blocks),
         pair(products),
-        pair([len(loop.all) - count(loop.all, TENSOR_CORES) for loop in loops]),
-        pair([f"{loop.share(TENSOR_CORES):.0%}" for loop in loops]),
-        pair([f"{share_of_every_turn(loop):.0%}" for loop in loops]),
+        pair([len(loop.all) - count(loop.all, gemm.products) for loop in loops]),
+        pair([f"{loop.share(gemm.products):.0%}" for loop in loops]),
+        pair([f"{share_of_every_turn(loop, gemm.products):.0%}" for loop in loops]),
     )
 
 
-def share_of_every_turn(loop: Loop) -> float:
-    return count(loop.every_turn, TENSOR_CORES) / len(loop.every_turn)
+def share_of_every_turn(loop: Loop, products: str) -> float:
+    return count(loop.every_turn, products) / len(loop.every_turn)
 
 
 def plain_row(file: str, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
-    """A row for a kernel without tensor cores."""
+    """A row for any other kernel."""
     name = kernels[0].name
     dtype = re.search(r"I(f|6__half|13__nv_bfloat16)", name)
     tile = re.search(r"4TileELi(\d+)ELi(\d+)ELi(\d+)E", name)

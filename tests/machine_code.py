@@ -17,6 +17,12 @@ _ENDS = ("EXIT", "RET", *_JUMPS)
 TENSOR_CORES = r"HMMA\..*"
 """The opcodes of mma.sync, modifiers included."""
 
+CUDA_CORES = r"FFMA\b.*"
+"""The opcodes of fmaf."""
+
+COPIES = r"LDGSTS\..*"
+"""The opcodes of cp.async."""
+
 
 @dataclass(frozen=True)
 class Instruction:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.machine_code import Code, count, parse_code
+from tests.machine_code import COPIES, CUDA_CORES, TENSOR_CORES, Code, Loop, count, main_loop, parse_code
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -53,6 +53,11 @@ class CompiledKernel:
     resources: Resources
     bounds: LaunchBounds
     code: Code | None
+
+    def main_loop(self) -> Loop:
+        """The loop that copies the operands ahead."""
+        assert self.code is not None
+        return main_loop(self.code, COPIES)
 
     def count(self, pattern: str) -> int:
         """How many instructions have an opcode, modifiers included, that ``pattern`` matches as a whole."""
@@ -211,8 +216,9 @@ def compile_all(architectures: Iterable[str]) -> Compiled:
 
 @dataclass(frozen=True)
 class GemmKernel:
-    """An instantiation of implicit_gemm_sm80: what its mangled name says of it."""
+    """An instantiation of the implicit GEMM: what its mangled name says of it."""
 
+    kernel: str
     dtype: str
     m: int
     n: int
@@ -223,6 +229,11 @@ class GemmKernel:
     blocks: int
     access_bytes: int
     rows: str
+
+    @property
+    def products(self) -> str:
+        """The opcode of its multiply-adds, as a pattern."""
+        return CUDA_CORES if self.kernel == "implicit_gemm_fp32" else TENSOR_CORES
 
     @property
     def value_bytes(self) -> int:
@@ -245,9 +256,16 @@ class GemmKernel:
 
 _DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 _GEMM = re.compile(
-    r"18implicit_gemm_sm80INS0_18ImplicitGemmTraitsI(?P<dtype>f|6__half|13__nv_bfloat16)XtlNS_8GemmTileE"
-    r"(?P<tile>(?:L[ib]\d+E)+)EELi(?P<access>\d+)EEENS0_\d+(?P<rows>[A-Z][a-z]+)Rows"
+    r"13implicit_gemmINS0_18ImplicitGemmTraitsI(?P<dtype>f|6__half|13__nv_bfloat16)XtlNS_8GemmTileE"
+    r"(?P<tile>(?:L[ib]\d+E)+)EELi(?P<access>\d+)ENS0_\d+(?P<arithmetic>[A-Z][A-Za-z]+)EEE"
+    r"NS0_\d+(?P<rows>[A-Z][a-z]+)Rows"
 )
+
+_KERNEL_OF_ARITHMETIC = {
+    "TensorCores": "implicit_gemm_sm80",
+    "CompensatedTensorCores": "implicit_gemm_tf32x3",
+    "CudaCores": "implicit_gemm_fp32",
+}
 
 
 def gemm_kernel(name: str) -> GemmKernel | None:
@@ -256,7 +274,8 @@ def gemm_kernel(name: str) -> GemmKernel | None:
     if match is None:
         return None
     tile = [int(number) for number in re.findall(r"L[ib](\d+)E", match["tile"])]
-    return GemmKernel(_DTYPES[match["dtype"]], *tile[:7], int(match["access"]), match["rows"].lower())
+    kernel = _KERNEL_OF_ARITHMETIC[match["arithmetic"]]
+    return GemmKernel(kernel, _DTYPES[match["dtype"]], *tile[:7], int(match["access"]), match["rows"].lower())
 
 
 REGISTERS_PER_MULTIPROCESSOR = 65536

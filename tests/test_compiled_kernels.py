@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine_code import TENSOR_CORES, Code, Instruction, Loop, count, main_loop, parse_code
+from tests.machine_code import CUDA_CORES, TENSOR_CORES, Code, Instruction, count, main_loop, parse_code
 from tests.sass import (
     CSRC,
     REGISTERS_PER_MULTIPROCESSOR,
@@ -36,12 +36,19 @@ BLOCKS = {"direct": 3, "split_k": 0}
 SCALAR_STORES = r"6direct.*4TileELi\d+ELi1ELi"
 """Kernels that store too few neighbouring channels for 16-byte accesses, by mangled name."""
 
-GEMM_FILES = [source.stem for source in SOURCES if source.stem.startswith("implicit_gemm_sm80")]
+GEMM_FILES = [source.stem for source in SOURCES if source.stem.startswith("implicit_gemm")]
 
 TILE = re.compile(
     r"^ {4}\{(\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\d+)(, true)?(, true)?\},", re.MULTILINE
 )
-"""A row of implicit_gemm_tiles in csrc/tiles.h."""
+"""A row of an array of GemmTile in csrc/tiles.h."""
+
+
+def listed_tiles(kernel: str) -> list[tuple[str, ...]]:
+    """The rows of a kernel's array in csrc/tiles.h."""
+    text = (CSRC / "tiles.h").read_text()
+    return TILE.findall(text[text.index(f" {kernel}_tiles{{{{") :].partition("}};")[0])
+
 
 MMA = {
     "float16": r"HMMA\.16816\.F32",
@@ -79,15 +86,10 @@ in_one_worker = pytest.mark.xdist_group("nvcc")
 
 
 def gemms(compiled: Compiled, source: str, architecture: str) -> list[tuple[CompiledKernel, GemmKernel]]:
-    """The instantiations of implicit_gemm_sm80 in a file."""
+    """The instantiations of the implicit GEMM in a file."""
     found = [(kernel, gemm_kernel(kernel.name)) for kernel in compiled[source, architecture]]
     assert all(gemm is not None for _, gemm in found), "the names are mangled in another way than expected"
     return [(kernel, gemm) for kernel, gemm in found if gemm is not None]
-
-
-def loop_of(kernel: CompiledKernel) -> Loop:
-    assert kernel.code is not None
-    return main_loop(kernel.code)
 
 
 @pytest.mark.nvcc
@@ -127,9 +129,9 @@ def test_the_promised_blocks_have_registers_enough(
 def test_every_tile_is_compiled_as_the_plan_knows_it(
     compiled: Compiled, source: str, architecture: str
 ) -> None:
-    listed = TILE.findall((CSRC / "tiles.h").read_text())
-    assert len(listed) > 5
     found = gemms(compiled, source, architecture)
+    listed = listed_tiles(found[0][1].kernel)
+    assert len(listed) > 3
     expected = set()
     for *numbers, narrow, any_filter in listed:
         tile = tuple(map(int, numbers))
@@ -143,7 +145,7 @@ def test_every_tile_is_compiled_as_the_plan_knows_it(
     assert compiled_tiles == expected
     for kernel, gemm in found:
         assert kernel.bounds.threads == gemm.threads, kernel.name
-        assert source.endswith(gemm.dtype)
+        assert source in (f"{gemm.kernel}_{gemm.dtype}", gemm.kernel)
         assert resident_blocks(kernel, gemm.shared_bytes, architecture) >= 1, kernel.name
 
 
@@ -165,14 +167,20 @@ def test_memory_accesses(disassembled: Compiled, source: str, architecture: str)
 @in_one_worker
 @every_gemm_file
 @every_architecture
-def test_the_main_loop_is_tensor_cores_fed_by_wide_copies(
+def test_the_main_loop_is_products_fed_by_wide_copies(
     disassembled: Compiled, source: str, architecture: str
 ) -> None:
     for kernel, gemm in gemms(disassembled, source, architecture):
-        loop = loop_of(kernel)
-        products = gemm.m // gemm.warps_m // 16 * (gemm.n // gemm.warps_n // 8) * (gemm.k_bytes // 32)
-        assert count(loop.every_turn, MMA[gemm.dtype]) == products, kernel.name
-        assert kernel.count(TENSOR_CORES) == products, f"{kernel.name} has others outside its main loop"
+        loop = kernel.main_loop()
+        if gemm.kernel == "implicit_gemm_fp32":
+            products = gemm.m * gemm.n // gemm.threads * gemm.k_bytes // 4
+            assert count(loop.every_turn, CUDA_CORES) == products, kernel.name
+            assert kernel.count(TENSOR_CORES) == 0, f"{kernel.name} is not for tensor cores"
+        else:
+            products = gemm.m // gemm.warps_m // 16 * (gemm.n // gemm.warps_n // 8) * (gemm.k_bytes // 32)
+            products *= 3 if gemm.kernel == "implicit_gemm_tf32x3" else 1
+            assert count(loop.every_turn, MMA[gemm.dtype]) == products, kernel.name
+            assert kernel.count(TENSOR_CORES) == products, f"{kernel.name} has others outside its main loop"
         copies = (gemm.m + gemm.n) * gemm.k_bytes // gemm.threads // gemm.access_bytes
         assert count(loop.all, COPIES[gemm.access_bytes]) == copies, kernel.name
         assert count(loop.all, r"LDGSTS.*") == copies, f"{kernel.name} has copies of another width"
@@ -194,13 +202,29 @@ def test_two_fifths_of_the_largest_main_loop_are_products(
     largest = max(gemm.m * gemm.n for _, gemm in kernels)
     for kernel, gemm in kernels:
         if gemm.m * gemm.n == largest and gemm.m > gemm.n and gemm.rows == rows:
-            loop = loop_of(kernel)
+            loop = kernel.main_loop()
             assert loop.share(TENSOR_CORES) >= 0.4, f"{gemm.tile}: {loop.families().most_common()}"
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+@pytest.mark.parametrize("rows", ["masked", "pointwise"])
+def test_three_quarters_of_the_large_main_loops_in_float32_are_products(
+    disassembled: Compiled, architecture: str, rows: str
+) -> None:
+    """One instruction a clock is all that the CUDA cores' peak allows, so this bounds the share of it."""
+    kernels = gemms(disassembled, "implicit_gemm_fp32", architecture)
+    large = [kernel for kernel, gemm in kernels if gemm.m * gemm.n >= 128 * 64 and gemm.rows == rows]
+    assert len(large) == 2
+    for kernel in large:
+        loop = kernel.main_loop()
+        assert loop.share(CUDA_CORES) >= 0.75, f"{kernel.name}: {loop.families().most_common()}"
 
 
 def test_every_kernel_file_states_its_promise() -> None:
     assert {*BLOCKS, *GEMM_FILES} == {source.stem for source in SOURCES}
-    assert len(GEMM_FILES) == 3
+    assert len(GEMM_FILES) == 5
 
 
 PTXAS_LOG = """\

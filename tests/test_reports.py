@@ -98,8 +98,8 @@ def test_holes_and_arguments_must_match() -> None:
 
 
 GEMM = (
-    "_ZN9fused_cna7kernels18implicit_gemm_sm80INS0_18ImplicitGemmTraitsI6__halfXtlNS_8GemmTileELi128ELi32ELi64ELi6ELi4E"
-    "Li1ELi3ELb1ELb0EEELi8EEENS0_10MaskedRowsEEEvNS0_16ImplicitGemmArgsE"
+    "_ZN9fused_cna7kernels13implicit_gemmINS0_18ImplicitGemmTraitsI6__halfXtlNS_8GemmTileELi128ELi32ELi64ELi6ELi4E"
+    "Li1ELi3ELb1ELb0EEELi8ENS0_11TensorCoresEEENS0_10MaskedRowsEEEvNS0_16ImplicitGemmArgsE"
 )
 SPLIT_K = "_ZN9fused_cna7kernels7split_kI13__nv_bfloat16EEvNS0_10SplitKArgsE"
 
@@ -109,7 +109,7 @@ def kernel(name: str, registers: int) -> CompiledKernel:
         Instruction("LDSM.16"),
         Instruction("HMMA.16816.F32"),
         Instruction("BRA", is_conditional=True, targets=(4,)),
-        Instruction("LDGSTS.E"),
+        Instruction("LDGSTS.E.64"),
         Instruction("BRA", is_conditional=True, targets=(0,)),
         Instruction("EXIT"),
     )
@@ -118,7 +118,7 @@ def kernel(name: str, registers: int) -> CompiledKernel:
 
 def test_an_instantiation_is_read_from_its_name() -> None:
     gemm = gemm_kernel(GEMM)
-    assert gemm == GemmKernel("float16", 128, 32, 64, 6, 4, 1, 3, 8, "masked")
+    assert gemm == GemmKernel("implicit_gemm_sm80", "float16", 128, 32, 64, 6, 4, 1, 3, 8, "masked")
     assert (gemm.tile, gemm.threads, gemm.shared_bytes) == ("128x32x32", 128, 65024)
     assert gemm_kernel(SPLIT_K) is None
 
@@ -129,7 +129,12 @@ def test_a_row_of_the_kernel_report() -> None:
     cells = dict(zip(HEADINGS, row, strict=True))
     assert cells["registers"] == "120 / 180"
     assert cells["blocks"] == "2", "shared memory limits it on an A100, registers on an H100"
-    assert (cells["HMMA"], cells["others"], cells["share"], cells["every turn"]) == ("1", "4", "20%", "25%")
+    assert (cells["products"], cells["others"], cells["share"], cells["every turn"]) == (
+        "1",
+        "4",
+        "20%",
+        "25%",
+    )
     assert gemm_row([kernel(SPLIT_K, 40)]) is None
     assert plain_row("split_k", [kernel(SPLIT_K, 40)] * 2)[:3] == ("split_k", "", "bfloat16")
     assert pair([3, 3]) == "3"

@@ -161,6 +161,13 @@ def test_round_to_tf32_takes_the_nearest_and_ties_away_from_zero() -> None:
     assert torch.equal(output.signbit()[~values.isnan()], values.signbit()[~values.isnan()])
 
 
+def test_the_lower_bits_of_a_tf32_are_not_the_result() -> None:
+    """Who takes the difference of a value and its tf32 must clear them first."""
+    value = 1 + 2.0**-12
+    assert run_test_kernel("round_to_tf32", [value], 1) == [1.0]
+    assert run_test_kernel("round_to_tf32_unmasked", [value], 1) != [1.0]
+
+
 def product_operands(scale: float) -> tuple[Tensor, Tensor, list[float]]:
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randint(-9, 10, size, generator=generator).float() * scale for size in ((16, 8), (8, 8)))

@@ -1,9 +1,11 @@
-#include "implicit_gemm_sm80_launch.cuh"
+#include "gemm_tensor_cores.cuh"
+#include "implicit_gemm_launch.cuh"
 
 namespace fused_cna {
 
-const char* launch_implicit_gemm_bfloat16(const ConvArgs& args, const Plan& plan, Stream stream) {
-    return kernels::launch_implicit_gemm<device::bfloat16>(args, plan, stream);
+const char* launch_implicit_gemm_sm80_bfloat16(const ConvArgs& args, const Plan& plan, Stream stream) {
+    return kernels::launch_implicit_gemm<device::bfloat16, kernels::TensorCores, implicit_gemm_sm80_tiles>(args, plan,
+                                                                                                           stream);
 }
 
 }  // namespace fused_cna

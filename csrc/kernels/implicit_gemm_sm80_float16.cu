@@ -1,9 +1,10 @@
-#include "implicit_gemm_sm80_launch.cuh"
+#include "gemm_tensor_cores.cuh"
+#include "implicit_gemm_launch.cuh"
 
 namespace fused_cna {
 
-const char* launch_implicit_gemm_float16(const ConvArgs& args, const Plan& plan, Stream stream) {
-    return kernels::launch_implicit_gemm<device::half>(args, plan, stream);
+const char* launch_implicit_gemm_sm80_float16(const ConvArgs& args, const Plan& plan, Stream stream) {
+    return kernels::launch_implicit_gemm<device::half, kernels::TensorCores, implicit_gemm_sm80_tiles>(args, plan, stream);
 }
 
 }  // namespace fused_cna

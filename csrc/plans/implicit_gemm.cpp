@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <span>
+#include <string>
 
 #include "../cost.h"
 #include "families.h"
@@ -12,15 +14,35 @@ using fused_cna::resident_blocks;
 // Assumptions that no measurement has yet replaced.
 constexpr double l2_bytes_per_cycle = 40;  // to one multiprocessor while all read
 constexpr double copies_per_cycle = 8;     // cp.async of single threads
+constexpr double compensated_share = 0.7;  // of the tensor cores' rate, beside splitting operands and adding up in float32
+constexpr double fma_share = 0.75;         // of the CUDA cores' rate: the share of multiply-adds among the instructions
+
+// Where the error of three tf32 products is within that of a plain float32 sum, as measured; see docs/accuracy.md.
+constexpr int64_t fewest_compensated = 64;
 
 int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device) {
     return resident_blocks(tile.threads(), tile.shared_bytes(), tile.blocks_per_multiprocessor, device);
 }
 
+// The kernels differ in their arithmetic and their tiles.
+std::span<const GemmTile> tiles_of(Kernel kernel) {
+    if (kernel == Kernel::implicit_gemm_tf32x3) return implicit_gemm_tf32x3_tiles;
+    if (kernel == Kernel::implicit_gemm_fp32) return implicit_gemm_fp32_tiles;
+    return implicit_gemm_sm80_tiles;
+}
+
+// Multiply-adds per clock and multiprocessor.
+double products_per_clock(const ConvProblem& problem, Kernel kernel, const DeviceInfo& device) {
+    const double tf32 = mma_per_clock(device) / 2 * mma_share;
+    if (kernel == Kernel::implicit_gemm_tf32x3) return mma_per_clock(device) / 2 * compensated_share / 3;
+    if (kernel == Kernel::implicit_gemm_fp32) return fma_per_clock(device) * fma_share;
+    return problem.dtype == DType::float32 ? tf32 : 2 * tf32;
+}
+
 Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
-    const GemmTile& tile = implicit_gemm_tiles[plan.tile_index];
+    const GemmTile& tile = tiles_of(plan.kernel)[plan.tile_index];
     const double k = plan.tile.k;
-    const double rate = mma_per_clock(device) * mma_share / (problem.dtype == DType::float32 ? 2 : 1);
+    const double rate = products_per_clock(problem, plan.kernel, device);
     const double operand_bytes = static_cast<double>(tile.m + tile.n) * tile.k_bytes;
     const double fragment_bytes =
         (static_cast<double>(tile.m) * tile.warps_n + static_cast<double>(tile.n) * tile.warps_m) * tile.k_bytes;
@@ -77,13 +99,12 @@ std::vector<int> useful_splits(const ConvProblem& problem, const Plan& plan, con
 }
 
 // Everything but rows and split, with the reason where the tile cannot run the problem at all.
-Candidate base_of_tile(const ConvProblem& problem, const DeviceInfo& device, int tile_index) {
-    const GemmTile& tile = implicit_gemm_tiles[tile_index];
+Candidate base_of_tile(const ConvProblem& problem, const DeviceInfo& device, Kernel kernel, int tile_index) {
+    const GemmTile& tile = tiles_of(kernel)[tile_index];
     Candidate candidate;
     Plan& plan = candidate.plan;
     const int k = tile.k_bytes / static_cast<int>(size_in_bytes(problem.dtype));
-    plan = {
-        .kernel = Kernel::implicit_gemm_sm80, .tile_index = tile_index, .tile = {tile.m, tile.n, k}, .stages = tile.stages};
+    plan = {.kernel = kernel, .tile_index = tile_index, .tile = {tile.m, tile.n, k}, .stages = tile.stages};
     // Copying to dense memory pays where it widens the loads or makes tensor cores possible at all; it is costed like
     // anything else.
     plan.convert_x = problem.x_access < 4;
@@ -94,8 +115,13 @@ Candidate base_of_tile(const ConvProblem& problem, const DeviceInfo& device, int
     const int64_t padded_rows = ceil_div(problem.gemm_m(), tile.m) * tile.m;
     if (!too_old(device).empty()) {
         candidate.illegal = too_old(device);
-    } else if (problem.dtype == DType::float32 && !problem.allow_tf32) {
+    } else if (kernel != Kernel::implicit_gemm_sm80 && problem.dtype != DType::float32) {
+        candidate.illegal = std::string("it is for float32, the tensors are ") + dtype_name(problem.dtype);
+    } else if (kernel == Kernel::implicit_gemm_sm80 && problem.dtype == DType::float32 && !problem.allow_tf32) {
         candidate.illegal = "float32 is to be exact, its tensor cores round to tf32";
+    } else if (kernel == Kernel::implicit_gemm_tf32x3 && problem.gemm_k() < fewest_compensated) {
+        candidate.illegal = "a float32 sum of " + std::to_string(problem.gemm_k()) +
+                            " products is more accurate, it wants " + std::to_string(fewest_compensated) + " or more";
     } else if (problem.dense_access() < 4) {
         candidate.illegal = "a group's " + std::to_string(problem.c_per_group()) +
                             " channels allow loads of 2 bytes, cp.async "
@@ -111,9 +137,10 @@ Candidate base_of_tile(const ConvProblem& problem, const DeviceInfo& device, int
     return candidate;
 }
 
-void add_tile(const ConvProblem& problem, const DeviceInfo& device, int tile_index, std::vector<Candidate>& all) {
-    const Candidate base = base_of_tile(problem, device, tile_index);
-    const GemmTile& tile = implicit_gemm_tiles[tile_index];
+void add_tile(const ConvProblem& problem, const DeviceInfo& device, Kernel kernel, int tile_index,
+              std::vector<Candidate>& all) {
+    const Candidate base = base_of_tile(problem, device, kernel, tile_index);
+    const GemmTile& tile = tiles_of(kernel)[tile_index];
     std::string illegal = base.illegal;
     const std::vector<Rows> rows = illegal.empty() ? legal_rows(problem, tile, base.plan, illegal) : std::vector<Rows>{};
     if (!illegal.empty()) {
@@ -138,7 +165,9 @@ void add_tile(const ConvProblem& problem, const DeviceInfo& device, int tile_ind
 }  // namespace
 
 void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all) {
-    for (int i = 0; i < static_cast<int>(implicit_gemm_tiles.size()); ++i) add_tile(problem, device, i, all);
+    for (const Kernel kernel : {Kernel::implicit_gemm_sm80, Kernel::implicit_gemm_tf32x3, Kernel::implicit_gemm_fp32}) {
+        for (size_t i = 0; i < tiles_of(kernel).size(); ++i) add_tile(problem, device, kernel, static_cast<int>(i), all);
+    }
 }
 
 std::string describe_implicit_gemm(const Plan& plan) {

@@ -86,14 +86,18 @@ const TestKernel use_product("product", run<product<by_quad, by_quad, true>>);
 const TestKernel use_mismatched_swizzle("mismatched_swizzle", run<product<by_quad, by_row, true>>);
 const TestKernel use_unrounded_product("unrounded_product", run<product<by_quad, by_quad, false>>);
 
+template <uint32_t kept>
 __global__ void round_all(const float* input, float* output, int64_t count) {
     for (int64_t i = thread_x(); i < count; i += 32) {
-        output[i] = std::bit_cast<float>(round_to_tf32(std::bit_cast<uint32_t>(input[i])));
+        output[i] = std::bit_cast<float>(round_to_tf32(std::bit_cast<uint32_t>(input[i])) & kept);
     }
 }
-const TestKernel use_round_all("round_to_tf32", [](const Buffers& b) {
-    return launch(round_all, {1, 32, 0}, nullptr, b.input, b.output, b.inputs);
-});
+template <uint32_t kept>
+const char* run_round_all(const Buffers& b) {
+    return launch(round_all<kept>, {1, 32, 0}, nullptr, b.input, b.output, b.inputs);
+}
+const TestKernel use_round_all("round_to_tf32", run_round_all<0xFFFFE000>);
+const TestKernel use_round_unmasked("round_to_tf32_unmasked", run_round_all<0xFFFFFFFF>);
 
 __global__ void misaligned_row(const float*, float*) {
     uint32_t words[4];

@@ -1,10 +1,10 @@
-// Host side of implicit_gemm_sm80: from a plan to the instantiation that it names. Included once per dtype.
+// Host side of the implicit GEMM: from a plan to the instantiation that it names. Included once per dtype and arithmetic.
 #pragma once
 
 #include <utility>
 
 #include "../layout.h"
-#include "implicit_gemm_sm80.cuh"
+#include "implicit_gemm.cuh"
 
 namespace fused_cna::kernels {
 
@@ -71,25 +71,25 @@ const char* launch_gemm(const ConvArgs& conv, const Plan& plan, Stream stream) {
                   "the plan's shared memory must be the kernel's");
     const ImplicitGemmArgs args = make_gemm_args<Traits>(conv, plan);
     const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(ImplicitGemmShared<Traits>)};
-    if (const char* error = device::launch(implicit_gemm_sm80<Traits, Rows>, shape, stream, args)) return error;
+    if (const char* error = device::launch(implicit_gemm<Traits, Rows>, shape, stream, args)) return error;
     if (plan.split_k == 1) return nullptr;
     return launch_split_k(conv, plan.split_k, int64_t{args.tiles_m} * Traits::m, int64_t{args.tiles_n} * Traits::n,
                           int64_t{args.tiles_per_group} * Traits::n, stream);
 }
 
-inline constexpr const char* no_instantiation = "implicit_gemm_sm80 has no instantiation of this plan";
+inline constexpr const char* no_instantiation = "the implicit GEMM has no instantiation of this plan";
 
-// The instantiations, which are those that legal_rows in plan.cpp allows.
-template <class T, GemmTile tile>
+// The instantiations, which are those that legal_rows in plans/implicit_gemm.cpp allows.
+template <class T, class Arithmetic, GemmTile tile>
 const char* launch_gemm_tile(const ConvArgs& conv, const Plan& plan, Stream stream) {
-    using Wide = ImplicitGemmTraits<T, tile, 16>;
+    using Wide = ImplicitGemmTraits<T, tile, 16, Arithmetic>;
     if (plan.access_bytes == 16) {
         if (plan.rows == Rows::pointwise) return launch_gemm<Wide, PointwiseRows>(conv, plan, stream);
         if (plan.rows == Rows::masked) return launch_gemm<Wide, MaskedRows>(conv, plan, stream);
     }
     if constexpr (tile.takes_narrow_accesses) {
-        using Half = ImplicitGemmTraits<T, tile, 8>;
-        using Quarter = ImplicitGemmTraits<T, tile, 4>;
+        using Half = ImplicitGemmTraits<T, tile, 8, Arithmetic>;
+        using Quarter = ImplicitGemmTraits<T, tile, 4, Arithmetic>;
         if (plan.rows == Rows::masked && plan.access_bytes == 8) return launch_gemm<Half, MaskedRows>(conv, plan, stream);
         if (plan.rows == Rows::masked && plan.access_bytes == 4) return launch_gemm<Quarter, MaskedRows>(conv, plan, stream);
         if constexpr (tile.takes_any_filter) {
@@ -100,16 +100,17 @@ const char* launch_gemm_tile(const ConvArgs& conv, const Plan& plan, Stream stre
     return no_instantiation;
 }
 
-template <class T>
+// tiles: the array in tiles.h that the plan's tile_index counts in.
+template <class T, class Arithmetic, const auto& tiles>
 const char* launch_implicit_gemm(const ConvArgs& conv, const Plan& plan, Stream stream) {
     const auto launch_index = [&]<size_t... I>(std::index_sequence<I...>) {
         const char* error = no_instantiation;
         ((plan.tile_index == static_cast<int>(I) &&
-          (error = launch_gemm_tile<T, implicit_gemm_tiles[I]>(conv, plan, stream), true)) ||
+          (error = launch_gemm_tile<T, Arithmetic, tiles[I]>(conv, plan, stream), true)) ||
          ...);
         return error;
     };
-    return launch_index(std::make_index_sequence<implicit_gemm_tiles.size()>{});
+    return launch_index(std::make_index_sequence<tiles.size()>{});
 }
 
 }  // namespace fused_cna::kernels

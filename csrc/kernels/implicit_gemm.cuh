@@ -1,6 +1,6 @@
-// Dense and grouped convolution as an implicit GEMM on tensor cores: mma.sync with operands brought by cp.async through
-// several stages of swizzled shared memory. float16, bfloat16, and float32 rounded to tf32; compute capability 8.0 and
-// newer. Channels of x and of the weight must be dense (stride 1).
+// Dense and grouped convolution as an implicit GEMM: operands are brought by cp.async through several stages of swizzled
+// shared memory, and multiplied by one of the arithmetics in gemm_tensor_cores.cuh and gemm_cuda_cores.cuh. Compute
+// capability 8.0 and newer. Channels of x and of the weight must be dense (stride 1).
 #pragma once
 
 #include <cstdint>
@@ -30,11 +30,24 @@ struct ImplicitGemmArgs {
 };
 
 // AccessBytes: the widest access that channels and alignment allow, 16, 8 or 4.
-template <class T, GemmTile Tile, int AccessBytes>
+// Arithmetic says how a warp multiplies what lies in a stage, and names:
+//   bytes_per_step               of every row, that one step of it takes
+//   rows_per_slice               rows of a warp that the epilogue takes at a time
+//   reads_ahead                  whether it has two buffers, or only buffer 0
+//   Math<Traits>                 the accumulators of one thread, with
+//     Math(stages)               reads from the memory of the stages
+//     read(buffer, stage, k)     takes step k of a stage into a buffer
+//     multiply(buffer)           adds the products of a buffer
+//     end_chunk()                without a second buffer: is called once 64 products or fewer were added, and at the end
+//     write(slice, rows, pitch)  writes the warp's slice-th rows to memory whose rows lie `pitch` floats apart
+//     repair(...)                goes over sums that the whole block wrote, and mends what the arithmetic could not make
+template <class T, GemmTile Tile, int AccessBytes, class Arithmetic>
 struct ImplicitGemmTraits {
     using Value = T;
+    using Math = typename Arithmetic::template Math<ImplicitGemmTraits>;
     static constexpr GemmTile tile = Tile;
     static constexpr int m = tile.m, n = tile.n, row_bytes = tile.k_bytes, k = row_bytes / sizeof(T);
+    static constexpr int steps_per_chunk = 64 / k;
     static constexpr int stages = tile.stages, warps_m = tile.warps_m, warps_n = tile.warps_n;
     static constexpr int threads = tile.threads();
     static constexpr int access_bytes = AccessBytes;
@@ -46,16 +59,18 @@ struct ImplicitGemmTraits {
     static constexpr int stage_bytes = (m + n) * row_bytes, weight_start = m * row_bytes;
 
     static constexpr int warp_m = m / warps_m, warp_n = n / warps_n;
-    static constexpr int fragments_m = warp_m / 16, fragments_n = warp_n / 8;
-    static constexpr int k_steps = row_bytes / 32;  // MMAs along one row
+    static constexpr int k_steps = row_bytes / Arithmetic::bytes_per_step;
+    static constexpr bool reads_ahead = Arithmetic::reads_ahead;
 
-    // The epilogue takes 16 rows of every warp at a time.
-    static constexpr int slice_rows = warps_m * 16, slice_pitch = n + 8;
+    // The epilogue takes a few rows of every warp at a time.
+    static constexpr int warp_slice_rows = Arithmetic::rows_per_slice, slices = warp_m / warp_slice_rows;
+    static constexpr int slice_rows = warps_m * warp_slice_rows, slice_pitch = n + 8;
 
     static_assert(row_bytes == 64 || row_bytes == 128, "the swizzle is made for rows of 64 or 128 bytes");
     static_assert(m % row_pass == 0 && n % row_pass == 0, "every pass of the copies must be whole");
     static_assert(row_pass % 8 == 0, "rows that one thread copies must share their swizzle");
-    static_assert(warp_m % 16 == 0 && warp_n % 16 == 0, "a warp makes whole 16 x 16 fragments");
+    static_assert(warp_m % warp_slice_rows == 0, "a warp's rows must be whole slices");
+    static_assert(!reads_ahead || k_steps % 2 == 0, "the two buffers must meet the same steps in every stage");
     static_assert(slice_rows * slice_pitch * 4 <= stages * stage_bytes, "a slice must fit the operands' memory");
     static_assert(stages >= 2, "one stage is read while another is filled");
 };
@@ -70,10 +85,21 @@ struct ImplicitGemmShared {
     ChannelFold folds[Traits::n];
 };
 
+// Adds a chunk of float32 sums to the total and starts the next. Arithmetics that sum on the CUDA cores take 64 products a
+// chunk: one running sum over thousands of products has several times the error.
+template <int Count>
+__device__ __forceinline__ void add_chunk(float (&total)[Count], float (&chunk)[Count]) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+        total[i] += chunk[i];
+        chunk[i] = 0;
+    }
+}
+
 // Where a 16-byte chunk lies within its row: chunks of one column in eight neighbouring rows lie in distinct banks, so that
 // both the copies and load_matrices are free of conflicts.
 template <int RowBytes>
-__device__ __forceinline__ int swizzle(int row, int chunk) {
+__device__ __forceinline__ constexpr int swizzle(int row, int chunk) {
     return chunk ^ (RowBytes == 128 ? row % 8 : row / 2 % 4);
 }
 
@@ -180,98 +206,12 @@ class OperandLoader {
     Rows<Traits::x_rows> rows_;
 };
 
-// What one MMA step of a warp takes from shared memory.
-template <class Traits>
-struct Fragments {
-    uint32_t x[Traits::fragments_m][4];
-    uint32_t weight[Traits::fragments_n][2];
-};
-
-// The lane's addresses for load_matrices in stage 0. A later k step flips bits of the chunk number, which the swizzle leaves
-// to an exclusive or; fragments further down share their swizzle, because it repeats every 8 rows.
-template <class Traits>
-class FragmentReader {
-   public:
-    __device__ explicit FragmentReader(uint32_t shared) {
-        const int lane = device::lane();
-        const int x_row = device::warp() / Traits::warps_n * Traits::warp_m + lane % 16;
-        const int weight_row = device::warp() % Traits::warps_n * Traits::warp_n + lane % 8 + lane / 16 * 8;
-        x_ = shared + x_row * Traits::row_bytes + swizzle<Traits::row_bytes>(x_row, lane / 16) * 16;
-        weight_ = shared + Traits::weight_start + weight_row * Traits::row_bytes +
-                  swizzle<Traits::row_bytes>(weight_row, lane / 8 % 2) * 16;
-    }
-
-    __device__ __forceinline__ void read(Fragments<Traits>& fragments, uint32_t stage, int k_step) const {
-        const uint32_t x = (x_ + stage) ^ (k_step * 32);
-        const uint32_t weight = (weight_ + stage) ^ (k_step * 32);
-#pragma unroll
-        for (int i = 0; i < Traits::fragments_m; ++i) {
-            device::load_matrices(x + i * 16 * Traits::row_bytes, fragments.x[i]);
-        }
-#pragma unroll
-        for (int j = 0; j < Traits::fragments_n; j += 2) {
-            uint32_t words[4];
-            device::load_matrices(weight + j * 8 * Traits::row_bytes, words);
-            fragments.weight[j][0] = words[0];
-            fragments.weight[j][1] = words[1];
-            fragments.weight[j + 1][0] = words[2];
-            fragments.weight[j + 1][1] = words[3];
-        }
-        if constexpr (sizeof(typename Traits::Value) == 4) round_all(fragments);
-    }
-
-   private:
-    // The tensor cores would truncate, which biases every product the same way.
-    static __device__ __forceinline__ void round_all(Fragments<Traits>& fragments) {
-#pragma unroll
-        for (auto& words : fragments.x) {
-#pragma unroll
-            for (uint32_t& word : words) word = device::round_to_tf32(word);
-        }
-#pragma unroll
-        for (auto& words : fragments.weight) {
-#pragma unroll
-            for (uint32_t& word : words) word = device::round_to_tf32(word);
-        }
-    }
-
-    uint32_t x_, weight_;
-};
-
-template <class Traits>
-using Accumulators = float[Traits::fragments_m][Traits::fragments_n][4];
-
-template <class Traits>
-__device__ __forceinline__ void multiply(Accumulators<Traits>& total, const Fragments<Traits>& fragments) {
-#pragma unroll
-    for (int i = 0; i < Traits::fragments_m; ++i) {
-#pragma unroll
-        for (int j = 0; j < Traits::fragments_n; ++j) {
-            device::multiply_add<typename Traits::Value>(total[i][j], fragments.x[i], fragments.weight[j]);
-        }
-    }
-}
-
-// Row of the tile that is row `index` in the order of the slices: slice i holds the i-th 16 rows of every warp.
+// Row of the tile that is row `index` in the order of the slices: slice i holds the i-th few rows of every warp.
 template <class Traits>
 __device__ __forceinline__ int row_of_slice_order(int index) {
+    constexpr int rows = Traits::warp_slice_rows;
     const int slice = index / Traits::slice_rows, within = index % Traits::slice_rows;
-    return within / 16 * Traits::warp_m + slice * 16 + within % 16;
-}
-
-// Writes a warp's i-th 16 rows to memory whose rows lie `pitch` floats apart; `rows` points at the warp's first row.
-template <class Traits>
-__device__ __forceinline__ void write_fragments(const float (&fragments)[Traits::fragments_n][4], float* rows,
-                                                int64_t pitch) {
-    const int row = device::lane() / 4, column = device::lane() % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < Traits::fragments_n; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float* pair = rows + (row + half * 8) * pitch + j * 8 + column;
-            device::store_pair(pair, fragments[j][half * 2], fragments[j][half * 2 + 1]);
-        }
-    }
+    return within / rows * Traits::warp_m + slice * rows + within % rows;
 }
 
 template <class Traits>
@@ -287,48 +227,96 @@ __device__ void prepare_tables(const ImplicitGemmArgs& args, const GemmBlock& bl
     }
 }
 
-// The main loop. Each step reads one stage while the copies of the next ones are under way; within a step the fragments of
-// one MMA step are read while those before it are multiplied.
-template <class Traits, template <int> class Rows>
-__device__ __forceinline__ void accumulate(const ImplicitGemmArgs& args, const GemmBlock& block, uint32_t shared,
-                                           Accumulators<Traits>& total) {
-    const int first_step = block.split * args.steps_per_split;
-    const int remaining = args.steps - first_step;
-    const int steps = remaining < args.steps_per_split ? remaining : args.steps_per_split;
-    OperandLoader<Traits, Rows> loader(args, block, first_step, shared);
-    const FragmentReader<Traits> reader(shared);
+// Which stage is read and which is filled, as offsets in bytes.
+template <class Traits>
+class StageRing {
+   public:
+    __device__ uint32_t read() const { return read_; }
+    __device__ uint32_t write() const { return write_; }
+    __device__ void next_read() { read_ = after(read_); }
+    __device__ void next_write() { write_ = after(write_); }
 
-    // Groups are committed even when empty, so that the number under way is always the same.
-#pragma unroll
-    for (int stage = 0; stage < Traits::stages - 1; ++stage) {
-        if (stage < steps) loader.load(stage * Traits::stage_bytes);
-        device::commit_copies();
-    }
+   private:
+    static constexpr uint32_t stage_bytes = Traits::stage_bytes, end = Traits::stages * stage_bytes;
+    static __device__ uint32_t after(uint32_t stage) { return stage + stage_bytes == end ? 0 : stage + stage_bytes; }
+
+    uint32_t read_ = 0, write_ = end - stage_bytes;
+};
+
+// Starts the copies of the step that is stages - 1 ahead. Groups are committed even when empty, so that the number under way
+// is always the same.
+template <class Traits, class Loader>
+__device__ __forceinline__ void load_ahead(Loader& loader, StageRing<Traits>& ring, int step, int steps) {
+    if (step + Traits::stages - 1 < steps) loader.load(ring.write());
+    device::commit_copies();
+    ring.next_write();
+}
+
+// The stage that is read next has landed, and every warp has read the last of the stage that is written next.
+template <class Traits>
+__device__ __forceinline__ void next_stage() {
     device::wait_copies<Traits::stages - 2>();
     device::sync_threads();
+}
 
-    Fragments<Traits> fragments[2];
-    constexpr uint32_t end = Traits::stages * Traits::stage_bytes;
-    uint32_t read_stage = 0, write_stage = end - Traits::stage_bytes;
-    reader.read(fragments[0], read_stage, 0);
+// The main loop: each step reads one stage while the copies of the next ones are under way. Within a step a part is read
+// while the one before it is multiplied, across the end of the stage too.
+template <class Traits, class Loader>
+__device__ __forceinline__ void multiply_reading_ahead(Loader& loader, typename Traits::Math& math, int steps) {
+    StageRing<Traits> ring;
+    next_stage<Traits>();
+    math.read(0, ring.read(), 0);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
 #pragma unroll
         for (int k = 0; k < Traits::k_steps; ++k) {
             if (k == Traits::k_steps - 1) {
-                // The next stage has landed, and every warp has read the last of the stage that is written next.
-                device::wait_copies<Traits::stages - 2>();
-                device::sync_threads();
-                read_stage = read_stage + Traits::stage_bytes == end ? 0 : read_stage + Traits::stage_bytes;
+                next_stage<Traits>();
+                ring.next_read();
             }
-            reader.read(fragments[(k + 1) % 2], read_stage, (k + 1) % Traits::k_steps);
-            if (k == 0) {
-                if (step + Traits::stages - 1 < steps) loader.load(write_stage);
-                device::commit_copies();
-                write_stage = write_stage + Traits::stage_bytes == end ? 0 : write_stage + Traits::stage_bytes;
-            }
-            multiply<Traits>(total, fragments[k % 2]);
+            math.read((k + 1) % 2, ring.read(), (k + 1) % Traits::k_steps);
+            if (k == 0) load_ahead(loader, ring, step, steps);
+            math.multiply(k % 2);
         }
+    }
+}
+
+// The same for an arithmetic whose registers do not suffice for a second buffer, and whose products take so long that
+// the warps hide each other's reads.
+template <class Traits, class Loader>
+__device__ __forceinline__ void multiply_in_turn(Loader& loader, typename Traits::Math& math, int steps) {
+    StageRing<Traits> ring;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        next_stage<Traits>();
+        load_ahead(loader, ring, step, steps);
+#pragma unroll
+        for (int k = 0; k < Traits::k_steps; ++k) {
+            math.read(0, ring.read(), k);
+            math.multiply(0);
+        }
+        ring.next_read();
+        if (step % Traits::steps_per_chunk == Traits::steps_per_chunk - 1) math.end_chunk();
+    }
+    math.end_chunk();
+}
+
+template <class Traits, template <int> class Rows>
+__device__ __forceinline__ void accumulate(const ImplicitGemmArgs& args, const GemmBlock& block, const unsigned char* stages,
+                                           typename Traits::Math& math) {
+    const int first_step = block.split * args.steps_per_split;
+    const int remaining = args.steps - first_step;
+    const int steps = remaining < args.steps_per_split ? remaining : args.steps_per_split;
+    OperandLoader<Traits, Rows> loader(args, block, first_step, device::shared_address(stages));
+#pragma unroll
+    for (int stage = 0; stage < Traits::stages - 1; ++stage) {
+        if (stage < steps) loader.load(stage * Traits::stage_bytes);
+        device::commit_copies();
+    }
+    if constexpr (Traits::reads_ahead) {
+        multiply_reading_ahead<Traits>(loader, math, steps);
+    } else {
+        multiply_in_turn<Traits>(loader, math, steps);
     }
     // The epilogue takes over the stages.
     device::wait_copies<0>();
@@ -338,16 +326,16 @@ __device__ __forceinline__ void accumulate(const ImplicitGemmArgs& args, const G
 // Finishes and stores the tile slice by slice: a rolled loop, so that the activations are instantiated once.
 template <class Traits>
 __device__ __forceinline__ void store_slices(const ImplicitGemmArgs& args, const GemmBlock& block,
-                                             ImplicitGemmShared<Traits>& shared, const Accumulators<Traits>& total) {
+                                             ImplicitGemmShared<Traits>& shared, const typename Traits::Math& math) {
     const int warp_m = device::warp() / Traits::warps_n, warp_n = device::warp() % Traits::warps_n;
-    float* warp_rows = shared.accumulators + warp_m * 16 * Traits::slice_pitch + warp_n * Traits::warp_n;
+    float* warp_rows =
+        shared.accumulators + warp_m * Traits::warp_slice_rows * Traits::slice_pitch + warp_n * Traits::warp_n;
 #pragma unroll 1
-    for (int slice = 0; slice < Traits::fragments_m; ++slice) {
-#pragma unroll
-        for (int i = 0; i < Traits::fragments_m; ++i) {
-            if (i == slice) write_fragments<Traits>(total[i], warp_rows, Traits::slice_pitch);
-        }
+    for (int slice = 0; slice < Traits::slices; ++slice) {
+        math.write(slice, warp_rows, Traits::slice_pitch);
         device::sync_threads();
+        Traits::Math::repair(args, block, shared.accumulators, Traits::slice_pitch, Traits::slice_rows,
+                             [&](int row) { return row_of_slice_order<Traits>(slice * Traits::slice_rows + row); });
         store_tile<typename Traits::Value, Traits::slice_rows, Traits::n, Traits::slice_pitch, Traits::threads>(
             args.conv, shared.accumulators, shared.places + slice * Traits::slice_rows, shared.folds,
             {block.first_channel(args), block.columns});
@@ -358,30 +346,33 @@ __device__ __forceinline__ void store_slices(const ImplicitGemmArgs& args, const
 // Writes the tile's share of the sums to the workspace, [splits][tiles_m * m][tiles_n * n] float32, for split_k to add up.
 template <class Traits>
 __device__ __forceinline__ void store_partial_sums(const ImplicitGemmArgs& args, const GemmBlock& block,
-                                                   const Accumulators<Traits>& total) {
+                                                   const typename Traits::Math& math) {
     const int warp_m = device::warp() / Traits::warps_n, warp_n = device::warp() % Traits::warps_n;
     const int64_t pitch = static_cast<int64_t>(args.tiles_n) * Traits::n;
     const int64_t first_row = static_cast<int64_t>(block.split) * args.tiles_m * Traits::m + block.first_row;
-    float* warp_rows = args.conv.workspace + (first_row + warp_m * Traits::warp_m) * pitch + block.tile_n * Traits::n +
-                       warp_n * Traits::warp_n;
+    float* tile = args.conv.workspace + first_row * pitch + block.tile_n * Traits::n;
+    float* warp_rows = tile + warp_m * Traits::warp_m * pitch + warp_n * Traits::warp_n;
 #pragma unroll
-    for (int i = 0; i < Traits::fragments_m; ++i) write_fragments<Traits>(total[i], warp_rows + i * 16 * pitch, pitch);
+    for (int slice = 0; slice < Traits::slices; ++slice) {
+        math.write(slice, warp_rows + slice * Traits::warp_slice_rows * pitch, pitch);
+    }
+    Traits::Math::repair(args, block, tile, pitch, Traits::m, [](int row) { return row; });
 }
 
 template <class Traits, template <int> class Rows>
 __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multiprocessor)
-    implicit_gemm_sm80(const __grid_constant__ ImplicitGemmArgs args) {
+    implicit_gemm(const __grid_constant__ ImplicitGemmArgs args) {
     auto& shared = device::shared_storage<ImplicitGemmShared<Traits>>();
     const GemmBlock block = GemmBlock::of<Traits>(args);
     prepare_tables(args, block, shared);
 
-    Accumulators<Traits> total = {};
-    accumulate<Traits, Rows>(args, block, device::shared_address(shared.stages), total);
+    typename Traits::Math math(&shared.stages[0][0]);
+    accumulate<Traits, Rows>(args, block, &shared.stages[0][0], math);
 
     if (args.steps_per_split < args.steps) {
-        store_partial_sums<Traits>(args, block, total);
+        store_partial_sums<Traits>(args, block, math);
     } else {
-        store_slices<Traits>(args, block, shared, total);
+        store_slices<Traits>(args, block, shared, math);
     }
 }
 

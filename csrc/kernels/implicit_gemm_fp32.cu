@@ -1,0 +1,10 @@
+#include "gemm_cuda_cores.cuh"
+#include "implicit_gemm_launch.cuh"
+
+namespace fused_cna {
+
+const char* launch_implicit_gemm_fp32(const ConvArgs& args, const Plan& plan, Stream stream) {
+    return kernels::launch_implicit_gemm<float, kernels::CudaCores, implicit_gemm_fp32_tiles>(args, plan, stream);
+}
+
+}  // namespace fused_cna
