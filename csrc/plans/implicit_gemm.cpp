@@ -10,8 +10,7 @@ namespace {
 using fused_cna::resident_blocks;
 
 // Assumptions that no measurement has yet replaced.
-constexpr double l2_bytes_per_cycle = 40;  // to one multiprocessor while all read
-constexpr double copies_per_cycle = 8;     // cp.async of single threads
+constexpr double copies_per_cycle = 8;  // cp.async of single threads
 
 int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device) {
     return resident_blocks(tile.threads(), tile.shared_bytes(), tile.blocks_per_multiprocessor, device);
@@ -142,11 +141,8 @@ void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, std
 }
 
 std::string describe_implicit_gemm(const Plan& plan) {
-    std::string text = " split " + std::to_string(plan.split_k) + " " + rows_name(plan.rows) + " " +
-                       std::to_string(plan.access_bytes) + "-byte";
-    if (plan.convert_x) text += " after a copy of x";
-    if (plan.convert_weight) text += " after a copy of the weight";
-    return text;
+    return " split " + std::to_string(plan.split_k) + " " + rows_name(plan.rows) + " " + std::to_string(plan.access_bytes) +
+           "-byte" + describe_copies(plan);
 }
 
 }  // namespace fused_cna
