@@ -29,6 +29,7 @@ from tests.shapes import SHAPES, TELLING_SHAPES, ConvShape, shape_named
 from tests.simt import binding, conv_norm_act, list_plans
 from tests.simt.conv import _geometry
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
+from tests.test_small_m_kernel import FEW_PIXELS, plans_of
 
 BEYOND_INT = 2**31
 
@@ -67,6 +68,20 @@ def every_instantiation() -> None:
         for order in (None, "add_act", "act_add"):
             problem = integer_problem(shape_named("groups_odd"), torch.float16, Wanted(residual_order=order))
             check(problem, plan=f"direct {tile}")
+
+
+def every_plan_of_small_m() -> None:
+    for dtype in DTYPES:
+        for shape in FEW_PIXELS:
+            given = integer_problem(shape, dtype, Wanted(residual_order="act_add"))
+            for problem in (given, dense(given)):
+                for plan in plans_of(problem):
+                    check(problem, plan=plan)
+    many = torch.zeros((), dtype=torch.float16).expand(65, 8, 1, 1)
+    list_plans(many, many[:8])
+    list_plans(
+        many[:1, :1].expand(1, BEYOND_INT - 2048, 1, 1), many[:1, :1].expand(1, BEYOND_INT - 2048, 1, 1)
+    )
 
 
 def every_epilogue() -> None:
@@ -141,6 +156,7 @@ def main() -> None:
     every_epilogue()
     every_shape()
     every_instantiation()
+    every_plan_of_small_m()
 
 
 if __name__ == "__main__":
