@@ -118,6 +118,9 @@ def every_layout() -> None:
             check(
                 problem.replace(x=odd_unit_strides(problem.x, 7), weight=odd_unit_strides(problem.weight, 7))
             )
+    for name in ("one_row", "one_column"):
+        problem = dense(integer_problem(shape_named(name), torch.float16))
+        check(problem.replace(x=odd_unit_strides(problem.x, 7)), plan="implicit_gemm_sm80")
     pointwise = dense(integer_problem(LARGER[2], torch.float16))
     check(pointwise.replace(x=sliced_channels_last(pointwise.x)))
     check(pointwise.replace(x=pointwise.x[:, :, ::2], padding=(0, 0)))

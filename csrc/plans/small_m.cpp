@@ -8,7 +8,7 @@ namespace fused_cna {
 
 namespace {
 
-// Beyond, every filter would be converted to float so often that tensor cores are faster with any split.
+// Beyond, so many blocks would read and convert the same filters that tensor cores are faster with any split.
 constexpr int64_t most_rows = 64;
 
 // Assumptions that no measurement has yet replaced, in cycles, and instructions counted in the machine code.
@@ -44,11 +44,12 @@ double instructions(const ConvProblem& problem, const Plan& plan) {
 
 // Through the L2, of one block: each team its filters, and all the same rows, which the L1 keeps.
 double block_bytes(const ConvProblem& problem, const Plan& plan) {
-    const double chunks = static_cast<double>(chunks_of(problem)),
-                 values = 16.0 / static_cast<double>(size_in_bytes(problem.dtype));
-    const auto moved = [&](bool is_dense) { return chunks * (is_dense ? 16 : values * sector_bytes); };
-    return plan.tile.n * moved(plan.convert_weight || problem.weight_access > 0) +
-           plan.tile.m * moved(plan.convert_x || problem.x_access > 0);
+    const double values = 16.0 / static_cast<double>(size_in_bytes(problem.dtype));
+    const auto moved = [&](int64_t filters_or_rows, bool is_dense) {
+        return static_cast<double>(filters_or_rows * chunks_of(problem)) * (is_dense ? 16 : values * sector_bytes);
+    };
+    return moved(std::min<int64_t>(plan.tile.n, problem.gemm_n()), plan.convert_weight || problem.weight_access > 0) +
+           moved(std::min<int64_t>(plan.tile.m, problem.gemm_m()), plan.convert_x || problem.x_access > 0);
 }
 
 Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
