@@ -81,7 +81,9 @@ ARGUED: dict[str, dict[str, str]] = {
         "...);": NO_SUCH_TILE,
     },
     "csrc/kernels/small_m.cu": {
-        "if (plan.tile_index == 2) return launch_tile<T, small_m_tiles[2]>(conv, plan, stream);": NO_SUCH_TILE,
+        (
+            "if (plan.tile_index == 2) return launch_tile<T, small_m_tiles[2]>(conv, plan, stream);"
+        ): NO_SUCH_TILE,
         "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
         "return no_instantiation;": NO_SUCH_TILE,
     },
