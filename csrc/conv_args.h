@@ -44,6 +44,8 @@ const char* launch_implicit_gemm_sm80_bfloat16(const ConvArgs& args, const Plan&
 const char* launch_implicit_gemm_tf32x3(const ConvArgs& args, const Plan& plan, Stream stream);
 const char* launch_implicit_gemm_fp32(const ConvArgs& args, const Plan& plan, Stream stream);
 
+const char* launch_small_m(const ConvArgs& args, const Plan& plan, Stream stream);
+
 // Adds up the partial sums of a split in a fixed order, [split_k][rows][columns] float32 in args.workspace, then finishes
 // and stores. `columns` counts the padded columns of all groups, `columns_per_group` those of one.
 const char* launch_split_k(const ConvArgs& args, int split_k, int64_t rows, int64_t columns, int64_t columns_per_group,

@@ -14,6 +14,7 @@ inline constexpr double memory_latency = 800;  // from a copy's start to its lan
 inline constexpr double step_latency = 120;    // barrier, loads from shared memory and first products of a lone block's step
 inline constexpr double prologue_and_epilogue = 3000;
 inline constexpr double shared_bytes_per_cycle = 128;
+inline constexpr double l2_bytes_per_cycle = 40;  // to one multiprocessor while all read
 
 double as_us(double cycles, const DeviceInfo& device);
 

@@ -62,10 +62,18 @@ std::string too_old(const DeviceInfo& device) {
            std::to_string(device.compute_minor);
 }
 
+std::string describe_copies(const Plan& plan) {
+    std::string text;
+    if (plan.convert_x) text += " after a copy of x";
+    if (plan.convert_weight) text += " after a copy of the weight";
+    return text;
+}
+
 std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceInfo& device) {
     check_extents(problem);
     std::vector<Candidate> all;
     add_implicit_gemm(problem, device, all);
+    add_small_m(problem, device, all);
     add_direct(problem, device, all);
     std::stable_sort(all.begin(), all.end(), is_better);
     if (!all.front().illegal.empty()) refuse(problem, all.back().illegal + "; split the batch");
@@ -135,6 +143,7 @@ std::string to_string(const Plan& plan) {
         case Kernel::implicit_gemm_sm80: return name + describe_implicit_gemm(plan);
         case Kernel::implicit_gemm_tf32x3: return name + describe_implicit_gemm(plan);
         case Kernel::implicit_gemm_fp32: return name + describe_implicit_gemm(plan);
+        case Kernel::small_m: return name + describe_small_m(plan);
     }
     return name;
 }

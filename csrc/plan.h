@@ -17,6 +17,7 @@ enum class Kernel : int32_t {
     implicit_gemm_sm80,
     implicit_gemm_tf32x3,
     implicit_gemm_fp32,
+    small_m,
 };
 
 inline constexpr std::array all_kernels{
@@ -24,6 +25,7 @@ inline constexpr std::array all_kernels{
     Kernel::implicit_gemm_sm80,
     Kernel::implicit_gemm_tf32x3,
     Kernel::implicit_gemm_fp32,
+    Kernel::small_m,
 };
 
 constexpr const char* kernel_name(Kernel kernel) {
@@ -32,6 +34,7 @@ constexpr const char* kernel_name(Kernel kernel) {
         case Kernel::implicit_gemm_sm80: return "implicit_gemm_sm80";
         case Kernel::implicit_gemm_tf32x3: return "implicit_gemm_tf32x3";
         case Kernel::implicit_gemm_fp32: return "implicit_gemm_fp32";
+        case Kernel::small_m: return "small_m";
     }
     return "unknown";
 }
@@ -65,6 +68,7 @@ struct Plan {
     int stages = 1;
     int split_k = 1;
     Rows rows = Rows::plain;
+    int lanes = 1;                // threads that share one output's reduction, in `small_m`
     int access_bytes = 0;         // of one load of operands; 0 where loads are value by value
     bool convert_x = false;       // x is first copied to dense channels_last
     bool convert_weight = false;  // the weight is first copied to dense KRSC

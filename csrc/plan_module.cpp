@@ -81,6 +81,7 @@ py::dict as_dict(const Candidate& candidate) {
     result["stages"] = plan.stages;
     result["split_k"] = plan.split_k;
     result["rows"] = rows_name(plan.rows);
+    result["lanes"] = plan.lanes;
     result["access_bytes"] = plan.access_bytes;
     result["convert_x"] = plan.convert_x;
     result["convert_weight"] = plan.convert_weight;

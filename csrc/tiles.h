@@ -67,5 +67,24 @@ inline constexpr std::array<GemmTile, 4> implicit_gemm_fp32_tiles{{
     {128, 32, 64, 4, 4, 1, 2, true},
     {64, 64, 64, 4, 2, 2, 3, true, true},
 }};
+// A tile of the kernel for few output pixels: what one team of lanes makes. A block has as many teams as fit; how many lanes
+// a team has, a power of two, is the plan's.
+struct SmallMTile {
+    int rows = 0, channels = 0;
+    int unroll = 0;  // 16-byte chunks of every filter and row that a lane has under way at once
+
+    // Narrow accesses are several to a chunk: one chunk is enough to have many under way.
+    constexpr int unroll_of(int access_bytes) const { return access_bytes <= 4 ? 1 : unroll; }
+
+    static constexpr int threads = 128;
+    static constexpr int blocks_per_multiprocessor = 3;  // that registers allow: the launch bound
+
+    bool operator==(const SmallMTile&) const = default;
+};
+
+// Each has at least four 16-byte loads of the weight under way per lane, and one set of sums for several channels, so that a
+// chunk of x is loaded and converted for all of them. More rows would need more registers than hide the latency, so further
+// rows are further blocks, which find the weight in the L2.
+inline constexpr std::array<SmallMTile, 3> small_m_tiles{{{1, 4, 4}, {4, 4, 2}, {8, 2, 2}}};
 
 }  // namespace fused_cna

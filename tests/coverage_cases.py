@@ -29,6 +29,7 @@ from tests.shapes import SHAPES, TELLING_SHAPES, ConvShape, shape_named
 from tests.simt import binding, conv_norm_act, list_plans
 from tests.simt.conv import _geometry
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
+from tests.test_small_m_kernel import FEW_PIXELS, plans_of
 
 BEYOND_INT = 2**31
 
@@ -69,6 +70,20 @@ def every_instantiation() -> None:
             check(problem, plan=f"direct {tile}")
 
 
+def every_plan_of_small_m() -> None:
+    for dtype in DTYPES:
+        for shape in FEW_PIXELS:
+            given = integer_problem(shape, dtype, Wanted(residual_order="act_add"))
+            for problem in (given, dense(given)):
+                for plan in plans_of(problem):
+                    check(problem, plan=plan)
+    many = torch.zeros((), dtype=torch.float16).expand(65, 8, 1, 1)
+    list_plans(many, many[:8])
+    list_plans(
+        many[:1, :1].expand(1, BEYOND_INT - 2048, 1, 1), many[:1, :1].expand(1, BEYOND_INT - 2048, 1, 1)
+    )
+
+
 def every_epilogue() -> None:
     shape = ConvShape("eight_and_a_tail", 1, 8, 5, 5, 20, 1, 1, "whole vectors of channels and some left")
     for dtype in DTYPES:
@@ -103,6 +118,9 @@ def every_layout() -> None:
             check(
                 problem.replace(x=odd_unit_strides(problem.x, 7), weight=odd_unit_strides(problem.weight, 7))
             )
+    for name in ("one_row", "one_column"):
+        problem = dense(integer_problem(shape_named(name), torch.float16))
+        check(problem.replace(x=odd_unit_strides(problem.x, 7)), plan="implicit_gemm_sm80")
     pointwise = dense(integer_problem(LARGER[2], torch.float16))
     check(pointwise.replace(x=sliced_channels_last(pointwise.x)))
     check(pointwise.replace(x=pointwise.x[:, :, ::2], padding=(0, 0)))
@@ -141,6 +159,7 @@ def main() -> None:
     every_epilogue()
     every_shape()
     every_instantiation()
+    every_plan_of_small_m()
 
 
 if __name__ == "__main__":

@@ -80,6 +80,13 @@ ARGUED: dict[str, dict[str, str]] = {
         "return no_instantiation;": NO_SUCH_TILE,
         "...);": NO_SUCH_TILE,
     },
+    "csrc/kernels/small_m.cu": {
+        (
+            "if (plan.tile_index == 2) return launch_tile<T, small_m_tiles[2]>(conv, plan, stream);"
+        ): NO_SUCH_TILE,
+        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
+        "return no_instantiation;": NO_SUCH_TILE,
+    },
     "csrc/kernels/split_k.cu": {
         "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
         'return "split_k has no instantiation of this dtype";': NO_SUCH_DTYPE,

@@ -47,7 +47,7 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 def check_kernels() -> None:
-    """Runs every shape in every dtype on the GPU, and every instantiation of the tensor-core kernel.
+    """Runs every shape in every dtype on the GPU, and every instantiation of the fast kernels.
 
     The results are compared bit for bit. All but the convolutions is computed on the CPU and copied, so that
     the tool sees only these kernels.
@@ -59,11 +59,19 @@ def check_kernels() -> None:
     from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
     from tests.shapes import SHAPES
     from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
+    from tests.test_small_m_kernel import FEW_PIXELS, one_of_each_kind
 
     fused_cna.config.strict = True
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     extension = _extension.module()
     wanted = Wanted(act="relu", residual_order="add_act")
+
+    def dense_of(problem: Problem) -> Problem:
+        return problem.map(
+            lambda tensor: (
+                tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+            )
+        )
 
     def check(problem: Problem, layout: torch.memory_format, plan: str) -> None:
         placed = problem.map(
@@ -85,21 +93,22 @@ def check_kernels() -> None:
     for shape in LARGER:
         for dtype in DTYPES:
             problem = integer_problem(shape, dtype, wanted)
-            dense = problem.map(
-                lambda tensor: (
-                    tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-                )
-            )
             # one plan for each instantiation, the one with the most splits
-            plans = {without_split(plan): plan for plan in reversed(tensor_core_plans(dense))}
+            plans = {without_split(plan): plan for plan in reversed(tensor_core_plans(dense_of(problem)))}
             new = {(dtype, kind): plan for kind, plan in plans.items() if (dtype, kind) not in instantiations}
             for plan in new.values():
                 check(problem, torch.channels_last, plan)
             instantiations |= set(new)
+    for shape in FEW_PIXELS:
+        for dtype in DTYPES:
+            problem = integer_problem(shape, dtype, wanted)
+            for plan in one_of_each_kind(dense_of(problem)):
+                check(problem, torch.channels_last, plan)
     extension.force_plan("")
     torch.cuda.synchronize()
     print(
-        f"{len(SHAPES)} shapes, {len(DTYPES)} dtypes, {len(instantiations)} tensor-core kernels: bit for bit"
+        f"{len(SHAPES)} shapes, {len(DTYPES)} dtypes, {len(instantiations)} tensor-core kernels, "
+        f"{len(FEW_PIXELS)} shapes of few pixels: bit for bit"
     )
 
 

@@ -1,7 +1,7 @@
 """How every kernel comes out of the compiler, as a table: ``python -m tests.kernel_report``.
 
-The implicit GEMM by tile, dtype, kind of rows and width of access; the others by dtype. What differs
-between sm_80 (A100) and sm_90a (H100) is given as a pair. Needs nvcc and nvdisasm.
+The implicit GEMM and small_m by tile, dtype, kind of rows and width of access; the others by dtype.
+What differs between sm_80 (A100) and sm_90a (H100) is given as a pair. Needs nvcc and nvdisasm.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tests.sass import (
     find_disassembler,
     gemm_kernel,
     resident_blocks,
+    small_m_kernel,
 )
 
 HEADINGS = (
@@ -85,6 +86,23 @@ def share_of_every_turn(loop: Loop, products: str) -> float:
     return count(loop.every_turn, products) / len(loop.every_turn)
 
 
+def small_m_row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...] | None:
+    """A row for an instantiation of small_m, whose tile is rows x channels of a team x chunks of a step."""
+    small_m = small_m_kernel(kernels[0].name)
+    if small_m is None:
+        return None
+    return (
+        "small_m",
+        f"{small_m.rows}x{small_m.channels}x{small_m.chunks}",
+        small_m.dtype,
+        "pointwise" if small_m.is_pointwise else "plain",
+        f"{small_m.access_bytes} bytes",
+        str(kernels[0].bounds.threads),
+        pair([kernel.resources.registers for kernel in kernels]),
+        *("", "", "", "", "", ""),
+    )
+
+
 def plain_row(file: str, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
     """A row for any other kernel."""
     name = kernels[0].name
@@ -110,7 +128,7 @@ def rows(compiled: Compiled) -> Iterator[tuple[str, ...]]:
         ]
         for name in reversed(by_name[0]):
             kernels = [found[name] for found in by_name]
-            yield gemm_row(kernels) or plain_row(file, kernels)
+            yield gemm_row(kernels) or small_m_row(kernels) or plain_row(file, kernels)
 
 
 def print_table(table: Sequence[tuple[str, ...]]) -> None:

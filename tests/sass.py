@@ -278,6 +278,43 @@ def gemm_kernel(name: str) -> GemmKernel | None:
     return GemmKernel(kernel, _DTYPES[match["dtype"]], *tile[:7], int(match["access"]), match["rows"].lower())
 
 
+@dataclass(frozen=True)
+class SmallMKernel:
+    """An instantiation of small_m: what its mangled name says of it."""
+
+    dtype: str
+    rows: int
+    channels: int
+    unroll: int
+    access_bytes: int
+    is_pointwise: bool
+
+    @property
+    def values(self) -> int:
+        """Of a 16-byte chunk."""
+        return 4 if self.dtype == "float32" else 8
+
+    @property
+    def chunks(self) -> int:
+        """SmallMTile::unroll_of of csrc/tiles.h: of every row and filter, in a step of one lane."""
+        return 1 if self.access_bytes <= 4 else self.unroll
+
+
+_SMALL_M = re.compile(
+    r"12SmallMTraitsI(?P<dtype>f|6__half|13__nv_bfloat16)XtlNS_10SmallMTileE"
+    r"(?P<tile>(?:Li\d+E){3})EELi(?P<access>\d+)ELb(?P<pointwise>[01])E"
+)
+
+
+def small_m_kernel(name: str) -> SmallMKernel | None:
+    """What a mangled name says, or None where it is another kernel's."""
+    match = _SMALL_M.search(name)
+    if match is None:
+        return None
+    tile = [int(number) for number in re.findall(r"Li(\d+)E", match["tile"])]
+    return SmallMKernel(_DTYPES[match["dtype"]], *tile, int(match["access"]), match["pointwise"] == "1")
+
+
 REGISTERS_PER_MULTIPROCESSOR = 65536
 THREADS_PER_MULTIPROCESSOR = 2048
 SHARED_BYTES_PER_MULTIPROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}

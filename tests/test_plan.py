@@ -184,6 +184,7 @@ def test_dense_layers_of_real_networks_run_on_tensor_cores() -> None:
     dense = [(uses, p) for uses, p in real_layers() if p.groups == 1 and p.c >= 8 and p.k >= 8]
     assert len(dense) > 2000
     total = sum(uses for uses, _ in dense)
-    others = [(uses, p) for uses, p in dense if explain(p).kernel != TENSOR_CORES]
+    # layers of few output pixels have a kernel of their own
+    others = [(uses, p) for uses, p in dense if explain(p).kernel not in (TENSOR_CORES, "small_m")]
     assert all(p.c % 2 for _, p in others), "only odd channel counts are left out"
     assert sum(uses for uses, _ in others) <= 0.01 * total

@@ -12,7 +12,6 @@ namespace {
 using fused_cna::resident_blocks;
 
 // Assumptions that no measurement has yet replaced.
-constexpr double l2_bytes_per_cycle = 40;  // to one multiprocessor while all read
 constexpr double copies_per_cycle = 8;     // cp.async of single threads
 constexpr double compensated_share = 0.7;  // of the tensor cores' rate, beside splitting operands and adding up in float32
 constexpr double fma_share = 0.75;         // of the CUDA cores' rate: the share of multiply-adds among the instructions
@@ -171,11 +170,8 @@ void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, std
 }
 
 std::string describe_implicit_gemm(const Plan& plan) {
-    std::string text = " split " + std::to_string(plan.split_k) + " " + rows_name(plan.rows) + " " +
-                       std::to_string(plan.access_bytes) + "-byte";
-    if (plan.convert_x) text += " after a copy of x";
-    if (plan.convert_weight) text += " after a copy of the weight";
-    return text;
+    return " split " + std::to_string(plan.split_k) + " " + rows_name(plan.rows) + " " + std::to_string(plan.access_bytes) +
+           "-byte" + describe_copies(plan);
 }
 
 }  // namespace fused_cna
