@@ -14,6 +14,8 @@ struct StripTile {
     static constexpr int most_strips = 16;
     static constexpr int pixels = most_strips * strip_rows * strip_columns;
     static constexpr int channels = 16;  // a whole 32-byte sector of every pixel
+    static constexpr int threads = 256;
+    static constexpr int blocks_per_multiprocessor = 3;  // that registers allow: the launch bound
 
     int images = 0, down = 0, across = 0;  // strips one below and one beside the other
 
@@ -58,26 +60,28 @@ struct StripPlanes {
     static constexpr int remainder(int chunks) { return (chunks % banks + banks) % banks; }
 };
 
-// The dynamic shared memory of a block, in bytes. The accumulators and the places of their pixels take over the operands.
+// The dynamic shared memory of a block, in bytes. The accumulators take it over from the operands.
 struct StripMemory {
-    // A word for every two neighbouring taps of a filter row, a padding tap before and behind.
-    static constexpr int filter_row_words = 10;
-    static constexpr int widest_filter = filter_row_words - 1;
-    static constexpr int pitch = StripTile::channels + 1;  // of the accumulators: odd, against bank conflicts
-    static constexpr int tables_bytes = 256, place_bytes = 24;
+    static constexpr int widest_filter = 9;
+    // A filter row as the MMAs take it: for every distance from an input back to an output, two words. The pitch, in words,
+    // keeps neighbouring rows' stores free of bank conflicts.
+    static constexpr int farthest_back = 7, filter_row_pitch = 30;
+    // Of the accumulators, in floats: from pixel to pixel, odd against bank conflicts; from one row of all strips to the
+    // next.
+    static constexpr int pitch = StripTile::channels + 1;
+    static constexpr int row_pitch = StripTile::pixels / StripTile::strip_rows * pitch;
+    static constexpr int tables_bytes = 512;
     // Halves of the slab are stored together; this puts them into different banks.
     static constexpr int half_skew = 64;
 
     int64_t filter = 0;  // where it lies
     int64_t total = 0;
 
-    static constexpr int accumulator_bytes() { return StripTile::pixels * pitch * 4; }
-
     static constexpr StripMemory of(const StripTile& tile, int filter_rows) {
         constexpr int chunk = 16;
         const int64_t planes = int64_t{StripPlanes::of(tile, filter_rows).plane} * chunk * StripTile::channels + half_skew;
-        const int64_t filter = int64_t{StripTile::channels} * filter_rows * filter_row_words * 4;
-        const int64_t operands = planes + filter, results = accumulator_bytes() + StripTile::pixels * place_bytes;
+        const int64_t filter = int64_t{StripTile::channels} * filter_rows * filter_row_pitch * 4;
+        const int64_t operands = planes + filter, results = StripTile::pixels * pitch * 4;
         return {tables_bytes + planes, tables_bytes + (operands > results ? operands : results)};
     }
 };

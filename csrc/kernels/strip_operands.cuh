@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include <device/ptx.cuh>
 #include <device/types.cuh>
@@ -15,8 +14,7 @@
 
 namespace fused_cna::kernels {
 
-inline constexpr int toeplitz_warps = 8, toeplitz_threads = toeplitz_warps * 32;
-inline constexpr int toeplitz_blocks_per_multiprocessor = 3;  // that registers allow
+inline constexpr int toeplitz_threads = StripTile::threads, toeplitz_warps = toeplitz_threads / 32;
 inline constexpr int chunk_bytes = 16;
 
 struct ToeplitzArgs {
@@ -31,13 +29,11 @@ struct ToeplitzArgs {
     bool wide_loads;  // 16 bytes of x, else 4
 };
 
-// A strip's place in its tile.
+// Where a strip begins: in a channel's plane, in bytes, and in the output. n is -1 where there is no such strip; it is then
+// read as if it were the first.
 struct Strip {
-    int image, down, across;
-
-    static __device__ Strip of(const StripTile& tile, int strip) {
-        return {strip / tile.across / tile.down, strip / tile.across % tile.down, strip % tile.across};
-    }
+    int offset;
+    int n, p, q;
 };
 
 struct StripBlock {
@@ -46,112 +42,125 @@ struct StripBlock {
 
     // Slabs run fastest over the grid: blocks that share lines of x and y run together and find them in the L2.
     static __device__ StripBlock of(const ToeplitzArgs& args) {
-        int tile = static_cast<int>(device::block_x());
-        const int slab = tile % args.slabs;
-        tile /= args.slabs;
-        const int tile_q = tile % args.tiles_q, tile_p = tile / args.tiles_q % args.tiles_p;
-        const int first_channel = slab * StripTile::channels, remaining = args.c - first_channel;
-        return {.first_image = tile / args.tiles_q / args.tiles_p * args.tile.images,
-                .p = tile_p * args.tile.rows(),
-                .q = tile_q * args.tile.columns(),
+        // Unsigned, because that is a shorter division.
+        unsigned tile = static_cast<unsigned>(device::block_x());
+        const unsigned slabs = args.slabs, tiles_p = args.tiles_p, tiles_q = args.tiles_q;
+        const int first_channel = static_cast<int>(tile % slabs) * StripTile::channels, remaining = args.c - first_channel;
+        tile /= slabs;
+        const unsigned tile_q = tile % tiles_q;
+        tile /= tiles_q;
+        return {.first_image = static_cast<int>(tile / tiles_p) * args.tile.images,
+                .p = static_cast<int>(tile % tiles_p) * args.tile.rows(),
+                .q = static_cast<int>(tile_q) * args.tile.columns(),
                 .first_channel = first_channel,
                 .channels = remaining < StripTile::channels ? remaining : StripTile::channels};
     }
 
-    __device__ Pixel pixel_of_strip(const ToeplitzArgs& args, int strip, int row, int column) const {
-        const Strip position = Strip::of(args.tile, strip);
-        const Pixel pixel{first_image + position.image, p + position.down * StripTile::strip_rows + row,
-                          q + position.across * StripTile::strip_columns + column};
-        const bool exists =
-            strip < args.tile.strips() && pixel.n < args.output.n && pixel.p < args.output.p && pixel.q < args.output.q;
-        return exists ? pixel : Pixel{-1, 0, 0};
+    __device__ Strip strip(const ToeplitzArgs& args, int index) const {
+        if (index >= args.tile.strips()) return {0, -1, 0, 0};
+        const unsigned across = args.tile.across, row = static_cast<unsigned>(index) / across;
+        const int column = static_cast<int>(static_cast<unsigned>(index) % across);
+        const int down = static_cast<int>(row % static_cast<unsigned>(args.tile.down));
+        const int image = static_cast<int>(row / static_cast<unsigned>(args.tile.down)), n = first_image + image;
+        const StripPlanes& planes = args.planes;
+        const int chunk = image * planes.image + down * (StripTile::strip_rows * planes.row + planes.skew) + column;
+        return {chunk * chunk_bytes, n < args.output.n ? n : -1, p + down * StripTile::strip_rows,
+                q + column * StripTile::strip_columns};
     }
 };
 
 struct StripTables {
     ChannelFold folds[StripTile::channels];
-    uint32_t not_finite[toeplitz_warps];  // the lanes of each warp that met an infinity or a NaN
+    Strip strips[StripTile::most_strips];
 };
 static_assert(sizeof(StripTables) <= StripMemory::tables_bytes, "the tables must fit before the planes");
-static_assert(sizeof(RowPlace) == StripMemory::place_bytes, "the plan's shared memory must be the kernel's");
 
-// The parts of a block's shared memory: accumulators and places take over from planes and filter.
+// The parts of a block's shared memory: accumulators take over from planes and filter.
 struct StripShared {
     StripTables& tables;
     unsigned char* planes;
     uint32_t* filter;
     float* accumulators;
-    RowPlace* places;
 
     static __device__ StripShared of(const ToeplitzArgs& args, unsigned char* memory) {
         unsigned char* operands = memory + StripMemory::tables_bytes;
         return {*reinterpret_cast<StripTables*>(memory), operands, reinterpret_cast<uint32_t*>(memory + args.memory.filter),
-                reinterpret_cast<float*>(operands),
-                reinterpret_cast<RowPlace*>(operands + StripMemory::accumulator_bytes())};
+                reinterpret_cast<float*>(operands)};
     }
 };
+
+// Where a row of an image and a channel's plane begin, in bytes.
+__device__ __forceinline__ int row_offset(const StripPlanes& planes, int row) {
+    const unsigned skews = static_cast<unsigned>(row) / StripTile::strip_rows;
+    return (row * planes.row + static_cast<int>(skews) * planes.skew) * chunk_bytes;
+}
 
 __device__ __forceinline__ int plane_offset(const StripPlanes& planes, int channel) {
     return channel * planes.plane * chunk_bytes + channel / 8 * StripMemory::half_skew;
 }
 
-// The first of the two 16-bit values in a word.
-template <class T>
-__device__ __forceinline__ float first_value(uint32_t word) {
-    T value;
-    memcpy(&value, &word, sizeof(value));
-    return device::to_float(value);
-}
-
 __device__ __forceinline__ uint32_t first_halves(uint32_t a, uint32_t b) { return (a & 0xFFFF) | b << 16; }
 __device__ __forceinline__ uint32_t second_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000); }
 
-// All bits of both exponents, and their lowest bits.
+// A lane's share of the right operand for one filter row, T[j][q] = filter[j - q] with sixteen inputs j and eight outputs q:
+// inputs 2t and 2t + 1 of output g, and those 8 further. It depends on the distance 2t - g alone, from -7 to 6.
 template <class T>
-inline constexpr uint32_t exponents = 0;
-template <class T>
-inline constexpr uint32_t lowest_exponents = 0;
-template <>
-inline constexpr uint32_t exponents<device::half> = 0x7C007C00;
-template <>
-inline constexpr uint32_t lowest_exponents<device::half> = 0x04000400;
-template <>
-inline constexpr uint32_t exponents<device::bfloat16> = 0x7F807F80;
-template <>
-inline constexpr uint32_t lowest_exponents<device::bfloat16> = 0x00800080;
+struct alignas(8) ToeplitzWords {
+    T values[4];
+};
 
-inline constexpr uint32_t overflown_exponents = 0x80008000;
-
-// Writes every filter row of the slab as words of two neighbouring taps (s - 1, s), zero where there is no such tap.
+// Writes every filter row of the slab as ToeplitzWords by distance, zero where there is no such tap. A thread takes a row,
+// so that its loads are all under way together.
 template <class T>
 __device__ __forceinline__ void stage_filter(const ToeplitzArgs& args, const StripBlock& block, const StripShared& shared) {
+    constexpr int back = StripMemory::farthest_back, widest = StripMemory::widest_filter;
     const FilterStrides& strides = args.conv.weight_strides;
-    const int words = StripTile::channels * args.filter_rows * StripMemory::filter_row_words;
 #pragma unroll 1
-    for (int i = device::thread_x(); i < words; i += toeplitz_threads) {
-        const int s = i % StripMemory::filter_row_words, row = i / StripMemory::filter_row_words;
+    for (int row = device::thread_x(); row < StripTile::channels * args.filter_rows; row += toeplitz_threads) {
         const int channel = row / args.filter_rows, r = row % args.filter_rows;
-        T taps[2] = {device::from_float<T>(0.0f), device::from_float<T>(0.0f)};
-        if (channel < block.channels && r < args.r) {
-            const T* filter_row =
-                static_cast<const T*>(args.conv.weight) + (block.first_channel + channel) * strides.k + r * strides.r;
-            if (s > 0 && s <= args.s) taps[0] = filter_row[(s - 1) * strides.s];
-            if (s < args.s) taps[1] = filter_row[s * strides.s];
+        const bool exists = channel < block.channels && r < args.r;
+        const T* source =
+            static_cast<const T*>(args.conv.weight) + (block.first_channel + channel) * strides.k + r * strides.r;
+        const T zero = device::from_float<T>(0.0f);
+        T taps[widest];
+#pragma unroll
+        for (int s = 0; s < widest; ++s) taps[s] = exists && s < args.s ? source[s * strides.s] : zero;
+        auto* words = reinterpret_cast<ToeplitzWords<T>*>(shared.filter + row * StripMemory::filter_row_pitch);
+#pragma unroll
+        for (int distance = -back; distance < back; ++distance) {
+            const auto tap = [&](int s) { return s >= 0 && s < widest ? taps[s] : zero; };
+            words[distance + back] = {{tap(distance), tap(distance + 1), tap(distance + 8), tap(distance + 9)}};
         }
-        memcpy(&shared.filter[i], taps, sizeof(taps));
     }
 }
 
-// Loads 8 neighbouring channels of a pixel, of which the first `valid` exist; the others become zeros.
-__device__ __forceinline__ void load_pixel(const char* source, bool wide, int valid, uint32_t (&words)[4]) {
-    if (wide) {
+// A tap of a filter row in those words.
+template <class T>
+__device__ __forceinline__ float tap_of_words(const uint32_t* filter_row, int s) {
+    const auto* words = reinterpret_cast<const ToeplitzWords<T>*>(filter_row) + StripMemory::farthest_back;
+    return device::to_float(s < StripMemory::farthest_back ? words[s].values[0] : words[s - 8].values[2]);
+}
+
+// Loads the pixels of an item that lie in columns [0, end) of the image, 8 neighbouring channels of each.
+__device__ __forceinline__ void load_wide(const char* source, int64_t step, int column, int end, uint32_t (&pixels)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i, source += step) {
+        if (column + i < 0 || column + i >= end) continue;
         const device::Vector16 chunk = *reinterpret_cast<const device::Vector16*>(source);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) words[k] = chunk.words[k];
-    } else {
+        for (int k = 0; k < 4; ++k) pixels[i][k] = chunk.words[k];
+    }
+}
+
+// The same by 4 bytes at a time, of the first `channels` only.
+__device__ __forceinline__ void load_narrow(const char* source, int64_t step, int column, int end, int channels,
+                                            uint32_t (&pixels)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i, source += step) {
+        if (column + i < 0 || column + i >= end) continue;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            if (2 * k < valid) words[k] = reinterpret_cast<const uint32_t*>(source)[k];
+            if (2 * k < channels) pixels[i][k] = reinterpret_cast<const uint32_t*>(source)[k];
         }
     }
 }
@@ -173,27 +182,29 @@ __device__ __forceinline__ void store_transposed(const uint32_t (&pixels)[4][4],
     }
 }
 
-// Brings the block's part of x into the planes, zeros where it is padding. Returns whether this thread saw finite values
-// only. A thread takes the same 4 columns and 8 channels of one row after another.
+// Brings the block's part of x into the planes, zeros where it is padding. A thread takes the same 4 columns and 8 channels
+// of one row after another.
 template <class T>
-__device__ __forceinline__ bool stage_planes(const ToeplitzArgs& args, const StripBlock& block, const StripShared& shared) {
-    constexpr int pixels_per_item = 4, channels_per_item = 8, halves = StripTile::channels / channels_per_item;
-    const int quads = args.planes.row * 2;
-    const int items_per_row = quads * halves, rows_at_once = toeplitz_threads / items_per_row;
-    const int item = device::thread_x() % items_per_row;
-    const int first_row = device::thread_x() / items_per_row;
-    if (first_row >= rows_at_once) return true;
+__device__ __forceinline__ void stage_planes(const ToeplitzArgs& args, const StripBlock& block, const StripShared& shared) {
+    constexpr int columns_per_item = 4, channels_per_item = 8, halves = StripTile::channels / channels_per_item;
+    const unsigned items_per_row = args.planes.row * 8 / columns_per_item * halves, thread = device::thread_x();
+    const int rows_at_once = static_cast<int>(toeplitz_threads / items_per_row);
+    const int item = static_cast<int>(thread % items_per_row), first_row = static_cast<int>(thread / items_per_row);
+    if (first_row >= rows_at_once) return;
 
-    const int half = item % halves, column = item / halves * pixels_per_item;
-    const int channel = block.first_channel + half * channels_per_item, valid = args.c - channel;
-    const int first_w = block.q - args.pad_left + column, first_h = block.p - args.pad_top;
+    const int half = item % halves, column = item / halves * columns_per_item;
+    const int channel = block.first_channel + half * channels_per_item, channels = args.c - channel;
+    const int first_w = block.q - args.pad_left, first_h = block.p - args.pad_top, w = first_w + column;
     // Columns that no output needs are left out: they would only cost bandwidth.
-    const int needed = block.q - args.pad_left + args.tile.columns() + args.s - 1;
-    const int end_w = needed < args.w ? needed : args.w;
+    const int needed = first_w + args.tile.columns() + args.s - 1;
+    const int end = channels <= 0 ? 0 : needed < args.w ? needed : args.w;
+
+    // In bytes; the source of a row is formed in 64 bits once and then moves on by rows.
     const Strides& strides = args.conv.x_strides;
+    const int64_t pixel_step = strides.w * static_cast<int64_t>(sizeof(T));
+    const auto* source = static_cast<const char*>(args.conv.x) + (channel + w * strides.w) * static_cast<int64_t>(sizeof(T));
     unsigned char* destination = shared.planes + plane_offset(args.planes, half * channels_per_item) + column * sizeof(T);
 
-    uint32_t overflown = 0;
     int image = 0;
     for (int row = first_row;; row += rows_at_once) {
         while (row >= args.planes.rows) {
@@ -202,28 +213,18 @@ __device__ __forceinline__ bool stage_planes(const ToeplitzArgs& args, const Str
         }
         if (image >= args.tile.images) break;
         const int n = block.first_image + image, h = first_h + row;
-        uint32_t pixels[pixels_per_item][4] = {};
-        if (n < args.output.n && h >= 0 && h < args.h && valid > 0) {
-            const T* source = static_cast<const T*>(args.conv.x) + n * strides.n + h * strides.h + channel;
-#pragma unroll
-            for (int i = 0; i < pixels_per_item; ++i) {
-                const int w = first_w + i;
-                if (w < 0 || w >= end_w) continue;
-                load_pixel(reinterpret_cast<const char*>(source + w * strides.w), args.wide_loads, valid, pixels[i]);
+        uint32_t pixels[columns_per_item][4] = {};
+        if (n < args.output.n && h >= 0 && h < args.h) {
+            const char* pixel = source + (n * strides.n + h * strides.h) * static_cast<int64_t>(sizeof(T));
+            if (args.wide_loads) {
+                load_wide(pixel, pixel_step, w, end, pixels);
+            } else {
+                load_narrow(pixel, pixel_step, w, end, channels, pixels);
             }
         }
-#pragma unroll
-        for (const auto& pixel : pixels) {
-#pragma unroll
-            for (const uint32_t word : pixel) overflown |= (word & exponents<T>)+lowest_exponents<T>;
-        }
-        store_transposed(pixels,
-                         destination + (image * args.planes.image + row * args.planes.row +
-                                        row / StripTile::strip_rows * args.planes.skew) *
-                                           chunk_bytes,
+        store_transposed(pixels, destination + image * args.planes.image * chunk_bytes + row_offset(args.planes, row),
                          args.planes.plane * chunk_bytes);
     }
-    return (overflown & overflown_exponents) == 0;
 }
 
 }  // namespace fused_cna::kernels

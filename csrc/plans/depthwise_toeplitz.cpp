@@ -7,12 +7,11 @@ namespace fused_cna {
 
 namespace {
 
-constexpr int threads = 256, blocks_by_registers = 3;
-
 // Warp instructions, counted in the compiled kernel.
-constexpr double instructions_per_item = 130;      // four pixels of 8 channels brought and transposed, per lane
-constexpr double instructions_per_multiply = 2.5;  // with its share of loads and of the filter's fragments
-constexpr double instructions_per_result = 25;     // fold, a cheap activation, rounding, store: per output and lane
+constexpr double instructions_per_block = 3500;   // coordinates, the table of the filter, folds, staging
+constexpr double instructions_per_item = 133;     // four pixels of 8 channels brought and transposed
+constexpr double instructions_per_multiply = 5;   // with its share of loads and of the check for infinities
+constexpr double instructions_per_result = 12.5;  // fold, a cheap activation, rounding, store
 
 // Assumptions that no measurement has yet replaced.
 constexpr double instructions_per_cycle = 2.5;
@@ -33,23 +32,27 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     const StripPlanes planes = StripPlanes::of(plan.strips, padded_filter_rows(problem, plan));
     const double rows = filter_rows_of_pass(plan), channels = StripTile::channels;
     const double channel_passes = channels * static_cast<double>(passes(problem, filter_rows_of_pass(plan)));
-    const double results = StripTile::pixels * channels;
-
+    // Warps that have no strip of the tile store nothing.
+    const double results = static_cast<double>(ceil_div(plan.strips.strips(), 4)) * 4 * StripTile::strip_rows *
+                           StripTile::strip_columns * channels;
     const double multiplies = channel_passes * rows * StripTile::strip_rows;
     constexpr double products_per_multiply = 16 * 8 * 16;
-    const double matrices = channel_passes * (rows + StripTile::strip_rows - 1) * 512;
-    const double words = channel_passes * rows * (problem.s > 7 ? 2 : 1) * shared_bytes_per_cycle;
-    // Results are written once and read with two lanes to a bank.
-    const double shared = planes.plane * 16 * channels + matrices + words + results * 4 * 3;
+
+    const double x_matrices = channel_passes * (rows + StripTile::strip_rows - 1) * 512;
+    const double filter_words = channel_passes * rows * shared_bytes_per_cycle;
+    // All accumulators are written once, the results read with two lanes to a bank.
+    const double staged = (StripTile::pixels * channels + results * 2) * 4;
+    const double shared = (planes.plane * 16 * channels + x_matrices + filter_words + staged) / shared_bytes_per_cycle;
     const double items = plan.strips.images * planes.rows * planes.row * 2 * channels / 8;
-    const double instructions =
-        (items * instructions_per_item + results * instructions_per_result) / 32 + multiplies * instructions_per_multiply;
-    const double cycles = std::max({multiplies * products_per_multiply / (mma_per_clock(device) * mma_share),
-                                    shared / shared_bytes_per_cycle, instructions / instructions_per_cycle});
-    // One after another, because a barrier lies between: what the other blocks of a multiprocessor hide.
-    const double lone =
-        prologue_and_epilogue + memory_latency + shared / shared_bytes_per_cycle + instructions / instructions_per_cycle;
-    const int64_t resident = resident_blocks(threads, shared_bytes(problem, plan), blocks_by_registers, device);
+    const double issue = (instructions_per_block + (items * instructions_per_item + results * instructions_per_result) / 32 +
+                          multiplies * instructions_per_multiply) /
+                         instructions_per_cycle;
+    const double cycles =
+        std::max({multiplies * products_per_multiply / (mma_per_clock(device) * mma_share), shared, issue});
+    // The phases of a block wait for each other, which only other blocks can hide.
+    const double lone = 2 * memory_latency + shared + issue;
+    const int64_t resident =
+        resident_blocks(StripTile::threads, shared_bytes(problem, plan), StripTile::blocks_per_multiprocessor, device);
     return {.products_us = as_us(waves(plan, 1, device) * cycles, device),
             .bytes_us = transfer_us(compulsory_bytes(problem), device),
             .latency_us = as_us(waves(plan, resident, device) * lone, device),
