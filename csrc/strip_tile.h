@@ -55,6 +55,13 @@ struct StripPlanes {
         return planes;
     }
 
+    // Where a strip begins.
+    constexpr int strip_chunk(const StripTile& tile, int strip) const {
+        const int position = strip / tile.across;
+        return position / tile.down * image + position % tile.down * (StripTile::strip_rows * row + skew) +
+               strip % tile.across;
+    }
+
    private:
     static constexpr int banks = 8;  // of 16 bytes
     static constexpr int remainder(int chunks) { return (chunks % banks + banks) % banks; }

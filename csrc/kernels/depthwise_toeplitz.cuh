@@ -23,9 +23,30 @@ inline constexpr int toeplitz_channels_per_warp = StripTile::channels / toeplitz
 // A warp makes every toeplitz_warps-th channel of the slab; of each, all strips by row.
 using StripAccumulators = float[toeplitz_channels_per_warp][StripTile::strip_rows][4];
 
+// A lane's words of the right operand for one filter row; see ToeplitzWords.
 struct alignas(8) ToeplitzFragment {
     uint32_t words[2];
 };
+
+// Whether the strips that a load_matrices reads together lie in distinct banks, in every tile.
+constexpr bool strips_lie_in_distinct_banks(int filter_rows) {
+    for (int across = 1; across <= StripTile::most_strips; ++across) {
+        for (int down = 1; down * across <= StripTile::most_strips; ++down) {
+            const StripTile tile{StripTile::most_strips / (down * across), down, across};
+            const StripPlanes planes = StripPlanes::of(tile, filter_rows);
+            for (int first = 0; first < tile.strips(); first += 8) {
+                unsigned banks = 0;
+                for (int strip = first; strip < first + 8 && strip < tile.strips(); ++strip) {
+                    const unsigned bank = 1u << planes.strip_chunk(tile, strip) % 8;
+                    if (banks & bank) return false;
+                    banks |= bank;
+                }
+            }
+        }
+    }
+    return true;
+}
+static_assert(strips_lie_in_distinct_banks(5) && strips_lie_in_distinct_banks(7) && strips_lie_in_distinct_banks(10));
 
 // One channel of an MMA tile. A row of the planes is read once and multiplied with every filter row that it meets in the
 // strip's rows.
@@ -182,8 +203,9 @@ __global__ void __launch_bounds__(toeplitz_threads, StripTile::blocks_per_multip
     stage_filter<T>(args, block, shared);
     const int thread = device::thread_x();
     if (thread < StripTile::most_strips) shared.tables.strips[thread] = block.strip(args, thread);
-    if (thread < block.channels) {
-        shared.tables.folds[thread] = fold_channel<T>(args.conv.epilogue, block.first_channel + thread);
+    if (thread < StripTile::channels) {
+        shared.tables.folds[thread] =
+            thread < block.channels ? fold_channel<T>(args.conv.epilogue, block.first_channel + thread) : ChannelFold{};
     }
     device::sync_threads();
 

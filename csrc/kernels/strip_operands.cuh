@@ -1,5 +1,5 @@
 // How depthwise_toeplitz brings its operands: x transposed from neighbouring channels to planes of one channel each, the
-// filters as a table of neighbouring taps.
+// filters as the words of Toeplitz matrices.
 #pragma once
 
 #include <cstdint>
@@ -58,14 +58,11 @@ struct StripBlock {
 
     __device__ Strip strip(const ToeplitzArgs& args, int index) const {
         if (index >= args.tile.strips()) return {0, -1, 0, 0};
-        const unsigned across = args.tile.across, row = static_cast<unsigned>(index) / across;
-        const int column = static_cast<int>(static_cast<unsigned>(index) % across);
-        const int down = static_cast<int>(row % static_cast<unsigned>(args.tile.down));
-        const int image = static_cast<int>(row / static_cast<unsigned>(args.tile.down)), n = first_image + image;
-        const StripPlanes& planes = args.planes;
-        const int chunk = image * planes.image + down * (StripTile::strip_rows * planes.row + planes.skew) + column;
-        return {chunk * chunk_bytes, n < args.output.n ? n : -1, p + down * StripTile::strip_rows,
-                q + column * StripTile::strip_columns};
+        const int position = index / args.tile.across, n = first_image + position / args.tile.down;
+        return {.offset = args.planes.strip_chunk(args.tile, index) * chunk_bytes,
+                .n = n < args.output.n ? n : -1,
+                .p = p + position % args.tile.down * StripTile::strip_rows,
+                .q = q + index % args.tile.across * StripTile::strip_columns};
     }
 };
 
@@ -199,7 +196,6 @@ __device__ __forceinline__ void stage_planes(const ToeplitzArgs& args, const Str
     const int needed = first_w + args.tile.columns() + args.s - 1;
     const int end = channels <= 0 ? 0 : needed < args.w ? needed : args.w;
 
-    // In bytes; the source of a row is formed in 64 bits once and then moves on by rows.
     const Strides& strides = args.conv.x_strides;
     const int64_t pixel_step = strides.w * static_cast<int64_t>(sizeof(T));
     const auto* source = static_cast<const char*>(args.conv.x) + (channel + w * strides.w) * static_cast<int64_t>(sizeof(T));

@@ -74,6 +74,9 @@ std::string unfit(const ConvProblem& problem, const DeviceInfo& device) {
         return "the filter is " + std::to_string(problem.s) + " wide, it takes widths from 2 to " +
                std::to_string(StripMemory::widest_filter);
     }
+    if (constexpr int64_t most_images = int_limit - StripTile::most_strips; problem.n > most_images) {
+        return with_numbers("it counts", problem.n, " images", most_images);
+    }
     if (problem.dense_pixel_access() < 4) {
         return "a pixel's " + std::to_string(problem.c) + " channels allow loads of 2 bytes, it takes 16 or 4";
     }
