@@ -30,7 +30,11 @@ from tests.sass import (
     resident_blocks,
 )
 
-BLOCKS = {"direct": 3, "split_k": 0}
+BLOCKS = {
+    "direct": 3,
+    "split_k": 0,
+    "depthwise_toeplitz": 3,
+}
 """The blocks a multiprocessor that a kernel file's launch bounds promise; tiles say it for the others."""
 
 SCALAR_STORES = r"6direct.*4TileELi\d+ELi1ELi"
@@ -196,6 +200,27 @@ def test_two_fifths_of_the_largest_main_loop_are_products(
         if gemm.m * gemm.n == largest and gemm.m > gemm.n and gemm.rows == rows:
             loop = loop_of(kernel)
             assert loop.share(TENSOR_CORES) >= 0.4, f"{gemm.tile}: {loop.families().most_common()}"
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_depthwise_toeplitz_multiplies_on_tensor_cores(disassembled: Compiled, architecture: str) -> None:
+    """Two channels a warp, each filter row of a pass times the four rows of a strip, and nothing twice."""
+    found = set()
+    for kernel in disassembled["depthwise_toeplitz", architecture]:
+        match = re.search(r"18depthwise_toeplitzI(6__half|13__nv_bfloat16)Li(\d+)E", kernel.name)
+        assert match is not None, kernel.name
+        dtype, filter_rows = {"6__half": "float16"}.get(match[1], "bfloat16"), int(match[2])
+        found.add((dtype, filter_rows))
+        assert kernel.bounds.threads == 256
+        assert kernel.count(MMA[dtype]) == kernel.count(TENSOR_CORES) == 2 * 4 * filter_rows, kernel.name
+        assert kernel.count(r"LDSM\.16\.M88\.4") == 2 * (filter_rows + 3), kernel.name
+        # x in four pixels of 8 channels at a time, the filter in the lanes' words of 14 distances
+        assert kernel.count(r"STS\.64") == 8 + 14, kernel.name
+        loop = loop_of(kernel)
+        assert loop.share(TENSOR_CORES) >= 0.28, f"{kernel.name}: {loop.families().most_common()}"
+    assert found == {(dtype, rows) for dtype in ("float16", "bfloat16") for rows in (5, 7)}
 
 
 def test_every_kernel_file_states_its_promise() -> None:
