@@ -45,6 +45,9 @@ const char* launch_implicit_gemm_tf32x3(const ConvArgs& args, const Plan& plan, 
 const char* launch_implicit_gemm_fp32(const ConvArgs& args, const Plan& plan, Stream stream);
 
 const char* launch_small_m(const ConvArgs& args, const Plan& plan, Stream stream);
+// float16 and bfloat16.
+const char* launch_depthwise_toeplitz(const ConvArgs& args, const Plan& plan, Stream stream);
+
 
 // Adds up the partial sums of a split in a fixed order, [split_k][rows][columns] float32 in args.workspace, then finishes
 // and stores. `columns` counts the padded columns of all groups, `columns_per_group` those of one.

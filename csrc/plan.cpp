@@ -74,6 +74,7 @@ std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceI
     std::vector<Candidate> all;
     add_implicit_gemm(problem, device, all);
     add_small_m(problem, device, all);
+    add_depthwise_toeplitz(problem, device, all);
     add_direct(problem, device, all);
     std::stable_sort(all.begin(), all.end(), is_better);
     if (!all.front().illegal.empty()) refuse(problem, all.back().illegal + "; split the batch");
@@ -144,6 +145,7 @@ std::string to_string(const Plan& plan) {
         case Kernel::implicit_gemm_tf32x3: return name + describe_implicit_gemm(plan);
         case Kernel::implicit_gemm_fp32: return name + describe_implicit_gemm(plan);
         case Kernel::small_m: return name + describe_small_m(plan);
+        case Kernel::depthwise_toeplitz: return name + describe_depthwise_toeplitz(plan);
     }
     return name;
 }

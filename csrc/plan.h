@@ -8,6 +8,7 @@
 
 #include "conv_problem.h"
 #include "device_info.h"
+#include "strip_tile.h"
 #include "tiles.h"
 
 namespace fused_cna {
@@ -18,6 +19,7 @@ enum class Kernel : int32_t {
     implicit_gemm_tf32x3,
     implicit_gemm_fp32,
     small_m,
+    depthwise_toeplitz,
 };
 
 inline constexpr std::array all_kernels{
@@ -26,6 +28,7 @@ inline constexpr std::array all_kernels{
     Kernel::implicit_gemm_tf32x3,
     Kernel::implicit_gemm_fp32,
     Kernel::small_m,
+    Kernel::depthwise_toeplitz,
 };
 
 constexpr const char* kernel_name(Kernel kernel) {
@@ -35,6 +38,7 @@ constexpr const char* kernel_name(Kernel kernel) {
         case Kernel::implicit_gemm_tf32x3: return "implicit_gemm_tf32x3";
         case Kernel::implicit_gemm_fp32: return "implicit_gemm_fp32";
         case Kernel::small_m: return "small_m";
+        case Kernel::depthwise_toeplitz: return "depthwise_toeplitz";
     }
     return "unknown";
 }
@@ -69,6 +73,7 @@ struct Plan {
     int split_k = 1;
     Rows rows = Rows::plain;
     int lanes = 1;                // threads that share one output's reduction, in `small_m`
+    StripTile strips;             // of depthwise_toeplitz
     int access_bytes = 0;         // of one load of operands; 0 where loads are value by value
     bool convert_x = false;       // x is first copied to dense channels_last
     bool convert_weight = false;  // the weight is first copied to dense KRSC

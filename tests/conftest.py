@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 
 import hypothesis
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import fused_cna
 from tests.reference import Problem, error_bound, expected_exactly, expected_rounded, relative_error
+from tests.sass import SHARED_BYTES_PER_MULTIPROCESSOR, Compiled, compile_all, find_disassembler
 
 hypothesis.settings.register_profile(
     "repeatable",
@@ -133,3 +135,18 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         needs_gpu()
     with convolutions_in_float32():
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Compiled:
+    """Every kernel file compiled for every architecture, with the flags of the build."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc, and there is none on PATH")
+    return compile_all(SHARED_BYTES_PER_MULTIPROCESSOR)
+
+
+@pytest.fixture
+def disassembled(compiled: Compiled) -> Compiled:
+    if find_disassembler() is None:
+        pytest.skip("needs nvdisasm, of the CUDA toolkit or of the triton package")
+    return compiled

@@ -28,8 +28,12 @@ from tests.reference import (
 from tests.shapes import SHAPES, TELLING_SHAPES, ConvShape, shape_named
 from tests.simt import binding, conv_norm_act, list_plans
 from tests.simt.conv import _geometry
+from tests.test_depthwise_toeplitz_kernel import SHAPES as TOEPLITZ_SHAPES
+from tests.test_depthwise_toeplitz_kernel import placed_value
+from tests.test_depthwise_toeplitz_kernel import plans_of as toeplitz_plans
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
-from tests.test_small_m_kernel import FEW_PIXELS, plans_of
+from tests.test_small_m_kernel import FEW_PIXELS
+from tests.test_small_m_kernel import plans_of as small_m_plans
 
 BEYOND_INT = 2**31
 
@@ -75,7 +79,7 @@ def every_plan_of_small_m() -> None:
         for shape in FEW_PIXELS:
             given = integer_problem(shape, dtype, Wanted(residual_order="act_add"))
             for problem in (given, dense(given)):
-                for plan in plans_of(problem):
+                for plan in small_m_plans(problem):
                     check(problem, plan=plan)
     many = torch.zeros((), dtype=torch.float16).expand(65, 8, 1, 1)
     list_plans(many, many[:8])
@@ -130,6 +134,31 @@ def every_layout() -> None:
     check(pointwise.replace(stride=(1, 2)))
 
 
+def every_strip_tile() -> None:
+    for shape in TOEPLITZ_SHAPES:
+        for dtype in (torch.float16, torch.bfloat16):
+            problem = integer_problem(shape, dtype, Wanted(residual_order="act_add"))
+            check(problem, plan="depthwise_toeplitz")
+            for plan in toeplitz_plans(dense(problem)):
+                check(dense(problem), plan=plan)
+            problem = placed_value(shape, dtype, float("inf"), (0, 0))
+            result = problem.call(conv_norm_act, plan="depthwise_toeplitz")
+            assert torch.equal(result.isfinite(), expected_exactly(problem).isfinite())
+    half = torch.zeros((), dtype=torch.float16)
+    for channels, filters, width in ((8, 16, 3), (8, 8, 11), (8, 8, 1), (9, 9, 3)):
+        list_plans(
+            half.expand(1, channels, 9, 12),
+            half.expand(filters, 1, 3, width),
+            padding=(1, 5),
+            groups=channels,
+        )
+    list_plans(half.expand(1, 8, 9, 9), half.expand(8, 1, 3, 3), groups=8, dilation=(1, 2))
+    list_plans(half.expand(1, 8, 9, 9), half.expand(8, 1, 3, 3), groups=8, stride=(2, 1))
+    list_plans(half.expand(1, 8, 400, 9), half.expand(8, 1, 399, 3), groups=8)
+    list_plans(half.expand(2**31, 8, 1, 1), half.expand(8, 1, 3, 3), groups=8, padding=(1, 1))
+    list_plans(half.expand(2**30, 256, 1, 1), half.expand(256, 1, 3, 3), groups=256, padding=(1, 1))
+
+
 def every_answer_of_the_plan() -> None:
     half = torch.zeros((), dtype=torch.float16)
     weight = half.expand(8, 8, 1, 1)
@@ -160,6 +189,7 @@ def main() -> None:
     every_shape()
     every_instantiation()
     every_plan_of_small_m()
+    every_strip_tile()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def check_kernels() -> None:
     from fused_cna import _extension
     from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
     from tests.shapes import SHAPES
+    from tests.test_depthwise_toeplitz_kernel import SHAPES as TOEPLITZ_SHAPES
     from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
     from tests.test_small_m_kernel import FEW_PIXELS, one_of_each_kind
 
@@ -89,6 +90,9 @@ def check_kernels() -> None:
             problem = integer_problem(shape, dtype, wanted)
             check(problem, torch.contiguous_format, "direct")
             check(problem, torch.channels_last, "")
+    for shape in TOEPLITZ_SHAPES:
+        for dtype in (torch.float16, torch.bfloat16):
+            check(integer_problem(shape, dtype, wanted), torch.channels_last, "depthwise_toeplitz")
     instantiations = set()
     for shape in LARGER:
         for dtype in DTYPES:

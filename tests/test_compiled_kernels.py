@@ -19,8 +19,6 @@ from tests.sass import (
     GemmKernel,
     LaunchBounds,
     Resources,
-    SmallMKernel,
-    compile_all,
     compile_kernels,
     find_disassembler,
     gemm_kernel,
@@ -29,10 +27,10 @@ from tests.sass import (
     parse_resources,
     registers_of_a_block,
     resident_blocks,
-    small_m_kernel,
 )
 
 BLOCKS = {
+    "depthwise_toeplitz": 3,
     "direct": 3,
     "small_m": 3,
     "split_k": 0,
@@ -76,21 +74,6 @@ COPIES = {
 
 LOADS = {16: r"LDG\.E\.128", 8: r"LDG\.E\.64", 4: r"LDG\.E", 2: r"LDG\.E\.U16"}
 """The opcode of a load by its bytes."""
-
-
-@pytest.fixture(scope="session")
-def compiled() -> Compiled:
-    """Every kernel file compiled for every architecture, with the flags of the build."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc, and there is none on PATH")
-    return compile_all(SHARED_BYTES_PER_MULTIPROCESSOR)
-
-
-@pytest.fixture
-def disassembled(compiled: Compiled) -> Compiled:
-    if find_disassembler() is None:
-        pytest.skip("needs nvdisasm, of the CUDA toolkit or of the triton package")
-    return compiled
 
 
 every_kernel_file = pytest.mark.parametrize("source", [source.stem for source in SOURCES])
@@ -234,63 +217,6 @@ def test_three_quarters_of_the_large_main_loops_in_float32_are_products(
     for kernel in large:
         loop = kernel.main_loop()
         assert loop.share(CUDA_CORES) >= 0.75, f"{kernel.name}: {loop.families().most_common()}"
-
-
-def small_ms(compiled: Compiled, architecture: str) -> list[tuple[CompiledKernel, SmallMKernel]]:
-    """The instantiations of small_m."""
-    found = [(kernel, small_m_kernel(kernel.name)) for kernel in compiled["small_m", architecture]]
-    assert all(small_m is not None for _, small_m in found), (
-        "the names are mangled in another way than expected"
-    )
-    return [(kernel, small_m) for kernel, small_m in found if small_m is not None]
-
-
-@pytest.mark.nvcc
-@in_one_worker
-@every_architecture
-def test_every_tile_of_small_m_is_compiled_as_the_plan_knows_it(
-    compiled: Compiled, architecture: str
-) -> None:
-    listed = re.search(r"small_m_tiles\{\{(.*)\}\};", (CSRC / "tiles.h").read_text())
-    assert listed is not None
-    tiles = [tuple(map(int, numbers)) for numbers in re.findall(r"\{(\d+), (\d+), (\d+)\}", listed[1])]
-    assert len(tiles) == 3
-    expected = {
-        SmallMKernel(dtype, *tile, access, is_pointwise)
-        for tile in tiles
-        for dtype in ("float32", "float16", "bfloat16")
-        for access, is_pointwise in ((16, True), (16, False), (8, False), (4, False), (2, False))
-        if access > 2 or dtype != "float32"
-    }
-    found = small_ms(compiled, architecture)
-    assert {small_m for _, small_m in found} == expected
-    assert len(found) == len(expected)
-    for kernel, _ in found:
-        assert kernel.bounds.threads == 128, kernel.name
-
-
-@pytest.mark.nvcc
-@in_one_worker
-@every_architecture
-def test_small_m_streams_with_all_loads_of_a_step_under_way(
-    disassembled: Compiled, architecture: str
-) -> None:
-    for kernel, small_m in small_ms(disassembled, architecture):
-        assert kernel.code is not None
-        loop = main_loop(kernel.code, LOADS[small_m.access_bytes])
-        loads_of_a_chunk = 16 // small_m.access_bytes
-        loads = small_m.chunks * (small_m.rows + small_m.channels) * loads_of_a_chunk
-        assert count(loop.all, LOADS[small_m.access_bytes]) == loads, kernel.name
-        assert count(loop.all, r"LDG\..*") == loads, f"{kernel.name} has loads of another width"
-        assert count(loop.all, r"(STG|ST|STS|BAR|SHFL)\b.*") == 0, (
-            f"{kernel.name} waits for others in its loop"
-        )
-        products = small_m.chunks * small_m.values * small_m.rows * small_m.channels
-        assert count(loop.all, r"FFMA.*") == products, kernel.name
-        # the first filters are under way before the first barrier
-        barrier = next(i for i, each in enumerate(kernel.code) if each.opcode.startswith("BAR"))
-        ahead = count(kernel.code[:barrier], LOADS[small_m.access_bytes])
-        assert ahead >= small_m.chunks * small_m.channels * loads_of_a_chunk, kernel.name
 
 
 def test_every_kernel_file_states_its_promise() -> None:

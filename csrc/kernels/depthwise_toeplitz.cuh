@@ -1,0 +1,220 @@
+// Depthwise convolution with wide filters on tensor cores. Eight neighbouring outputs of a row are sixteen neighbouring
+// inputs times a banded (Toeplitz) matrix of the filter row's taps: for one channel and one filter row, an MMA makes 16
+// strips of 8 columns, and the sum over the filter rows stays in its accumulators. float16 and bfloat16, compute capability
+// 8.0 and newer; channels of x must be dense.
+#pragma once
+
+#include <cstdint>
+
+#include <device/launch.cuh>
+#include <device/ptx.cuh>
+#include <device/types.cuh>
+#include <device/vector.cuh>
+
+#include "../conv_args.h"
+#include "epilogue.cuh"
+#include "rows.cuh"
+#include "strip_operands.cuh"
+
+namespace fused_cna::kernels {
+
+inline constexpr int toeplitz_channels_per_warp = StripTile::channels / toeplitz_warps;
+
+// A warp makes every toeplitz_warps-th channel of the slab; of each, all strips by row.
+using StripAccumulators = float[toeplitz_channels_per_warp][StripTile::strip_rows][4];
+
+// A lane's words of the right operand for one filter row; see ToeplitzWords.
+struct alignas(8) ToeplitzFragment {
+    uint32_t words[2];
+};
+
+// Whether the strips that a load_matrices reads together lie in distinct banks, in every tile.
+constexpr bool strips_lie_in_distinct_banks(int filter_rows) {
+    for (int across = 1; across <= StripTile::most_strips; ++across) {
+        for (int down = 1; down * across <= StripTile::most_strips; ++down) {
+            const StripTile tile{StripTile::most_strips / (down * across), down, across};
+            const StripPlanes planes = StripPlanes::of(tile, filter_rows);
+            for (int first = 0; first < tile.strips(); first += 8) {
+                unsigned banks = 0;
+                for (int strip = first; strip < first + 8 && strip < tile.strips(); ++strip) {
+                    const unsigned bank = 1u << planes.strip_chunk(tile, strip) % 8;
+                    if (banks & bank) return false;
+                    banks |= bank;
+                }
+            }
+        }
+    }
+    return true;
+}
+static_assert(strips_lie_in_distinct_banks(5) && strips_lie_in_distinct_banks(7) && strips_lie_in_distinct_banks(10));
+
+// One channel of an MMA tile. A row of the planes is read once and multiplied with every filter row that it meets in the
+// strip's rows.
+template <class T, int FilterRows>
+__device__ __forceinline__ void multiply_channel(const ToeplitzArgs& args, uint32_t strip_address, const uint32_t* filter,
+                                                 float (&total)[StripTile::strip_rows][4]) {
+    const int distance = device::lane() % 4 * 2 - device::lane() / 4 + StripMemory::farthest_back;
+#pragma unroll 1
+    for (int first_row = 0; first_row < args.filter_rows; first_row += FilterRows) {
+        ToeplitzFragment fragments[FilterRows];
+#pragma unroll
+        for (int r = 0; r < FilterRows; ++r) {
+            const uint32_t* filter_row = filter + (first_row + r) * StripMemory::filter_row_pitch;
+            fragments[r] = reinterpret_cast<const ToeplitzFragment*>(filter_row)[distance];
+        }
+        uint32_t address = strip_address + row_offset(args.planes, first_row);
+#pragma unroll
+        for (int row = 0; row < FilterRows + StripTile::strip_rows - 1; ++row) {
+            uint32_t x[4];
+            device::load_matrices(address, x);
+            address += args.planes.row * chunk_bytes;
+            if ((first_row + row + 1) % StripTile::strip_rows == 0) address += args.planes.skew * chunk_bytes;
+#pragma unroll
+            for (int j = 0; j < StripTile::strip_rows; ++j) {
+                if (row >= j && row - j < FilterRows) device::multiply_add<T>(total[j], x, fragments[row - j].words);
+            }
+        }
+    }
+}
+
+// The same by the formula.
+template <class T>
+__device__ __forceinline__ void sum_channel(const ToeplitzArgs& args, const StripTables& tables, const unsigned char* plane,
+                                            const uint32_t* filter, float (&total)[StripTile::strip_rows][4]) {
+    const T* strips[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int offset = tables.strips[device::lane() / 4 + half * 8].offset;
+        strips[half] = reinterpret_cast<const T*>(plane + offset) + device::lane() % 4 * 2;
+    }
+#pragma unroll
+    for (int j = 0; j < StripTile::strip_rows; ++j) {
+#pragma unroll
+        for (float& value : total[j]) value = 0.0f;
+#pragma unroll 1
+        for (int r = 0; r < args.r; ++r) {
+            const int row = row_offset(args.planes, r + j) / static_cast<int>(sizeof(T));
+            float row_sums[4] = {};
+#pragma unroll 1
+            for (int s = 0; s < args.s; ++s) {
+                const float tap = tap_of_words<T>(filter + r * StripMemory::filter_row_pitch, s);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    row_sums[i] = fmaf(device::to_float(strips[i / 2][row + s + i % 2]), tap, row_sums[i]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[j][i] += row_sums[i];
+        }
+    }
+}
+
+// Whether all of a warp's accumulators are finite.
+__device__ __forceinline__ bool are_finite(const float (&total)[StripTile::strip_rows][4]) {
+    float zero = 0.0f;
+#pragma unroll
+    for (const auto& row : total) {
+#pragma unroll
+        for (const float value : row) zero = fmaf(value, 0.0f, zero);
+    }
+    return device::ballot(zero != 0.0f) == 0;
+}
+
+template <class T, int FilterRows>
+__device__ __forceinline__ void accumulate_strips(const ToeplitzArgs& args, const StripBlock& block,
+                                                  const StripShared& shared, StripAccumulators& total) {
+    // The second half of the lanes brings the inputs 8 columns further.
+    const int offset =
+        shared.tables.strips[device::lane() % StripTile::most_strips].offset + device::lane() / 16 * chunk_bytes;
+#pragma unroll
+    for (int i = 0; i < toeplitz_channels_per_warp; ++i) {
+        const int channel = device::warp() + i * toeplitz_warps;
+        if (channel >= block.channels) continue;
+        const unsigned char* plane = shared.planes + plane_offset(args.planes, channel);
+        const uint32_t* filter = shared.filter + channel * args.filter_rows * StripMemory::filter_row_pitch;
+        multiply_channel<T, FilterRows>(args, device::shared_address(plane) + offset, filter, total[i]);
+        // The zeros of T carry an infinity or a NaN of x, as NaN, to outputs that do not read it.
+        if (!are_finite(total[i])) sum_channel<T>(args, shared.tables, plane, filter, total[i]);
+    }
+}
+
+// Rows of the staged accumulators are ordered as accumulators lie in registers and lanes, strip row by strip row, which
+// keeps the writes free of bank conflicts.
+__device__ __forceinline__ void stage_accumulators(const StripAccumulators& total, float* accumulators) {
+#pragma unroll
+    for (int c = 0; c < toeplitz_channels_per_warp; ++c) {
+        float* column = accumulators + device::lane() * StripMemory::pitch + device::warp() + c * toeplitz_warps;
+#pragma unroll
+        for (int j = 0; j < StripTile::strip_rows; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                column[j * StripMemory::row_pitch + i * 32 * StripMemory::pitch] = total[c][j][i];
+            }
+        }
+    }
+}
+
+// Finishes and stores the staged accumulators. A thread takes the same 8 channels of the same column of a strip in all its
+// rows, so that addresses and fold are made once.
+template <class T>
+__device__ __forceinline__ void store_strips(const ToeplitzArgs& args, const StripBlock& block, const StripShared& shared) {
+    constexpr int width = 8, halves = StripTile::channels / width, pixels = toeplitz_threads / halves;
+    static_assert(pixels == StripTile::pixels / StripTile::strip_rows, "one thread for every pixel of a row of all strips");
+    // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
+    const ConvArgs& conv = args.conv;
+    const bool channels_dense = conv.y_strides.c == 1;
+    const int thread = device::thread_x();
+    const int column = (channels_dense ? thread % halves : thread / pixels) * width;
+    const int index = channels_dense ? thread / halves : thread % pixels;
+    const int lane = index % 32, i = index / 32;
+    const Strip& strip = shared.tables.strips[lane / 4 + i / 2 * 8];
+    const Pixel pixel{strip.n, strip.p, strip.q + lane % 4 * 2 + i % 2};
+    const int remaining = block.channels - column;
+    if (!pixel.exists() || pixel.q >= args.output.q || remaining <= 0) return;
+
+    const RowPlace place = place_of_pixel(conv, pixel);
+    const int64_t channel = block.first_channel + column;
+    T* y = static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c;
+    const T* residual = static_cast<const T*>(conv.residual);
+    if (residual) residual += place.residual + channel * conv.residual_strides.c;
+    const float* staged = shared.accumulators + index * StripMemory::pitch + column;
+    ChannelFold folds[width];
+#pragma unroll
+    for (int j = 0; j < width; ++j) folds[j] = shared.tables.folds[column + j];
+    const int rows = args.output.p - pixel.p < StripTile::strip_rows ? args.output.p - pixel.p : StripTile::strip_rows;
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row) {
+        float values[width];
+#pragma unroll
+        for (int j = 0; j < width; ++j) values[j] = staged[row * StripMemory::row_pitch + j];
+        finish_channels<width, T>(values, folds, remaining < width ? remaining : width, {residual, conv.residual_strides.c},
+                                  {y, conv.y_strides.c}, conv.epilogue);
+        y += conv.y_strides.h;
+        if (residual) residual += conv.residual_strides.h;
+    }
+}
+
+template <class T, int FilterRows>
+__global__ void __launch_bounds__(toeplitz_threads, StripTile::blocks_per_multiprocessor)
+    depthwise_toeplitz(const __grid_constant__ ToeplitzArgs args) {
+    const StripShared shared = StripShared::of(args, &device::shared_storage<unsigned char>());
+    const StripBlock block = StripBlock::of(args);
+    stage_planes<T>(args, block, shared);
+    stage_filter<T>(args, block, shared);
+    const int thread = device::thread_x();
+    if (thread < StripTile::most_strips) shared.tables.strips[thread] = block.strip(args, thread);
+    if (thread < StripTile::channels) {
+        shared.tables.folds[thread] =
+            thread < block.channels ? fold_channel<T>(args.conv.epilogue, block.first_channel + thread) : ChannelFold{};
+    }
+    device::sync_threads();
+
+    StripAccumulators total = {};
+    accumulate_strips<T, FilterRows>(args, block, shared, total);
+    device::sync_threads();
+    stage_accumulators(total, shared.accumulators);
+    device::sync_threads();
+    store_strips<T>(args, block, shared);
+}
+
+}  // namespace fused_cna::kernels

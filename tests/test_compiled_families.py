@@ -1,0 +1,90 @@
+"""What the compiler made of the kernels beside the implicit GEMM, each with the promises of its own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.machine_code import TENSOR_CORES, count, main_loop
+from tests.sass import CSRC, Compiled, CompiledKernel, SmallMKernel, small_m_kernel
+from tests.test_compiled_kernels import LOADS, MMA, every_architecture, in_one_worker
+
+
+def small_ms(compiled: Compiled, architecture: str) -> list[tuple[CompiledKernel, SmallMKernel]]:
+    """The instantiations of small_m."""
+    found = [(kernel, small_m_kernel(kernel.name)) for kernel in compiled["small_m", architecture]]
+    assert all(small_m is not None for _, small_m in found), (
+        "the names are mangled in another way than expected"
+    )
+    return [(kernel, small_m) for kernel, small_m in found if small_m is not None]
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_every_tile_of_small_m_is_compiled_as_the_plan_knows_it(
+    compiled: Compiled, architecture: str
+) -> None:
+    listed = re.search(r"small_m_tiles\{\{(.*)\}\};", (CSRC / "tiles.h").read_text())
+    assert listed is not None
+    tiles = [tuple(map(int, numbers)) for numbers in re.findall(r"\{(\d+), (\d+), (\d+)\}", listed[1])]
+    assert len(tiles) == 3
+    expected = {
+        SmallMKernel(dtype, *tile, access, is_pointwise)
+        for tile in tiles
+        for dtype in ("float32", "float16", "bfloat16")
+        for access, is_pointwise in ((16, True), (16, False), (8, False), (4, False), (2, False))
+        if access > 2 or dtype != "float32"
+    }
+    found = small_ms(compiled, architecture)
+    assert {small_m for _, small_m in found} == expected
+    assert len(found) == len(expected)
+    for kernel, _ in found:
+        assert kernel.bounds.threads == 128, kernel.name
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_small_m_streams_with_all_loads_of_a_step_under_way(
+    disassembled: Compiled, architecture: str
+) -> None:
+    for kernel, small_m in small_ms(disassembled, architecture):
+        assert kernel.code is not None
+        loop = main_loop(kernel.code, LOADS[small_m.access_bytes])
+        loads_of_a_chunk = 16 // small_m.access_bytes
+        loads = small_m.chunks * (small_m.rows + small_m.channels) * loads_of_a_chunk
+        assert count(loop.all, LOADS[small_m.access_bytes]) == loads, kernel.name
+        assert count(loop.all, r"LDG\..*") == loads, f"{kernel.name} has loads of another width"
+        assert count(loop.all, r"(STG|ST|STS|BAR|SHFL)\b.*") == 0, (
+            f"{kernel.name} waits for others in its loop"
+        )
+        products = small_m.chunks * small_m.values * small_m.rows * small_m.channels
+        assert count(loop.all, r"FFMA.*") == products, kernel.name
+        # the first filters are under way before the first barrier
+        barrier = next(i for i, each in enumerate(kernel.code) if each.opcode.startswith("BAR"))
+        ahead = count(kernel.code[:barrier], LOADS[small_m.access_bytes])
+        assert ahead >= small_m.chunks * small_m.channels * loads_of_a_chunk, kernel.name
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_depthwise_toeplitz_multiplies_on_tensor_cores(disassembled: Compiled, architecture: str) -> None:
+    """Two channels a warp, each filter row of a pass times the four rows of a strip, and nothing twice."""
+    found = set()
+    for kernel in disassembled["depthwise_toeplitz", architecture]:
+        match = re.search(r"18depthwise_toeplitzI(6__half|13__nv_bfloat16)Li(\d+)E", kernel.name)
+        assert match is not None, kernel.name
+        dtype, filter_rows = {"6__half": "float16"}.get(match[1], "bfloat16"), int(match[2])
+        found.add((dtype, filter_rows))
+        assert kernel.bounds.threads == 256
+        assert kernel.count(MMA[dtype]) == kernel.count(TENSOR_CORES) == 2 * 4 * filter_rows, kernel.name
+        assert kernel.count(r"LDSM\.16\.M88\.4") == 2 * (filter_rows + 3), kernel.name
+        # x in four pixels of 8 channels at a time, the filter in the lanes' words of 14 distances
+        assert kernel.count(r"STS\.64") == 8 + 14, kernel.name
+        assert kernel.code is not None
+        loop = main_loop(kernel.code)
+        assert loop.share(TENSOR_CORES) >= 0.28, f"{kernel.name}: {loop.families().most_common()}"
+    assert found == {(dtype, rows) for dtype in ("float16", "bfloat16") for rows in (5, 7)}
