@@ -114,7 +114,7 @@ def test_float32_follows_the_switch_of_torch(monkeypatch: pytest.MonkeyPatch) ->
     try:
         torch.backends.cudnn.conv.fp32_precision = "ieee"
         assert "tf32" in illegal(problem, TENSOR_CORES)
-        assert explain(problem).kernel == "direct"
+        assert explain(problem).kernel == "implicit_gemm_tf32x3"
         torch.backends.cudnn.conv.fp32_precision = "tf32"
         assert explain(problem).kernel == TENSOR_CORES
     finally:
