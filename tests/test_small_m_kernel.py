@@ -34,7 +34,7 @@ from tests.test_gemm_kernels import run_on_gpu, run_simulated
 
 pytestmark = pytest.mark.xdist_group("simt")
 
-MOST_ROWS = 64
+MOST_ROWS = 32
 """More output pixels than this it refuses."""
 
 FEW_PIXELS = (
@@ -344,6 +344,7 @@ def test_wide_layers_of_large_batches_run_on_tensor_cores() -> None:
         for n in (64, 128):
             assert explain(ConvProblem(n, c, 1, 1, k, 1, 1)).kernel == "implicit_gemm_sm80", (n, c, k)
     assert explain(ConvProblem(32, 2048, 1, 1, 1000, 1, 1)).kernel == "implicit_gemm_sm80"
+    assert explain(ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=1)).kernel == "implicit_gemm_sm80"
 
 
 def test_heads_over_a_whole_image_run_on_it() -> None:

@@ -8,8 +8,9 @@ namespace fused_cna {
 
 namespace {
 
-// Beyond, so many blocks would read and convert the same filters that tensor cores are faster with any split.
-constexpr int64_t most_rows = 64;
+// Beyond, so many blocks read and convert the same filters that only the second launch of a split speaks against tensor
+// cores, and launches are cheap in a graph.
+constexpr int64_t most_rows = 32;
 
 // Assumptions that no measurement has yet replaced, in cycles, and instructions counted in the machine code.
 constexpr double ends = 1200;  // rows and a barrier ahead of the loop; behind it the sums, folds and stores
