@@ -1,8 +1,12 @@
 #include "checks.h"
 
 #include <array>
+#include <cstdlib>
+#include <span>
 #include <string>
 #include <utility>
+
+#include "overlap.h"
 
 namespace fused_cna {
 
@@ -201,6 +205,47 @@ void check_residual(const Inputs& in, const ConvProblem& problem) {
     check_device(residual, "residual", in.x);
 }
 
+std::span<const int64_t> as_span(IntArrayRef values) { return {values.data(), values.size()}; }
+
+StridedView view_of(const Tensor& tensor) {
+    return {.start = static_cast<int64_t>(reinterpret_cast<intptr_t>(tensor.const_data_ptr())),
+            .element_bytes = static_cast<int64_t>(tensor.element_size()),
+            .sizes = as_span(tensor.sizes()),
+            .strides = as_span(tensor.strides())};
+}
+
+void check_no_overlap(const Tensor& input, const char* name, const char* way_out, const Tensor& out) {
+    const StridedView read = view_of(input), written = view_of(out);
+    const Overlap shared = overlaps(read, written);
+    if (shared == Overlap::none) return;
+    const int64_t distance = written.start - read.start;
+    TORCH_CHECK(false, "unsupported operation: some elements of the input tensor ", name, " and the written-to tensor ",
+                shared == Overlap::some ? "refer" : "may refer", " to a single memory location: ", name, " has size ",
+                input.sizes(), " and strides ", input.strides(), ", out starts ", std::abs(distance), " bytes ",
+                distance < 0 ? "before" : "behind", " it and has size ", out.sizes(), " and strides ", out.strides(),
+                ". Please clone() ", name, " before performing the operation", way_out);
+}
+
+void check_out_memory(const Inputs& in, const Tensor& out) {
+    const Overlap itself = overlaps_itself(view_of(out));
+    TORCH_CHECK(itself == Overlap::none, "unsupported operation: more than one element of the written-to tensor ",
+                itself == Overlap::some ? "refers" : "may refer", " to a single memory location: out has size ", out.sizes(),
+                " and strides ", out.strides(), ". Give every element of out a place of its own");
+    check_no_overlap(in.x, "x", "", out);
+    check_no_overlap(in.weight, "weight", "", out);
+    const std::array<std::pair<const char*, const MaybeTensor*>, 5> vectors{{{"bias", &in.bias},
+                                                                             {"norm_weight", &in.norm_weight},
+                                                                             {"norm_bias", &in.norm_bias},
+                                                                             {"running_mean", &in.running_mean},
+                                                                             {"running_var", &in.running_var}}};
+    for (const auto& [name, vector] : vectors) {
+        if (vector->has_value()) check_no_overlap(**vector, name, "", out);
+    }
+    if (in.residual && !is_same_view(view_of(*in.residual), view_of(out))) {
+        check_no_overlap(*in.residual, "residual", ", or pass out itself as residual", out);
+    }
+}
+
 }  // namespace
 
 CheckedInputs check_inputs(const Inputs& in) {
@@ -213,6 +258,16 @@ CheckedInputs check_inputs(const Inputs& in) {
     const CheckedInputs checked{problem, check_activation(in), check_residual_order(in)};
     if (in.residual) check_residual(in, problem);
     return checked;
+}
+
+void check_out(const Inputs& in, const ConvProblem& problem, const Tensor& out) {
+    const int64_t output_size[] = {problem.n, problem.k, problem.p(), problem.q()};
+    TORCH_CHECK(out.sizes() == IntArrayRef(output_size), "out should have the output's size ", IntArrayRef(output_size),
+                ", but got out of size ", out.sizes());
+    TORCH_CHECK(out.scalar_type() == in.x.scalar_type(), "out should have the output's dtype ", name_of(in.x.scalar_type()),
+                ", which under autocast is that of autocast, but got out of dtype ", name_of(out.scalar_type()));
+    check_device(out, "out", in.x);
+    check_out_memory(in, out);
 }
 
 }  // namespace fused_cna

@@ -40,7 +40,11 @@ struct CheckedInputs {
     ResidualOrder residual_order;
 };
 
-// Throws c10::Error, a RuntimeError in Python, that says what was given and what is allowed.
+// Both throw c10::Error, a RuntimeError in Python, that says what was given and what is allowed.
 CheckedInputs check_inputs(const Inputs& in);
+
+// Memory that is to hold the output of checked inputs. Of them only the residual may share it, where it is out itself:
+// every element is read by the thread that writes it, before it does.
+void check_out(const Inputs& in, const ConvProblem& problem, const at::Tensor& out);
 
 }  // namespace fused_cna

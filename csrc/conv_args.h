@@ -26,9 +26,10 @@ struct ConvArgs {
     Strides x_strides;
     const void* weight = nullptr;  // [K, C / groups, R, S]
     FilterStrides weight_strides;
-    const void* residual = nullptr;  // [N, K, P, Q], or null
+    // [N, K, P, Q], or null. It may be y itself: an element is read by the thread that stores it, before it does.
+    const void* residual = nullptr;
     Strides residual_strides;
-    void* y = nullptr;  // [N, K, P, Q]
+    void* y = nullptr;  // [N, K, P, Q]; may lie between the elements of x, but shares none with it
     Strides y_strides;
     Epilogue epilogue;
     float* workspace = nullptr;  // the plan's workspace_bytes, uninitialised

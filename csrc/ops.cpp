@@ -37,7 +37,7 @@ bool allows_tf32() {
     return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV) == at::Float32Precision::TF32;
 }
 
-// A call whose arguments passed every check, with its output allocated. Owns what the kernel's pointers refer to.
+// A call whose arguments passed every check, with memory for its output. Owns what the kernel's pointers refer to.
 struct PreparedCall {
     ConvArgs args;
     Tensor y;
@@ -73,10 +73,12 @@ Tensor allocate_output(const Inputs& in, const ConvProblem& problem) {
     return at::empty({problem.n, problem.k, problem.p(), problem.q()}, in.x.options().memory_format(format));
 }
 
-PreparedCall prepare(const Inputs& in) {
+// The output goes to `out`, or to memory of its own where that is null.
+PreparedCall prepare(const Inputs& in, const Tensor* out) {
     const CheckedInputs checked = check_inputs(in);
+    if (out) check_out(in, checked.problem, *out);
     PreparedCall call;
-    call.y = allocate_output(in, checked.problem);
+    call.y = out ? *out : allocate_output(in, checked.problem);
     ConvArgs& args = call.args;
     args.problem = checked.problem;
     args.x = in.x.const_data_ptr();
@@ -156,9 +158,8 @@ void run_plan(ConvArgs args, const Plan& plan, const Inputs& in) {
     run(args, plan, c10::cuda::getCurrentCUDAStream());
 }
 
-Tensor conv_norm_act_cuda(const Inputs& in) {
-    PreparedCall call = prepare(in);
-    if (call.y.numel() == 0) return call.y;
+void launch(const PreparedCall& call, const Inputs& in) {
+    if (call.y.numel() == 0) return;
     const c10::cuda::CUDAGuard guard(in.x.device());
     const DeviceInfo& device = device_info(in.x.device().index());
     const Plan plan = memoised_plan(call.args.problem, device);
@@ -168,34 +169,59 @@ Tensor conv_norm_act_cuda(const Inputs& in) {
         if (!plan.allocates()) throw;
         run_plan(call.args, choose_plan_without_memory(call.args.problem, device), in);
     }
+}
+
+Tensor conv_norm_act_cuda(const Inputs& in) {
+    const PreparedCall call = prepare(in, nullptr);
+    launch(call, in);
     return call.y;
 }
 
-// Gives a function of Inputs the operator's signature.
-template <Tensor (*function)(const Inputs&)>
-Tensor as_operator(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& norm_weight,
-                   const MaybeTensor& norm_bias, const MaybeTensor& running_mean, const MaybeTensor& running_var, double eps,
-                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view act,
-                   at::ArrayRef<double> act_params, const MaybeTensor& residual, std::string_view residual_order) {
-    return function({x, weight, bias, norm_weight, norm_bias, running_mean, running_var, eps, stride, padding, dilation,
-                     groups, act, act_params, residual, residual_order});
+void conv_norm_act_out_cuda(const Inputs& in, const Tensor& out) {
+    const PreparedCall call = prepare(in, &out);
+    // Autograd then knows that what it may have saved of this memory is gone. Throws for an inference tensor outside of
+    // inference mode.
+    out.unsafeGetTensorImpl()->bump_version();
+    launch(call, in);
 }
 
-Tensor checked_output(const Inputs& in) { return prepare(in).y; }
+// Gives a function of Inputs, and of an output to write to where there is one, the operator's signature.
+template <auto function, class... Out>
+auto as_operator(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& norm_weight,
+                 const MaybeTensor& norm_bias, const MaybeTensor& running_mean, const MaybeTensor& running_var, double eps,
+                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view act,
+                 at::ArrayRef<double> act_params, const MaybeTensor& residual, std::string_view residual_order, Out... out) {
+    return function({x, weight, bias, norm_weight, norm_bias, running_mean, running_var, eps, stride, padding, dilation,
+                     groups, act, act_params, residual, residual_order},
+                    out...);
+}
+
+Tensor checked_output(const Inputs& in) { return prepare(in, nullptr).y; }
+
+void check_with_out(const Inputs& in, const Tensor& out) { prepare(in, &out); }
+
+// The arguments of conv_norm_act; its schema is written in fused_cna/ops.py, so that it exists without this extension.
+const std::string arguments =
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? running_mean, "
+    "Tensor? running_var, float eps, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str act, "
+    "float[] act_params, Tensor? residual, str residual_order";
 
 }  // namespace
 
-// The schema of conv_norm_act is written in fused_cna/ops.py, so that it exists without this extension.
-TORCH_LIBRARY_IMPL(fused_cna, CUDA, m) { m.impl("conv_norm_act", as_operator<conv_norm_act_cuda>); }
+TORCH_LIBRARY_IMPL(fused_cna, CUDA, m) {
+    m.impl("conv_norm_act", as_operator<conv_norm_act_cuda>);
+    m.impl("conv_norm_act_out", as_operator<conv_norm_act_out_cuda, const Tensor&>);
+}
 
-// The checks and the output of conv_norm_act for tensors of any device, without the kernel: a machine without a GPU
+// The checks and the output of both operators for tensors of any device, without the kernel: a machine without a GPU
 // compares them with the Python ones.
 TORCH_LIBRARY_FRAGMENT(fused_cna, m) {
-    m.def(
-        "_checked_output(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
-        "Tensor? running_mean, Tensor? running_var, float eps, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-        "SymInt groups, str act, float[] act_params, Tensor? residual, str residual_order) -> Tensor",
-        torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, as_operator<checked_output>));
+    const auto any_device = [](auto* function) {
+        return torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, function);
+    };
+    m.def(("_checked_output(" + arguments + ") -> Tensor").c_str(), any_device(as_operator<checked_output>));
+    m.def(("_check_out(" + arguments + ", Tensor out) -> ()").c_str(),
+          any_device(as_operator<check_with_out, const Tensor&>));
 }
 
 }  // namespace fused_cna

@@ -275,6 +275,20 @@ def check_residual(residual: Tensor, shape: Sequence[int], like: Tensor) -> None
     _check_device(residual, "residual", like)
 
 
+def check_out(out: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    """Refuse memory for the output that has not its shape and the dtype and device of ``like``."""
+    if out.shape != shape:
+        raise RuntimeError(
+            f"out should have the output's size {list(shape)}, but got out of size {list(out.shape)}"
+        )
+    if out.dtype != like.dtype:
+        raise RuntimeError(
+            f"out should have the output's dtype {like.dtype}, which under autocast is that of autocast, "
+            f"but got out of dtype {out.dtype}"
+        )
+    _check_device(out, "out", like)
+
+
 def pair(value: Any, name: str) -> tuple[int, int]:
     """An int or a sequence of one or two ints, as (height, width).
 
@@ -327,17 +341,22 @@ def explicit_padding(
     return height // 2, height - height // 2, width // 2, width - width // 2
 
 
-def unsqueeze(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """An input without batch dimension and its residual, as a batch of one.
+def unsqueeze(
+    x: Tensor, residual: Tensor | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """An input without batch dimension, its residual and the memory for its output, as a batch of one.
 
     Raises:
-        RuntimeError: the residual has not three dimensions as well.
+        RuntimeError: the residual or the memory has not three dimensions as well.
     """
-    if residual is None:
-        return x.unsqueeze(0), None
-    if residual.dim() != 3:
-        raise RuntimeError(
-            f"residual should have the output's size, which is [K, P, Q] for an input of size "
-            f"{list(x.shape)}, but got residual of size {list(residual.shape)}"
-        )
-    return x.unsqueeze(0), residual.unsqueeze(0)
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is not None and tensor.dim() != 3:
+            raise RuntimeError(
+                f"{name} should have the output's size, which is [K, P, Q] for an input of size "
+                f"{list(x.shape)}, but got {name} of size {list(tensor.shape)}"
+            )
+    return (
+        x.unsqueeze(0),
+        None if residual is None else residual.unsqueeze(0),
+        None if out is None else out.unsqueeze(0),
+    )

@@ -234,14 +234,26 @@ class ConvNormAct(nn.Module):
     def extra_repr(self) -> str:
         return "" if self.residual_order == "add_act" else f"residual_order={self.residual_order!r}"
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """``act(norm(conv(x)))``, with ``residual`` added where ``residual_order`` says.
 
+        ``out`` is where to write the result, and then what is returned: :func:`fused_cna.conv_norm_act` says
+        which memory it takes. What cannot be fused whole is copied there.
+
         Raises:
-            RuntimeError: whatever ``nn.Conv2d`` refuses; a residual that has not the shape, dtype and device
-                of the output; with ``fused_cna.config.strict`` any call on CUDA tensors that cannot be
-                fused.
+            RuntimeError: whatever ``nn.Conv2d`` refuses; a residual or an ``out`` that has not the shape,
+                dtype and device of the output; ``out`` where a gradient is wanted, or with elements of an
+                input in it; with ``fused_cna.config.strict`` any call on CUDA tensors that cannot be fused.
         """
+        if out is None:
+            return self._run(x, residual, None)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"out must be a Tensor or None, but got {type(out).__name__}")
+        y = self._run(x, residual, out)
+        return out if y is out else ops.copy_into(out, y, x, residual)
+
+    def _run(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
+        """The result; it is ``out`` only where that is what a fused call has written."""
         parts = self._modules
         conv: Any = parts["conv"]
         norm: Any = _NOTHING if parts["norm"] is None else parts["norm"]
@@ -249,8 +261,9 @@ class ConvNormAct(nn.Module):
         if not isinstance(x, Tensor):
             return self._run_submodules(x, residual, conv, norm, act)
         if x.dim() == 3:
-            x, residual = unsqueeze(x, residual)
-            return ConvNormAct.forward(self, x, residual).squeeze(0)
+            x, residual, batch_out = unsqueeze(x, residual, out)
+            y = self._run(x, residual, batch_out)
+            return out if out is not None and y is batch_out else y.squeeze(0)
         if (
             self.training
             or norm.training
@@ -261,7 +274,7 @@ class ConvNormAct(nn.Module):
             or (type(conv) is not nn.Conv2d and _class_of(conv) is not nn.Conv2d)
         ):
             return self._run_submodules(x, residual, conv, norm, act)
-        return self._run_fused(x, residual, conv, norm, act)
+        return self._run_fused(x, residual, conv, norm, act, out)
 
     def _run_submodules(self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any) -> Tensor:
         return self._finish(norm(conv(x)), residual, act)
@@ -274,10 +287,13 @@ class ConvNormAct(nn.Module):
             return act(eager.add_residual(z, residual))
         return eager.add_residual(act(z), residual)
 
-    def _run_fused(self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any) -> Tensor:
+    def _run_fused(
+        self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any, out: Tensor | None
+    ) -> Tensor:
         """One call for the convolution and all behind it that can be fused with it, then the rest."""
         run: Callable[..., Tensor] = eager.conv_norm_act
-        if x.is_cuda and ops.takes_kernel(x):
+        kernel = x.is_cuda and ops.takes_kernel(x)
+        if kernel:
             run = ops.operator
             if torch.is_grad_enabled():
                 self._suggest_inference_mode(x, residual)
@@ -296,7 +312,8 @@ class ConvNormAct(nn.Module):
         if vectors is not None:
             described = activation.describe(act)
             if described is not None:
-                return run(x, weight, bias, *vectors, *convolution, *described, residual, order)
+                arguments = (x, weight, bias, *vectors, *convolution, *described, residual, order)
+                return run(*arguments) if out is None else ops.run_into(out, arguments, kernel=kernel)
             if order == "add_act":
                 return act(run(x, weight, bias, *vectors, *convolution, "identity", (), residual, order))
         z = run(x, weight, bias, *(vectors or _NO_NORM), *convolution, "identity", (), None, order)
@@ -313,5 +330,5 @@ class ConvNormAct(nn.Module):
             warnings.warn(
                 "ConvNormAct runs in eval mode but eagerly, because its parameters require gradients; inside "
                 "torch.inference_mode() (or torch.no_grad()) it runs as one fused kernel",
-                stacklevel=6,
+                stacklevel=7,
             )

@@ -1,12 +1,15 @@
 """The operator ``torch.ops.fused_cna.conv_norm_act`` and its front, :func:`conv_norm_act`.
 
-The schema, the fake kernel, the CPU kernel, autograd and autocast are here; the compiled extension adds the
-CUDA kernel. The front runs plain PyTorch for every other device, which costs less per call than the operator
+``conv_norm_act_out`` writes into memory that it is given. It returns nothing, because torch.compile cannot
+follow an operator that returns a slice which it was given.
+
+The schemas and the fake, CPU, autograd and autocast kernels are here; the compiled extension adds the CUDA
+kernels. The front runs plain PyTorch for every other device, which costs less per call than the operator
 does and which compilers see through.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,24 +18,44 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 from fused_cna import _extension, config, eager
-from fused_cna._checks import check_arguments, check_dimensions, explicit_padding, pair, unsqueeze
+from fused_cna._checks import (
+    check_arguments,
+    check_dimensions,
+    check_out,
+    explicit_padding,
+    pair,
+    unsqueeze,
+)
+from fused_cna._memory import check_out_memory, refuse_gradient
 
-_NAME = "fused_cna::conv_norm_act"
-
-_library = torch.library.Library("fused_cna", "DEF")
-_library.define(
-    "conv_norm_act(Tensor x, Tensor weight, Tensor? bias, "
+_NAME, _OUT_NAME = "conv_norm_act", "conv_norm_act_out"
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor? running_mean, Tensor? running_var, float eps, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
-    "str act, float[] act_params, Tensor? residual, str residual_order) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    "str act, float[] act_params, Tensor? residual, str residual_order"
 )
+
+_library = torch.library.Library("fused_cna", "DEF")
+_library.define(f"{_NAME}({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.define(f"{_OUT_NAME}({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
 operator = torch.ops.fused_cna.conv_norm_act.default
 """The operator, for callers whose arguments are in the form of its schema and whose tensors are on a GPU."""
+out_operator = torch.ops.fused_cna.conv_norm_act_out.default
+"""The same with the memory for the output as its last argument."""
 
 # Where the operator's tensors are in its arguments.
-_TENSORS = (0, 1, 2, 3, 4, 5, 6, 14)
-_AUTOCAST_TENSORS = (0, 1, 2, 14)
+_TENSORS = {
+    "x": 0,
+    "weight": 1,
+    "bias": 2,
+    "norm_weight": 3,
+    "norm_bias": 4,
+    "running_mean": 5,
+    "running_var": 6,
+    "residual": 14,
+}
+_AUTOCAST_TENSORS = ("x", "weight", "bias", "residual")
 
 
 def _empty_output(x: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
@@ -45,9 +68,24 @@ def _empty_output(x: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-@torch.library.register_fake(_NAME, lib=_library)
+def _tensors_of(args: Sequence[Any]) -> dict[str, Tensor | None]:
+    return {name: args[i] for name, i in _TENSORS.items()}
+
+
+def _check_all(args: Sequence[Any], out: Tensor) -> None:
+    check_out(out, check_arguments(*args), args[0])
+    check_out_memory(out, _tensors_of(args))
+
+
+@torch.library.register_fake(f"fused_cna::{_NAME}", lib=_library)
 def _fake(*args: Any) -> Tensor:
     return _empty_output(args[0], args[1], check_arguments(*args))
+
+
+@torch.library.register_fake(f"fused_cna::{_OUT_NAME}", lib=_library)
+def _fake_out(*args: Any) -> None:
+    *arguments, out = args
+    _check_all(arguments, out)
 
 
 def _eager_kernel(*args: Any) -> Tensor:
@@ -57,15 +95,27 @@ def _eager_kernel(*args: Any) -> Tensor:
     return y if y.stride() == out.stride() else out.copy_(y)
 
 
+def _eager_out_kernel(*args: Any) -> None:
+    *arguments, out = args
+    _check_all(arguments, out)
+    out.copy_(eager.conv_norm_act(*arguments))
+
+
 def _cuda_kernel_without_extension(*args: Any) -> Tensor:
     _fall_back(_extension.unavailable_reason())
     return _eager_kernel(*args)
 
 
+def _cuda_out_kernel_without_extension(*args: Any) -> None:
+    _fall_back(_extension.unavailable_reason())
+    _eager_out_kernel(*args)
+
+
 def _wants_gradient(args: Sequence[Any]) -> bool:
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in _TENSORS)
+    tensors = (args[i] for i in _TENSORS.values())
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
@@ -75,38 +125,47 @@ def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
     return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+def _autograd_out_kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+    refuse_gradient([*_tensors_of(args).values(), args[-1]])
+    out_operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
 def _autocast(args: Sequence[Any], device_type: str) -> list[Any]:
     """The arguments as autocast wants them: all tensors cast but the norm vectors."""
     dtype = torch.get_autocast_dtype(device_type)
     cast = list(args)
-    for i in _AUTOCAST_TENSORS:
-        tensor = cast[i]
+    for name in _AUTOCAST_TENSORS:
+        tensor = cast[_TENSORS[name]]
         if (
             isinstance(tensor, Tensor)
             and tensor.device.type == device_type
             and tensor.is_floating_point()
             and tensor.dtype != torch.float64
         ):
-            cast[i] = tensor.to(dtype)
+            cast[_TENSORS[name]] = tensor.to(dtype)
     return cast
 
 
-def _register_autocast(device_type: str, key: str) -> None:
+def _register_autocast(name: str, call: Callable[..., Any], device_type: str, key: str) -> None:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def autocast_kernel(*args: Any) -> Tensor:
+    def autocast_kernel(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return operator(*_autocast(args, device_type))
+            return call(*_autocast(args, device_type))
 
-    _library.impl("conv_norm_act", autocast_kernel, key)
+    _library.impl(name, autocast_kernel, key)
 
 
-_library.impl("conv_norm_act", _eager_kernel, "CPU")
-_library.impl("conv_norm_act", _autograd_kernel, "Autograd", with_keyset=True)
-_register_autocast("cuda", "AutocastCUDA")
-_register_autocast("cpu", "AutocastCPU")
+_library.impl(_NAME, _eager_kernel, "CPU")
+_library.impl(_NAME, _autograd_kernel, "Autograd", with_keyset=True)
+_library.impl(_OUT_NAME, _eager_out_kernel, "CPU")
+_library.impl(_OUT_NAME, _autograd_out_kernel, "Autograd", with_keyset=True)
+for _name, _operator in ((_NAME, operator), (_OUT_NAME, out_operator)):
+    _register_autocast(_name, _operator, "cuda", "AutocastCUDA")
+    _register_autocast(_name, _operator, "cpu", "AutocastCPU")
 if not _extension.is_available():
-    _library.impl("conv_norm_act", _cuda_kernel_without_extension, "CUDA")
+    _library.impl(_NAME, _cuda_kernel_without_extension, "CUDA")
+    _library.impl(_OUT_NAME, _cuda_out_kernel_without_extension, "CUDA")
 
 
 def device_obstacle(index: int) -> str:
@@ -193,12 +252,32 @@ def _check_options(act: object, act_params: object, groups: object) -> None:
         raise TypeError(f"groups must be an int, but got {groups!r}")
 
 
-def _run_eager(arguments: Sequence[Any]) -> Tensor:
+def _run_eager(arguments: Sequence[Any], out: Tensor | None = None) -> Tensor:
     device_type = arguments[0].device.type
     if eager.is_autocast_enabled(device_type):
         arguments = _autocast(arguments, device_type)
-    check_arguments(*arguments)
-    return eager.conv_norm_act(*arguments)
+    if out is None:
+        check_arguments(*arguments)
+        return eager.conv_norm_act(*arguments)
+    refuse_gradient([*_tensors_of(arguments).values(), out])
+    _check_all(arguments, out)
+    return out.copy_(eager.conv_norm_act(*arguments))
+
+
+def run_into(out: Tensor, arguments: Sequence[Any], *, kernel: bool) -> Tensor:
+    """Write the result for the operator's arguments into ``out``, by the kernel or eagerly, and return it."""
+    if not kernel:
+        return _run_eager(arguments, out)
+    out_operator(*arguments, out)
+    return out
+
+
+def copy_into(out: Tensor, y: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Copy a result that no kernel could write there into ``out``, which is refused as the operator would."""
+    refuse_gradient((y, out))
+    check_out(out, y.shape, y)
+    check_out_memory(out, {"x": x, "residual": residual})
+    return out.copy_(y)
 
 
 def conv_norm_act(
@@ -219,6 +298,7 @@ def conv_norm_act(
     act_params: Sequence[float] = (),
     residual: Tensor | None = None,
     residual_order: str = "add_act",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Convolution, batch norm in eval mode, residual and activation; on a GPU as one kernel.
 
@@ -261,14 +341,20 @@ def conv_norm_act(
         act_params: (negative_slope,) for "leaky_relu", (alpha,) for "elu", else empty.
         residual: the shape and dtype of the result; not broadcast.
         residual_order: "add_act" for ``act(z + residual)``, "act_add" for ``act(z) + residual``.
+        out: where to write the result, such as the channel slice ``big[:, a:b]`` of a larger tensor: its
+            shape and dtype, any strides. It may lie between the elements of ``x``, as another slice of the
+            same tensor does, but share none with an input; ``residual`` alone may be ``out`` itself. Not
+            where a gradient is wanted.
 
     Returns:
-        [N, K, P, Q], or [K, P, Q] for an input without batch dimension, in the dtype of ``x``. In
-        channels_last where ``F.conv2d`` would return it so: where ``x`` or ``weight`` is.
+        ``out`` where it is given. Else [N, K, P, Q], or [K, P, Q] for an input without batch dimension, in
+        the dtype of ``x``, which under autocast is that of autocast. In channels_last where ``F.conv2d``
+        would return it so: where ``x`` or ``weight`` is.
 
     Raises:
-        RuntimeError: whatever ``F.conv2d`` refuses; norm vectors, a residual, an activation or a residual
-            order that do not fit; and with ``fused_cna.config.strict`` any CUDA call that cannot be fused.
+        RuntimeError: whatever ``F.conv2d`` refuses; norm vectors, a residual, an activation, a residual
+            order or an ``out`` that do not fit; ``out`` where a gradient is wanted; and with
+            ``fused_cna.config.strict`` any CUDA call that cannot be fused.
         TypeError: something else than a tensor where one is due, or a size that is no integer.
     """
     _check_tensors(
@@ -280,12 +366,13 @@ def conv_norm_act(
             "running_mean": running_mean,
             "running_var": running_var,
             "residual": residual,
+            "out": out,
         },
     )
     _check_options(act, act_params, groups)
-    unbatched = x.dim() == 3
+    batch_out, unbatched = out, x.dim() == 3
     if unbatched:
-        x, residual = unsqueeze(x, residual)
+        x, residual, batch_out = unsqueeze(x, residual, out)
     check_dimensions(x, weight)
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
@@ -307,5 +394,9 @@ def conv_norm_act(
         residual,
         residual_order,
     )
-    y = operator(*arguments) if takes_kernel(x) else _run_eager(arguments)
+    kernel = takes_kernel(x)
+    if out is not None and batch_out is not None:
+        run_into(batch_out, arguments, kernel=kernel)
+        return out
+    y = operator(*arguments) if kernel else _run_eager(arguments)
     return y.squeeze(0) if unbatched else y

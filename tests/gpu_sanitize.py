@@ -57,7 +57,7 @@ def check_kernels() -> None:
     import fused_cna
     from fused_cna import _extension
     from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
-    from tests.shapes import SHAPES
+    from tests.shapes import SHAPES, TELLING_SHAPES
     from tests.test_depthwise_toeplitz_kernel import SHAPES as TOEPLITZ_SHAPES
     from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
     from tests.test_small_m_kernel import FEW_PIXELS, one_of_each_kind
@@ -85,6 +85,20 @@ def check_kernels() -> None:
             f"{problem.x.shape} {layout} {plan}: wrong result"
         )
 
+    def check_slice(problem: Problem) -> None:
+        """Adds to a channel slice what is computed from another slice of the same tensor."""
+        expected = expected_rounded(problem)
+        c, h, w = problem.x.shape[1:]
+        n, k, p, q = expected.shape
+        big = torch.zeros(n, max(h, p), max(w, q), c + k + 3, dtype=expected.dtype).permute(0, 3, 1, 2)
+        big[:, :c, :h, :w] = problem.x
+        big[:, c + 1 : c + 1 + k, :p, :q] = problem.residual
+        placed, big = problem.map(lambda tensor: tensor.cuda()), big.cuda()
+        out = big[:, c + 1 : c + 1 + k, :p, :q]
+        with torch.inference_mode():
+            placed.replace(x=big[:, :c, :h, :w], residual=out).call(fused_cna.conv_norm_act, out=out)
+        assert torch.equal(out.cpu(), expected), f"{problem.x.shape}: wrong result in a slice"
+
     for shape in SHAPES:
         for dtype in DTYPES:
             problem = integer_problem(shape, dtype, wanted)
@@ -93,6 +107,9 @@ def check_kernels() -> None:
     for shape in TOEPLITZ_SHAPES:
         for dtype in (torch.float16, torch.bfloat16):
             check(integer_problem(shape, dtype, wanted), torch.channels_last, "depthwise_toeplitz")
+    for shape in TELLING_SHAPES:
+        for dtype in DTYPES:
+            check_slice(integer_problem(shape, dtype, wanted))
     instantiations = set()
     for shape in LARGER:
         for dtype in DTYPES:

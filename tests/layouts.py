@@ -111,3 +111,19 @@ def _window(tensor: Tensor, order: Sequence[int], step: int) -> Tensor:
 
 def _poisoned(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.full(tuple(sizes), float("nan"), dtype=like.dtype, device=like.device)
+
+
+class Surroundings:
+    """What lies around a view and between its elements, as it is now."""
+
+    def __init__(self, view: Tensor) -> None:
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[view.element_size()]
+        self.whole = (
+            torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage()).view(bits)
+        )
+        self.outside = torch.ones(self.whole.shape, dtype=torch.bool, device=view.device)
+        self.outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+        self.before = self.whole[self.outside]
+
+    def are_untouched(self) -> bool:
+        return torch.equal(self.whole[self.outside], self.before)

@@ -108,6 +108,37 @@ def test_a_missing_extension_is_an_error_where_strict(
         assert CAUSE in str(caught.value)
 
 
+def call_with_out(dtype: torch.dtype) -> Tensor:
+    """The front on fake CUDA tensors, into a channel slice."""
+    problem = PROBLEM.map(lambda tensor: torch.empty(tensor.shape, dtype=dtype, device="cuda"))
+    out = torch.empty(1, 20, 8, 8, dtype=dtype, device="cuda")[:, 6:14]
+    assert problem.call(fused_cna.conv_norm_act, out=out) is out
+    return out
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_results_in_given_memory_fall_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(FusionFallbackWarning, match="libplanted") as caught:
+        assert [call_with_out(dtype).dtype for dtype in (torch.float16, torch.float32)]
+    assert len(caught) == 1
+    assert caught[0].filename == reference.__file__
+    monkeypatch.setattr(fused_cna.config, "strict", True)
+    with pytest.raises(RuntimeError, match="libplanted"):
+        call_with_out(torch.float16)
+
+
+@pytest.mark.usefixtures("with_extension")
+def test_results_in_given_memory_have_the_same_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(FusionFallbackWarning, match="float64"):
+        call_with_out(torch.float64)
+    monkeypatch.setattr(fused_cna.config, "strict", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call_with_out(torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="float64"):
+        call_with_out(torch.float64)
+
+
 @calls
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 @pytest.mark.usefixtures("with_extension")
@@ -210,13 +241,17 @@ def test_an_extension_for_another_gpu_falls_back(
         assert bool(caught) == (capability not in runs[architectures[0]]), capability
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.usefixtures("no_extension")
-def test_cpu_tensors_never_warn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_cna.config, "strict", True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fused_cna.conv_norm_act(torch.empty(1, 4, 5, 5), torch.empty(3, 4, 3, 3))
-        ConvNormAct.from_modules(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)).eval()(torch.empty(1, 4, 5, 5))
+def test_cpu_tensors_never_warn(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_cna.config, "strict", strict)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = fused_cna.conv_norm_act(torch.empty(1, 4, 5, 5), torch.empty(3, 4, 3, 3))
+        z = ConvNormAct.from_modules(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)).eval()(torch.empty(1, 4, 5, 5))
+    assert [str(warning.message) for warning in caught] == []
+    assert ops._warned_about == set()
+    assert (y.shape, z.shape) == ((1, 3, 3, 3), (1, 6, 3, 3))
 
 
 @pytest.mark.gpu

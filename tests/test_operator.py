@@ -93,7 +93,7 @@ def test_signature_of_the_front() -> None:
     expected = (
         "bias=None, *, norm_weight=None, norm_bias=None, running_mean=None, running_var=None, eps=1e-05, "
         "stride=1, padding=0, dilation=1, groups=1, act='identity', act_params=(), residual=None, "
-        "residual_order='add_act'"
+        "residual_order='add_act', out=None"
     )
     parameters = inspect.signature(fused_cna.conv_norm_act).parameters.values()
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]

@@ -135,7 +135,9 @@ def test_a_launch_that_no_device_takes_is_refused(shape: tuple[float, ...], mess
 
 
 def test_the_largest_launch_is_taken() -> None:
-    run_test_kernel("any_shape", (3.0, 1024.0, 227.0 * 1024), 1)
+    blocks, threads, shared_bytes = 3.0, 1024.0, 227.0 * 1024
+    counts = run_test_kernel("any_shape", (blocks, threads, shared_bytes), 1024, fill=0.0)
+    assert counts == [blocks] * 1024
 
 
 REPORTED_FAULTS = {

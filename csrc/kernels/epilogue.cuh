@@ -75,7 +75,7 @@ __device__ __forceinline__ void store_channels(const Channels<T>& destination, i
 }
 
 // Finishes and stores Width neighbouring output channels of one pixel, of which the first `valid` exist. residual.data is
-// null where the layer has none.
+// null where the layer has none; it may be y.data, so all of it is read before anything is stored.
 template <int Width, class T>
 __device__ __forceinline__ void finish_channels(const float (&accumulators)[Width], const ChannelFold* folds, int valid,
                                                 const Channels<const T>& residual, const Channels<T>& y,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_cna import ops
-from fused_cna._checks import check_arguments, explicit_padding, pair
+from fused_cna._checks import check_arguments, check_out, explicit_padding, pair, unsqueeze
+from fused_cna._memory import check_out_memory
 from tests.simt import binding
 
 DTYPES = {torch.float32: b"float32", torch.float16: b"float16", torch.bfloat16: b"bfloat16"}
@@ -21,7 +22,7 @@ _UNWRITTEN = {
     torch.bfloat16: (torch.int16, 0x7FA5),
 }
 
-# Elements before and behind the output that no kernel may touch; they leave it as aligned as it was.
+# Elements before and behind the output that no kernel may touch; a multiple of 16 bytes.
 _MARGIN = 64
 
 
@@ -43,6 +44,7 @@ def conv_norm_act(
     act_params: Sequence[float] = (),
     residual: Tensor | None = None,
     residual_order: str = "add_act",
+    out: Tensor | None = None,
     plan: str = "",
     device: str = "H100",
     allow_tf32: bool = False,
@@ -52,7 +54,8 @@ def conv_norm_act(
     """`fused_cna.conv_norm_act` with the CUDA kernel simulated; no gradient flows through it.
 
     Args:
-        x, weight, ..., residual_order: as `fused_cna.conv_norm_act` takes them, on the CPU.
+        x, weight, ..., out: as `fused_cna.conv_norm_act` takes them, on the CPU. The kernel writes to memory
+            laid out and aligned like `out`, which is copied there once nothing else was touched.
         plan: what to run instead of the plan that is estimated to be the fastest, by the name that
             `fused_cna._C.plan` prints or its beginning, as long as it is clear: "direct",
             "implicit_gemm_sm80 64x64x32", "implicit_gemm_sm80 64x64x32 split 2 masked".
@@ -63,16 +66,17 @@ def conv_norm_act(
             in a heap block of exactly its size, so that an access one element outside is reported. Slower.
 
     Returns:
-        [N, K, P, Q], or [K, P, Q] for an input [C, H, W], with the strides that the operator gives it.
+        `out`, or [N, K, P, Q], or [K, P, Q] for an input [C, H, W], with the strides that the operator gives.
 
     Raises:
         RuntimeError: bad arguments, as from the operator; a device other than the CPU; a dtype that has no
             kernels; a plan that does not exist.
-        SimulatorError: the kernel broke a rule, wrote outside its output, or left some of it unwritten.
+        SimulatorError: the kernel broke a rule, wrote around or between its output's elements, or left some
+            unwritten.
     """
-    unbatched = x.dim() == 3
+    batch_out, unbatched = out, x.dim() == 3
     if unbatched:
-        x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+        x, residual, batch_out = unsqueeze(x, residual, out)
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
     vectors = (bias, norm_weight, norm_bias, running_mean, running_var)
@@ -80,8 +84,17 @@ def conv_norm_act(
         x, weight, *vectors, eps, stride, padding, dilation, groups, act, act_params, residual, residual_order
     )
     _check_simulable(x)
+    if batch_out is None:
+        result = ops._empty_output(x, weight, shape)
+    else:
+        result = batch_out
+        check_out(result, shape, x)
+        named = dict(zip(("x", "weight", *binding.VECTORS), (x, weight, *vectors), strict=True))
+        check_out_memory(result, {**named, "residual": residual})
 
-    output = _Output(x, weight, shape)
+    output = _Output(result)
+    if residual is not None and residual.data_ptr() == result.data_ptr():
+        residual = output.y.copy_(residual)
     if output.y.numel() > 0:
         call = binding.ConvCall(
             residual=_view(residual),
@@ -107,8 +120,11 @@ def conv_norm_act(
             output.load(binding.run_conv_sanitized(call, memory))
         else:
             binding.run_conv(call)
-    y = output.checked()
-    return y.squeeze(0) if unbatched else y
+    output.check()
+    result.copy_(output.y)
+    if out is not None:
+        return out
+    return result.squeeze(0) if unbatched else result
 
 
 def list_plans(
@@ -156,36 +172,43 @@ def _geometry(
 
 
 class _Output:
-    """Memory for a kernel's output, poisoned, with poisoned margins."""
+    """Memory for a kernel's output, laid out and aligned like `model`: poisoned, with poisoned margins."""
 
-    def __init__(self, x: Tensor, weight: Tensor, shape: Sequence[int]) -> None:
-        self.clean = ops._empty_output(x, weight, shape)
-        self.bits, self.poison = _UNWRITTEN[x.dtype]
-        extent = _extent(self.clean)
-        self.whole = torch.full((extent + 2 * _MARGIN,), self.poison, dtype=self.bits).view(x.dtype)
-        self.inner = self.whole[_MARGIN : _MARGIN + extent]
-        self.y = self.inner.as_strided(self.clean.shape, self.clean.stride())
+    def __init__(self, model: Tensor) -> None:
+        self.bits, self.poison = _UNWRITTEN[model.dtype]
+        self.start = _MARGIN + model.data_ptr() % 16 // model.element_size()
+        extent = _extent(model)
+        length = self.start + extent + _MARGIN
+        self.whole = torch.full((length,), self.poison, dtype=self.bits).view(model.dtype)
+        self.inner = self.whole[self.start : self.start + extent]
+        self.y = self.inner.as_strided(model.shape, model.stride())
 
     def load(self, result: bytes) -> None:
         self.inner.copy_(torch.frombuffer(bytearray(result), dtype=self.inner.dtype))
 
-    def checked(self) -> Tensor:
-        """The output in memory of its own, once it is whole and its margins are."""
-        margins = torch.cat((self.whole[:_MARGIN], self.whole[-_MARGIN:])).view(self.bits)
-        touched = (margins != self.poison).nonzero().flatten().tolist()
+    def check(self) -> None:
+        """Refuses an output that is not whole, and writes around or between its elements."""
+        outside = torch.ones(self.whole.shape, dtype=torch.bool)
+        outside.as_strided(self.y.shape, self.y.stride(), self.start).fill_(False)
+        touched = ((self.whole.view(self.bits) != self.poison) & outside).nonzero().flatten().tolist()
         if touched:
             raise binding.SimulatorError(
                 f"the kernel wrote {len(touched)} elements outside its output of {self.inner.numel()}: "
-                f"the first at {touched[0] - _MARGIN} from its {'start' if touched[0] < _MARGIN else 'end'}"
+                f"the first at {self._place(touched[0])}"
             )
-        y = self.clean.copy_(self.y)
         unwritten = (self.y.view(self.bits) == self.poison).nonzero().tolist()
         if unwritten:
             raise binding.SimulatorError(
-                f"the kernel left {len(unwritten)} of {y.numel()} output elements unwritten, "
+                f"the kernel left {len(unwritten)} of {self.y.numel()} output elements unwritten, "
                 f"the first at [n, k, p, q] = {unwritten[0]}"
             )
-        return y
+
+    def _place(self, position: int) -> str:
+        position -= self.start
+        behind = position - self.inner.numel()
+        if behind >= 0:
+            return f"{behind} from its end"
+        return f"{position} from its start" + (", between its elements" if position >= 0 else "")
 
 
 def _check_simulable(x: Tensor) -> None:

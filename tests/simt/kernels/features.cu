@@ -154,13 +154,23 @@ const TestKernel use_barriers_only("barriers_only", [](const Buffers& b) {
     return launch(barriers_only, {1, static_cast<int>(b.outputs), 0}, nullptr, b.input, b.output);
 });
 
-// A launch of the shape that the input says: blocks, threads, bytes of shared memory.
-__global__ void any_shape() {}
+struct AllSharedMemory {
+    float values[227 * 1024 / sizeof(float)];
+};
+
+// A launch of the shape that the input says: blocks, threads, bytes of shared memory. Every thread of every block counts
+// itself, by way of the last word of the most shared memory that there is.
+__global__ void any_shape(float* output) {
+    float& last = shared_storage<AllSharedMemory>().values[227 * 1024 / sizeof(float) - 1];
+    if (thread_x() == 0) last = 1.0f;
+    sync_threads();
+    output[thread_x()] += last;
+}
 
 const TestKernel use_any_shape("any_shape", [](const Buffers& b) {
     return launch(any_shape,
                   {static_cast<int64_t>(b.input[0]), static_cast<int>(b.input[1]), static_cast<int64_t>(b.input[2])},
-                  nullptr);
+                  nullptr, b.output);
 });
 
 }  // namespace
