@@ -1,6 +1,7 @@
 """Convolution, batch norm, residual and activation in one CUDA kernel: a drop-in module and an operator."""
 
 from fused_cna import config
+from fused_cna._device_timer import WrongResultError
 from fused_cna._extension import build_info
 from fused_cna._version import __version__
 from fused_cna.config import FusionFallbackWarning, PlanFileWarning
@@ -19,6 +20,7 @@ __all__ = [
     "PlanFileWarning",
     "TuneResult",
     "TunedLayer",
+    "WrongResultError",
     "__version__",
     "build_info",
     "config",

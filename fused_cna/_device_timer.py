@@ -141,7 +141,9 @@ class DeviceTimer:
     """
 
     def __call__(self, call: RecordedCall, names: Sequence[str]) -> list[float]:
-        with torch.cuda.device(call.x.device), torch.inference_mode():
+        # Autocast has been applied to what was recorded.
+        autocast = torch.autocast("cuda", enabled=False)
+        with torch.cuda.device(call.x.device), torch.inference_mode(), autocast:
             usable = check_results(
                 call, names, lambda name: _run(name, call.arguments), eager.conv_norm_act(*call.arguments)
             )

@@ -95,6 +95,7 @@ ARGUED: dict[str, dict[str, str]] = {
             'message += found == all.end() ? "; there are:" : ": " + found->illegal + "; legal are:";'
         ): EXCEPTIONS,
         "choose_plan_without_memory": OPS_ONLY,
+        "find_exact_plan": "called by tuned.cpp alone: tests/test_plan_file.py",
         "memoised_plan": OPS_ONLY,
         "force_plan": OPS_ONLY,
     },

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_cna
-from fused_cna import ConvNormAct, _accuracy, _device_timer, _extension, _recording, _tuned, ops, plan_file
+from fused_cna import ConvNormAct, _accuracy, _device_timer, _extension, _tuned, ops, plan_file
 from fused_cna._device_timer import WrongResultError, check_results, input_sets, race, twin, typical
 from fused_cna._recording import RecordedCall, record
 from fused_cna.plan import planner
