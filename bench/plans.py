@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.routes import activation_module
 from bench.rows import Row
 from bench.setting import PRECISIONS
 from fused_cna.activation import describe
@@ -56,7 +55,7 @@ def plan_of(row: Row, device: torch.device, device_name: str) -> tuple[Plan | No
 
 def _problem(row: Row) -> ConvProblem:
     layer = row.layer
-    act, _ = describe(activation_module(layer.act) or nn.Identity()) or ("identity", ())
+    act, _ = describe(nn.Identity() if layer.act == "none" else getattr(nn, layer.act)()) or ("identity", ())
     stride, padding, dilation, groups = layer.geometry
     sizes: dict[str, Any] = {
         "n": row.batch,

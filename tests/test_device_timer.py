@@ -24,7 +24,6 @@ from tests.shapes import shape_named
 from tests.simt import conv_norm_act as simulated
 from tests.test_recording import recorded
 
-
 pytestmark = pytest.mark.xdist_group("simt")
 
 
