@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_cna import _extension, _tuned
@@ -258,10 +259,12 @@ def _module_question(module: ConvNormAct, x: Tensor | None, with_residual: bool)
         raise TypeError(f"explain(module, x) needs an input tensor, but got {type(x).__name__}")
     conv = module.conv
     x = x.unsqueeze(0) if x.dim() == 3 else x
-    n, c, h, w = x.shape
     k, _, r, s = conv.weight.shape
     stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
     padding = explicit_padding(conv.padding, (r, s), stride, dilation)
+    if conv.padding_mode != "zeros":
+        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode), (0, 0)
+    n, c, h, w = x.shape
     ConvProblem(n, c, h, w, k, r, s, stride, padding, dilation, conv.groups)  # refuses what does not fit
     norm, act, residual = fused_epilogue(module, with_residual)
     return call_question(

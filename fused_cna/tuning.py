@@ -153,8 +153,8 @@ def tune(
     by device, version of fused_cna and problem, which is the sizes, dtype, memory layout and alignment of the
     tensors: tune with the batch sizes and image sizes that will be used.
 
-    It takes about a second per distinct convolution, wants the GPU for itself, and holds the input of each
-    until it is done. While a plan is timed, other threads' calls in this process run it too.
+    It wants the GPU for itself, and holds the input of each convolution until that is done. While a plan is
+    timed, other threads' calls in this process run it too.
 
     Args:
         model: a module in eval mode, or anything that calls such; compiled or not. Under autocast, call this

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fused_cna
 from fused_cna import ConvNormAct, _extension, ops
 from fused_cna._recording import RecordedCall, record
-from fused_cna.plan import planner
+from fused_cna.plan import _module_question, planner
 from tests.layouts import LAYOUTS, Layout, channels_last
 from tests.reference import DTYPES, Problem, Wanted, integer_problem, random_problem
 from tests.shapes import SHAPES, shape_named
@@ -94,8 +94,28 @@ def test_autocast_is_seen_as_the_kernel_would_see_it() -> None:
 def test_a_compiled_model_is_recorded_too() -> None:
     model = network()
     eager = [call.key for call in record(model, image(), planner())]
-    compiled = torch.compile(model, backend="eager")
-    assert [call.key for call in record(compiled, image(), planner())] == eager
+    compiled, x = torch.compile(model, backend="eager"), image()
+    assert [call.key for call in record(compiled, x, planner())] == eager
+    with torch.inference_mode():
+        before = compiled(x)
+        assert [call.key for call in record(compiled, x, planner())] == eager
+        assert torch.equal(compiled(x), before)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("residual_order", ["add_act", "act_add"])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Identity, nn.Softsign], ids=lambda act: act.__name__)
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d, None, nn.InstanceNorm2d], ids=["batch norm", "none", "another norm"]
+)
+def test_a_module_is_explained_as_it_is_recorded(
+    norm: type[nn.Module] | None, act: type[nn.Module], residual_order: str, with_residual: bool
+) -> None:
+    for options in ({}, {"padding": "same"}, {"padding_mode": "reflect"}, {"groups": 2, "dilation": 2}):
+        block = ConvNormAct(4, 4, 3, norm=norm, act=act, residual_order=residual_order, **options).eval()
+        x = image(2, 4, 8, 8)
+        (call,) = record(block, (x, x) if with_residual else x, planner())
+        assert planner().problem(_module_question(block, x, with_residual)) == call.problem
 
 
 def test_meta_tensors_will_do() -> None:
