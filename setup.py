@@ -159,7 +159,8 @@ def plan_extension() -> list[Extension]:
         package = importlib.util.find_spec(header_of)
         if package is not None and package.origin is not None:
             include = Path(package.origin).with_name("include")
-            sources = [f"csrc/{name}.cpp" for name in ("cost", "layout", "plan", "plan_module")]
+            names = ("cost", "layout", "plan", "plan_data", "plan_module", "tuned")
+            sources = [f"csrc/{name}.cpp" for name in names]
             sources += sorted(str(path) for path in Path("csrc/plans").glob("*.cpp"))
             return [
                 Extension(

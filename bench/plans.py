@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.rows import Row
 from bench.setting import PRECISIONS
+from fused_cna.activation import describe
 from fused_cna.plan import DEFAULT_DEVICE, ConvProblem, explain
 
 DEVICES = ("A100", "L4", "RTX 4090", "H100", "H200", "B200")
@@ -53,6 +55,7 @@ def plan_of(row: Row, device: torch.device, device_name: str) -> tuple[Plan | No
 
 def _problem(row: Row) -> ConvProblem:
     layer = row.layer
+    act, _ = describe(nn.Identity() if layer.act == "none" else getattr(nn, layer.act)()) or ("identity", ())
     stride, padding, dilation, groups = layer.geometry
     sizes: dict[str, Any] = {
         "n": row.batch,
@@ -70,4 +73,7 @@ def _problem(row: Row) -> ConvProblem:
         dilation=dilation,
         groups=groups,
         dtype=PRECISIONS[row.precision].dtype,
+        norm=layer.has_norm,
+        act=act,
+        residual=layer.residual_order,
     )

@@ -37,6 +37,10 @@ struct ConvProblem {
     int64_t x_access = 0, x_pixel_access = 0, weight_access = 0;
     bool x_pixels_even = false;  // pixels follow each other at one distance, from the first image to the last
 
+    // What follows the products, as far as a measured plan depends on it; no kernel's legality does.
+    bool has_norm = false, has_residual = false;
+    int64_t passes_after_cudnn = 0;  // see epilogue.h
+
     constexpr int64_t padded_h() const { return h + pad_top + pad_bottom; }
     constexpr int64_t padded_w() const { return w + pad_left + pad_right; }
 

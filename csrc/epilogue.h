@@ -62,6 +62,13 @@ constexpr std::optional<ResidualOrder> find_residual_order(std::string_view name
     return std::nullopt;
 }
 
+// How many separate passes over the output remain on cuDNN's route, whose convolutions have bias and ReLU, and a residual
+// before the ReLU.
+constexpr int64_t passes_after_cudnn(Activation activation, std::optional<ResidualOrder> residual) {
+    if (activation == Activation::relu && residual != ResidualOrder::act_add) return 0;
+    return (activation != Activation::identity) + residual.has_value();
+}
+
 // Each vector has K elements, is contiguous, and is null where the layer has none. The conv bias has the storage type; the
 // four norm vectors are all float32 or all the storage type. They stay as trained: the kernel folds them on every call, so
 // nothing derived from a parameter can go stale.

@@ -1,26 +1,30 @@
 // Where torch meets the kernels: check, allocate, fill arguments, device guard, current stream, plan, run.
 #include <ATen/Context.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
+#include <ATen/ops/tensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <array>
-#include <map>
-#include <mutex>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "conv_args.h"
+#include "cudnn_route.h"
+#include "device_attributes.h"
+#include "fields.h"
 #include "layout.h"
 #include "plan.h"
 #include "run.h"
+#include "tuned.h"
 
 namespace fused_cna {
 
@@ -39,6 +43,8 @@ bool allows_tf32() {
 
 // A call whose arguments passed every check, with memory for its output. Owns what the kernel's pointers refer to.
 struct PreparedCall {
+    CheckedInputs checked;
+    bool y_is_given = false;  // by the caller, who keeps it
     ConvArgs args;
     Tensor y;
     std::array<Tensor, 5> vectors;  // bias and norm vectors made dense; the same tensors where they already were
@@ -75,9 +81,9 @@ Tensor allocate_output(const Inputs& in, const ConvProblem& problem) {
 
 // The output goes to `out`, or to memory of its own where that is null.
 PreparedCall prepare(const Inputs& in, const Tensor* out) {
-    const CheckedInputs checked = check_inputs(in);
+    PreparedCall call{.checked = check_inputs(in), .y_is_given = out != nullptr};
+    const CheckedInputs& checked = call.checked;
     if (out) check_out(in, checked.problem, *out);
-    PreparedCall call;
     call.y = out ? *out : allocate_output(in, checked.problem);
     ConvArgs& args = call.args;
     args.problem = checked.problem;
@@ -93,45 +99,12 @@ PreparedCall prepare(const Inputs& in, const Tensor* out) {
     args.y_strides = strides_of(call.y);
     args.epilogue = make_epilogue(in, checked, call.vectors);
     args.problem.allow_tf32 = args.problem.dtype == DType::float32 && allows_tf32();
+    args.problem.has_norm = in.running_mean.has_value();
+    args.problem.has_residual = in.residual.has_value();
+    args.problem.passes_after_cudnn =
+        passes_after_cudnn(checked.activation.value, in.residual ? std::optional(checked.residual_order) : std::nullopt);
     describe_layout(args);
     return call;
-}
-
-int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
-    int value = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-    return value;
-}
-
-DeviceInfo read_device_info(c10::DeviceIndex device) {
-    const auto get = [&](cudaDeviceAttr attribute) { return device_attribute(attribute, device); };
-    // Virtualised and integrated devices may report a clock of 0; any plausible one orders the plans better than infinity.
-    const DeviceInfo& fallback = named_devices.front().info;
-    const auto known = [](double reported, double otherwise) { return reported > 0 ? reported : otherwise; };
-    const double memory_clock_hz = get(cudaDevAttrMemoryClockRate) * 1e3;  // two transfers a clock
-    const DeviceInfo info{
-        .compute_major = get(cudaDevAttrComputeCapabilityMajor),
-        .compute_minor = get(cudaDevAttrComputeCapabilityMinor),
-        .multiprocessors = get(cudaDevAttrMultiProcessorCount),
-        .shared_per_multiprocessor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-        .shared_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-        .clock_ghz = known(get(cudaDevAttrClockRate) * 1e-6, fallback.clock_ghz),
-        .bandwidth_gbs =
-            known(2 * memory_clock_hz * get(cudaDevAttrGlobalMemoryBusWidth) / 8 * 1e-9, fallback.bandwidth_gbs),
-    };
-    TORCH_CHECK(info.compute_major >= 8, "fused_cna's kernels need compute capability 8.0 or newer, but device ",
-                static_cast<int>(device), " has ", info.compute_major, ".", info.compute_minor,
-                "; call fused_cna.conv_norm_act, which falls back");
-    return info;
-}
-
-// Read once per device: the attributes do not change, and asking for the clocks is slow.
-const DeviceInfo& device_info(c10::DeviceIndex device) {
-    static std::mutex mutex;
-    static std::map<c10::DeviceIndex, DeviceInfo> infos;
-    const std::lock_guard lock(mutex);
-    const auto found = infos.find(device);
-    return found != infos.end() ? found->second : infos.emplace(device, read_device_info(device)).first->second;
 }
 
 // A dense channels_last copy, which owns its alignment; contiguous() would return a tensor that is dense but misaligned.
@@ -158,13 +131,37 @@ void run_plan(ConvArgs args, const Plan& plan, const Inputs& in) {
     run(args, plan, c10::cuda::getCurrentCUDAStream());
 }
 
-void launch(const PreparedCall& call, const Inputs& in) {
+bool same_steps(const Tensor& a, const Tensor& b) {
+    for (int64_t i = 0; i < a.dim(); ++i) {
+        if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+    }
+    return true;
+}
+
+// cuDNN chooses the output's memory and format; where these are not the operator's, it is copied.
+void run_cudnn(const Inputs& in, PreparedCall& call) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor y = run_cudnn_route(in, call.checked);
+    if (!call.y_is_given && same_steps(y, call.y)) {
+        call.y = y.as_strided(call.y.sizes(), call.y.strides());
+    } else {
+        call.y.copy_(y);
+    }
+}
+
+void run_planned(const Inputs& in, const Plan& plan, PreparedCall& call) {
+    if (plan.kernel == Kernel::cudnn) return run_cudnn(in, call);
+    run_plan(call.args, plan, in);
+}
+
+void launch(const Inputs& in, PreparedCall& call) {
     if (call.y.numel() == 0) return;
     const c10::cuda::CUDAGuard guard(in.x.device());
     const DeviceInfo& device = device_info(in.x.device().index());
+    load_tuned_plans_once(in.x.device().index());
     const Plan plan = memoised_plan(call.args.problem, device);
     try {
-        run_plan(call.args, plan, in);
+        run_planned(in, plan, call);
     } catch (const c10::OutOfMemoryError&) {
         if (!plan.allocates()) throw;
         run_plan(call.args, choose_plan_without_memory(call.args.problem, device), in);
@@ -172,17 +169,17 @@ void launch(const PreparedCall& call, const Inputs& in) {
 }
 
 Tensor conv_norm_act_cuda(const Inputs& in) {
-    const PreparedCall call = prepare(in, nullptr);
-    launch(call, in);
+    PreparedCall call = prepare(in, nullptr);
+    launch(in, call);
     return call.y;
 }
 
 void conv_norm_act_out_cuda(const Inputs& in, const Tensor& out) {
-    const PreparedCall call = prepare(in, &out);
+    PreparedCall call = prepare(in, &out);
     // Autograd then knows that what it may have saved of this memory is gone. Throws for an inference tensor outside of
     // inference mode.
     out.unsafeGetTensorImpl()->bump_version();
-    launch(call, in);
+    launch(in, call);
 }
 
 // Gives a function of Inputs, and of an output to write to where there is one, the operator's signature.
@@ -206,6 +203,20 @@ const std::string arguments =
     "Tensor? running_var, float eps, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str act, "
     "float[] act_params, Tensor? residual, str residual_order";
 
+Tensor by_cudnn_route(const Inputs& in) {
+    PreparedCall call = prepare(in, nullptr);
+    if (call.y.numel() > 0) run_cudnn(in, call);
+    return call.y;
+}
+
+// By number, in the order of fields.h.
+Tensor problem_fields(const Inputs& in) {
+    const ConvProblem problem = prepare(in, nullptr).args.problem;
+    std::vector<int64_t> values;
+    for_each_problem_field(problem, [&](const char*, const auto& value) { values.push_back(static_cast<int64_t>(value)); });
+    return at::tensor(values, at::kLong);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fused_cna, CUDA, m) {
@@ -213,15 +224,17 @@ TORCH_LIBRARY_IMPL(fused_cna, CUDA, m) {
     m.impl("conv_norm_act_out", as_operator<conv_norm_act_out_cuda, const Tensor&>);
 }
 
-// The checks and the output of both operators for tensors of any device, without the kernel: a machine without a GPU
-// compares them with the Python ones.
+// Parts of both operators without their kernels, for tensors of any device: a machine without a GPU compares the checks and
+// the output with the Python ones, the cuDNN route with the formula, and the problem with the one that tuning records.
 TORCH_LIBRARY_FRAGMENT(fused_cna, m) {
-    const auto any_device = [](auto* function) {
-        return torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, function);
+    const auto define = [&](const std::string& name, const std::string& signature, auto* function) {
+        m.def((name + "(" + arguments + signature).c_str(),
+              torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, function));
     };
-    m.def(("_checked_output(" + arguments + ") -> Tensor").c_str(), any_device(as_operator<checked_output>));
-    m.def(("_check_out(" + arguments + ", Tensor out) -> ()").c_str(),
-          any_device(as_operator<check_with_out, const Tensor&>));
+    define("_checked_output", ") -> Tensor", as_operator<checked_output>);
+    define("_check_out", ", Tensor out) -> ()", as_operator<check_with_out, const Tensor&>);
+    define("_cudnn_route", ") -> Tensor", as_operator<by_cudnn_route>);
+    define("_problem", ") -> Tensor", as_operator<problem_fields>);
 }
 
 }  // namespace fused_cna

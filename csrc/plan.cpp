@@ -4,12 +4,14 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <shared_mutex>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
 
 #include "plans/families.h"
+#include "tuned.h"
 
 namespace fused_cna {
 
@@ -43,6 +45,14 @@ bool is_better(const Candidate& a, const Candidate& b) {
     if (a.illegal.empty() != b.illegal.empty()) return a.illegal.empty();
     return a.illegal.empty() && a.plan.estimate.total_us() < b.plan.estimate.total_us();
 }
+
+std::vector<Candidate>::const_iterator find_exactly(const std::vector<Candidate>& all, const std::string& name) {
+    return std::find_if(all.begin(), all.end(), [&](const Candidate& c) { return to_string(c.plan) == name; });
+}
+
+// It takes any problem, and is found by its name alone.
+constexpr Plan cudnn_plan{.kernel = Kernel::cudnn, .blocks = 1};
+bool is_cudnn(const std::string& name) { return name == kernel_name(Kernel::cudnn); }
 
 struct ForcedPlan {
     std::atomic<bool> active = false;
@@ -92,12 +102,11 @@ Plan choose_plan_without_memory(const ConvProblem& problem, const DeviceInfo& de
 }
 
 Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::string& name) {
+    if (is_cudnn(name)) return cudnn_plan;
     const std::vector<Candidate> all = list_candidates(problem, device);
-    const auto matches = [&](const Candidate& candidate) {
-        const std::string full = to_string(candidate.plan);
-        return full.starts_with(name) && (full.size() == name.size() || full[name.size()] == ' ');
-    };
-    const auto found = std::find_if(all.begin(), all.end(), matches);
+    const auto begins_so = [&](const Candidate& candidate) { return to_string(candidate.plan).starts_with(name + " "); };
+    auto found = find_exactly(all, name);
+    if (found == all.end()) found = std::find_if(all.begin(), all.end(), begins_so);
     if (found == all.end() || !found->illegal.empty()) {
         std::string message = "fused_cna: no plan \"" + name + "\" for " + to_string(problem);
         message += found == all.end() ? "; there are:" : ": " + found->illegal + "; legal are:";
@@ -107,6 +116,13 @@ Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::
         throw std::runtime_error(message);
     }
     return found->plan;
+}
+
+Candidate find_exact_plan(const ConvProblem& problem, const DeviceInfo& device, const std::string& name) {
+    if (is_cudnn(name)) return {.plan = cudnn_plan, .illegal = ""};
+    const std::vector<Candidate> all = list_candidates(problem, device);
+    const auto found = find_exactly(all, name);
+    return found != all.end() ? *found : Candidate{.plan = {}, .illegal = "there is no plan \"" + name + "\""};
 }
 
 void force_plan(const std::string& name) {
@@ -123,15 +139,21 @@ Plan memoised_plan(const ConvProblem& problem, const DeviceInfo& device) {
     // A server of ever new image sizes starts over now and then, rather than remembering them all.
     constexpr size_t most_plans = 10'000;
     static std::map<std::pair<ConvProblem, DeviceInfo>, Plan> plans;
+    static uint64_t plans_version = 0;  // of the tuned plans when these were chosen
     static std::shared_mutex mutex;
     const std::pair key(problem, device);
+    const uint64_t version = tuned_plans_version();
     {
         const std::shared_lock lock(mutex);
-        if (const auto found = plans.find(key); found != plans.end()) return found->second;
+        if (plans_version == version) {
+            if (const auto found = plans.find(key); found != plans.end()) return found->second;
+        }
     }
-    const Plan plan = choose_plan(problem, device);
+    const std::optional<Plan> tuned = find_tuned_plan(problem, device);
+    const Plan plan = tuned ? *tuned : choose_plan(problem, device);
     const std::unique_lock lock(mutex);
-    if (plans.size() >= most_plans) plans.clear();
+    if (plans.size() >= most_plans || plans_version != version) plans.clear();
+    plans_version = version;
     plans.emplace(key, plan);
     return plan;
 }
@@ -146,6 +168,7 @@ std::string to_string(const Plan& plan) {
         case Kernel::implicit_gemm_fp32: return name + describe_implicit_gemm(plan);
         case Kernel::small_m: return name + describe_small_m(plan);
         case Kernel::depthwise_toeplitz: return name + describe_depthwise_toeplitz(plan);
+        case Kernel::cudnn: return kernel_name(plan.kernel);
     }
     return name;
 }

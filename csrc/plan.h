@@ -13,6 +13,8 @@
 
 namespace fused_cna {
 
+// cudnn is no kernel of this project: it stands for ATen's convolution, see cudnn_route.h. It is a plan only where it was
+// measured or forced, because no estimate here knows what cuDNN does.
 enum class Kernel : int32_t {
     direct,
     implicit_gemm_sm80,
@@ -20,15 +22,13 @@ enum class Kernel : int32_t {
     implicit_gemm_fp32,
     small_m,
     depthwise_toeplitz,
+    cudnn,
 };
 
+// Those of this project.
 inline constexpr std::array all_kernels{
-    Kernel::direct,
-    Kernel::implicit_gemm_sm80,
-    Kernel::implicit_gemm_tf32x3,
-    Kernel::implicit_gemm_fp32,
-    Kernel::small_m,
-    Kernel::depthwise_toeplitz,
+    Kernel::direct,  Kernel::implicit_gemm_sm80, Kernel::implicit_gemm_tf32x3, Kernel::implicit_gemm_fp32,
+    Kernel::small_m, Kernel::depthwise_toeplitz,
 };
 
 constexpr const char* kernel_name(Kernel kernel) {
@@ -39,6 +39,7 @@ constexpr const char* kernel_name(Kernel kernel) {
         case Kernel::implicit_gemm_fp32: return "implicit_gemm_fp32";
         case Kernel::small_m: return "small_m";
         case Kernel::depthwise_toeplitz: return "depthwise_toeplitz";
+        case Kernel::cudnn: return "cudnn";
     }
     return "unknown";
 }
@@ -82,7 +83,7 @@ struct Plan {
     Estimate estimate;
 
     // Whether running it takes memory: a workspace, or copies of operands.
-    bool allocates() const { return workspace_bytes > 0 || convert_x || convert_weight; }
+    bool allocates() const { return workspace_bytes > 0 || convert_x || convert_weight || kernel == Kernel::cudnn; }
 };
 
 // A plan that was considered. `illegal` says in words why it cannot run the problem, and is empty where it can.
@@ -101,15 +102,20 @@ Plan choose_plan(const ConvProblem& problem, const DeviceInfo& device);
 // The first that needs no memory beyond its operands.
 Plan choose_plan_without_memory(const ConvProblem& problem, const DeviceInfo& device);
 
-// The best plan among those of a name: a kernel ("direct"), a kernel and tile ("implicit_gemm_sm80 128x64x32"), or these and
-// a split ("implicit_gemm_sm80 128x64x32 split 4") or rows ("... masked"), as to_string prints them. Throws
-// std::runtime_error where no legal plan matches.
+// The plan of this whole name, else the best among those whose name begins so: a kernel ("direct"), a kernel and tile
+// ("implicit_gemm_sm80 128x64x32"), or these and a split ("implicit_gemm_sm80 128x64x32 split 4") or rows ("... masked"), as
+// to_string prints them. Throws std::runtime_error where no legal plan matches.
 Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::string& name);
+
+// The plan that to_string prints as this name, which is its whole name; where there is none, or it cannot run the problem,
+// `illegal` says so.
+Candidate find_exact_plan(const ConvProblem& problem, const DeviceInfo& device, const std::string& name);
 
 // Makes memoised_plan answer with find_plan(..., name) in this whole process, for tests and tuning; an empty name ends it.
 void force_plan(const std::string& name);
 
-// choose_plan, costed once per problem and device and remembered. Safe to call from several threads.
+// The forced plan, else the tuned one (tuned.h), else choose_plan, costed once per problem and device and remembered. Safe
+// to call from several threads.
 Plan memoised_plan(const ConvProblem& problem, const DeviceInfo& device);
 
 // For example "implicit_gemm_sm80 128x64x32 split 4 masked 16-byte".

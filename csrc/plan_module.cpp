@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -10,6 +11,8 @@
 #include "conv_args.h"
 #include "layout.h"
 #include "plan.h"
+#include "plan_data.h"
+#include "tuned.h"
 
 namespace py = pybind11;
 
@@ -26,19 +29,20 @@ const DeviceInfo& find_device(const std::string& name) {
     throw std::invalid_argument("no device is called '" + name + "'; known are " + known);
 }
 
-DType find_dtype(const std::string& name) {
-    for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
-        if (name == dtype_name(dtype)) return dtype;
-    }
-    throw std::invalid_argument("no kernel takes " + name + "; there are kernels for float32, float16 and bfloat16");
+// A device by its name, or as device_as_dict gives it.
+DeviceInfo device_of(const py::object& device) {
+    return py::isinstance<py::str>(device) ? find_device(device.cast<std::string>()) : device_from(device.cast<py::dict>());
 }
 
-struct Question {
-    ConvProblem problem;
-    DeviceInfo device;
-};
+template <class Found>
+auto require(const Found& found, const char* what, const py::object& name) {
+    if (!found) throw std::invalid_argument("unknown " + std::string(what) + " " + py::repr(name).cast<std::string>());
+    return *found;
+}
 
-Question make_question(const py::dict& given, const std::string& device) {
+// The problem that the operator would make of a call: sizes, the addresses and strides of x and the weight, and what
+// follows.
+py::dict make_problem(const py::dict& given) {
     const auto get = [&](const char* key) { return given[key].cast<int64_t>(); };
     const auto stride = given["stride"].cast<std::array<int64_t, 2>>();
     const auto padding = given["padding"].cast<std::array<int64_t, 4>>();
@@ -62,6 +66,14 @@ Question make_question(const py::dict& given, const std::string& device) {
                     .groups = get("groups"),
                     .dtype = find_dtype(given["dtype"].cast<std::string>()),
                     .allow_tf32 = given["allow_tf32"].cast<bool>()};
+    args.problem.allow_tf32 &= args.problem.dtype == DType::float32;
+    args.problem.has_norm = given["norm"].cast<bool>();
+    const auto residual = given["residual"].cast<std::optional<std::string>>();
+    args.problem.has_residual = residual.has_value();
+    args.problem.passes_after_cudnn = passes_after_cudnn(
+        require(find_activation(given["act"].cast<std::string>()), "activation", given["act"]).value,
+        residual ? std::optional(require(find_residual_order(*residual), "residual order", given["residual"]))
+                 : std::nullopt);
     const auto x = given["x_strides"].cast<std::array<int64_t, 4>>();
     const auto weight = given["weight_strides"].cast<std::array<int64_t, 4>>();
     args.x = reinterpret_cast<const void*>(given["x_address"].cast<uintptr_t>());
@@ -69,7 +81,7 @@ Question make_question(const py::dict& given, const std::string& device) {
     args.weight = reinterpret_cast<const void*>(given["weight_address"].cast<uintptr_t>());
     args.weight_strides = {weight[0], weight[1], weight[2], weight[3]};
     describe_layout(args);
-    return {args.problem, find_device(device)};
+    return problem_as_dict(args.problem);
 }
 
 py::dict as_dict(const Candidate& candidate) {
@@ -93,21 +105,28 @@ py::dict as_dict(const Candidate& candidate) {
     result["overhead_us"] = plan.estimate.overhead_us;
     result["estimate_us"] = plan.estimate.total_us();
     result["illegal"] = candidate.illegal;
+    result["tuned"] = false;
     return result;
 }
 
-std::vector<py::dict> candidates(const py::dict& problem, const std::string& device) {
-    const Question question = make_question(problem, device);
+std::vector<py::dict> candidates(const py::dict& problem, const py::object& device) {
     std::vector<py::dict> result;
-    for (const Candidate& candidate : list_candidates(question.problem, question.device)) {
+    for (const Candidate& candidate : list_candidates(problem_from(problem), device_of(device))) {
         result.push_back(as_dict(candidate));
     }
     return result;
 }
 
-py::dict find(const py::dict& problem, const std::string& device, const std::string& name) {
-    const Question question = make_question(problem, device);
-    return as_dict({find_plan(question.problem, question.device, name), ""});
+py::dict find(const py::dict& problem, const py::object& device, const std::string& name) {
+    return as_dict({find_plan(problem_from(problem), device_of(device), name), ""});
+}
+
+py::dict chosen(const py::dict& given, const py::object& given_device) {
+    const ConvProblem problem = problem_from(given);
+    const DeviceInfo device = device_of(given_device);
+    py::dict result = as_dict({memoised_plan(problem, device), ""});
+    result["tuned"] = find_tuned_plan(problem, device).has_value();
+    return result;
 }
 
 std::vector<std::string> devices() {
@@ -121,9 +140,16 @@ std::vector<std::string> devices() {
 PYBIND11_MODULE(_plan, m) {
     using namespace py::literals;
     m.doc() = "What fused_cna would run for a convolution on a device, and why.";
-    m.def("candidates", &candidates, "Every plan considered, the chosen one first, as dicts.", "problem"_a, "device"_a);
+    m.def("problem", &make_problem, "The problem that the operator would make of a call, as a dict.", "call"_a);
+    m.def("candidates", &candidates, "Every plan considered, the fastest by estimate first, as dicts.", "problem"_a,
+          "device"_a);
+    m.def("chosen", &chosen, "The plan that would run, as a dict, and whether it is tuned.", "problem"_a, "device"_a);
     m.def("find", &find, "The best plan whose name begins so, as a dict.", "problem"_a, "device"_a, "name"_a);
     m.def("devices", &devices, "The names of the devices that can be planned for.");
+    m.def(
+        "device", [](const std::string& name) { return device_as_dict(find_device(name)); },
+        "What is known of one of them, as a dict.", "name"_a);
+    define_tuned_plans(m);
 }
 
 }  // namespace fused_cna

@@ -6,3 +6,7 @@ strict: bool = False
 
 class FusionFallbackWarning(UserWarning):
     """A call on CUDA tensors runs as eager PyTorch; the message names the cause. Given once per cause."""
+
+
+class PlanFileWarning(UserWarning):
+    """Tuned plans are ignored, or a file of them was set aside; the message says why. Given once."""

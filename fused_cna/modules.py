@@ -77,6 +77,20 @@ def _norm_vectors(norm: Any) -> tuple[Any, ...] | None:
     return None if mean is None or var is None else (weight, bias, mean, var, norm.eps)
 
 
+def fused_epilogue(module: "ConvNormAct", with_residual: bool) -> tuple[bool, str, str | None]:
+    """What is fused with the convolution: whether a norm, which activation, and in which order a residual."""
+    norm = _norm_vectors(module.norm)
+    act = activation.describe(module.act) if norm is not None else None
+    fuses_residual = (
+        with_residual and norm is not None and (act is not None or module.residual_order == "add_act")
+    )
+    return (
+        norm is not None and norm is not _NO_NORM,
+        "identity" if act is None else act[0],
+        module.residual_order if fuses_residual else None,
+    )
+
+
 def _as_pair(value: Any, name: str) -> Any:
     """A size as the operator takes it; a pair, which is what nn.Conv2d holds, costs nothing."""
     return value if type(value) is tuple and len(value) == 2 else pair(value, name)
@@ -292,7 +306,7 @@ class ConvNormAct(nn.Module):
     ) -> Tensor:
         """One call for the convolution and all behind it that can be fused with it, then the rest."""
         run: Callable[..., Tensor] = eager.conv_norm_act
-        kernel = x.is_cuda and ops.takes_kernel(x)
+        kernel = (x.is_cuda or ops.operator_everywhere) and ops.takes_kernel(x)
         if kernel:
             run = ops.operator
             if torch.is_grad_enabled():

@@ -194,7 +194,11 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     return built[0] == major and built[1] <= minor
 
 
-_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+operator_everywhere = False
+"""Whether calls on devices other than CUDA go to the operator too, so that tuning sees what a GPU would."""
+
 _device_obstacles: dict[int, str] = {}
 _warned_about: set[str] = set()
 
@@ -204,7 +208,7 @@ def _obstacle(dtype: torch.dtype, device_index: int) -> str:
     """Why a call on this CUDA device cannot be fused; empty if it can."""
     if not _extension.is_available():
         return _extension.unavailable_reason()
-    if dtype not in _FUSED_DTYPES:
+    if dtype not in FUSED_DTYPES:
         return f"no kernel takes {dtype}; there are kernels for float32, float16 and bfloat16"
     if device_index not in _device_obstacles:
         _device_obstacles[device_index] = device_obstacle(device_index)
@@ -229,7 +233,7 @@ def takes_kernel(x: Tensor) -> bool:
         RuntimeError: a CUDA tensor cannot and ``fused_cna.config.strict`` is True.
     """
     if not x.is_cuda:
-        return False
+        return operator_everywhere
     reason = _obstacle(x.dtype, x.device.index)
     if reason:
         _fall_back(reason)

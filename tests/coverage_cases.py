@@ -175,6 +175,7 @@ def every_answer_of_the_plan() -> None:
     refused(lambda: problem.call(conv_norm_act, plan="direct 1x2x3"), "no plan")
     refused(lambda: problem.call(conv_norm_act, plan="direct 64x64x3"), "no plan")
     refused(lambda: problem.call(conv_norm_act, plan="implicit_gemm_sm80 64x64x32"), "legal are")
+    refused(lambda: problem.call(conv_norm_act, plan="cudnn"), "only the operator")
     problem = integer_problem(shape_named("empty_batch"), torch.float16)
     geometry = _geometry(problem.x, problem.weight, (1, 1), (1, 1), (1, 1), 1, "H100", False)
     binding.run_conv(binding.ConvCall(act=b"relu", residual_order=b"add_act", **geometry))

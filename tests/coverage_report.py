@@ -102,6 +102,9 @@ ARGUED: dict[str, dict[str, str]] = {
             'message += found == all.end() ? "; there are:" : ": " + found->illegal + "; legal are:";'
         ): EXCEPTIONS,
         "choose_plan_without_memory": OPS_ONLY,
+        "switch (plan.kernel) {": "the switch names every Kernel; the line behind it is for the compiler",
+        "return name;": "the switch names every Kernel; the line behind it is for the compiler",
+        "find_exact_plan": "called by tuned.cpp alone: tests/test_plan_file.py",
         "memoised_plan": OPS_ONLY,
         "force_plan": OPS_ONLY,
     },
@@ -109,12 +112,6 @@ ARGUED: dict[str, dict[str, str]] = {
         "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
         'return "implicit_gemm_sm80 has no instantiation of this dtype";': NO_SUCH_DTYPE,
         "switch (plan.kernel) {": "the switch names every Kernel",
-        "if (error) {": NO_LAUNCH_ERROR,
-        (
-            'throw std::runtime_error("fused_cna: launching " + to_string(plan) + " failed: " + '
-            'error + " (" +'
-        ): NO_LAUNCH_ERROR,
-        'to_string(args.problem) + ")");': NO_LAUNCH_ERROR,
     },
 }
 

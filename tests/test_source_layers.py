@@ -27,7 +27,14 @@ CUDA = re.compile(r"(cuda\w*|cu_\w+|cuComplex|mma|cooperative_groups)\.h(pp)?|(c
 FORBIDDEN = re.compile(
     r"\b_*asm\b|<<<|\b__constant__\b|\b__shared__\b|\b__CUDA_ARCH__\b|\b(?:thread|block)(?:Idx|Dim)\b"
 )
-TORCH_FILES = {CSRC / name for name in ("ops.cpp", "checks.h", "checks.cpp", "module.cpp")}
+TORCH_FILES = {
+    CSRC / name
+    for name in (
+        *("ops.cpp", "checks.h", "checks.cpp", "module.cpp"),
+        *("device_attributes.h", "device_attributes.cpp", "cudnn_route.h", "cudnn_route.cpp"),
+    )
+}
+PYTHON_FILES = {CSRC / name for name in ("module.cpp", "plan_module.cpp", "plan_data.h", "plan_data.cpp")}
 
 
 @pytest.mark.parametrize("path", NATIVE, ids=lambda path: str(path.relative_to(CSRC)))
@@ -37,7 +44,7 @@ def test_sources_keep_to_their_layer(path: Path) -> None:
         assert [name for name in includes(path) if TORCH.match(name)] == [], (
             "only the operator's own files may include torch"
         )
-    if path.name not in ("module.cpp", "plan_module.cpp"):
+    if path not in PYTHON_FILES:
         assert [name for name in includes(path) if PYTHON.match(name)] == [], "Python belongs in the modules"
     if on_device:
         return

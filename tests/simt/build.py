@@ -43,7 +43,7 @@ SANITIZED = Variant("sanitized", ("-O1", "-g1", *SANITIZE), (*SANITIZE, "-rdynam
 COVERAGE = Variant("coverage", ("-O0", "-g1", "--coverage"), ("-shared", "--coverage"))
 
 # The host side of csrc/ that needs neither torch nor Python.
-HOST_SOURCES = ("cost.cpp", "layout.cpp", "plan.cpp", "run.cpp")
+HOST_SOURCES = ("cost.cpp", "layout.cpp", "plan.cpp", "run.cpp", "tuned.cpp")
 
 # Files that are worth another level of optimisation than their variant's.
 OPTIMISATION = {"multiply_add.cpp": ("-O3",)}

@@ -1,0 +1,110 @@
+#include "cudnn_route.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/cudnn_convolution_add_relu.h>
+#include <ATen/ops/cudnn_convolution_relu.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/hardsigmoid.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/mish.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/relu6.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/tanh.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+
+namespace fused_cna {
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+struct Folded {
+    Tensor weight;
+    MaybeTensor bias;
+};
+
+// The very tensor where it is float32 already, so never to be written to.
+Tensor as_float32(const Tensor& tensor) { return tensor.to(at::kFloat); }
+
+Folded fold(const Inputs& in) {
+    if (!in.running_mean) return {in.weight, in.bias};
+    Tensor scale = as_float32(*in.running_var).add(in.eps).rsqrt_();
+    if (in.norm_weight) scale.mul_(as_float32(*in.norm_weight));
+    const Tensor mean = as_float32(*in.running_mean);
+    Tensor shift = (in.bias ? as_float32(*in.bias).sub(mean) : mean.neg()).mul_(scale);
+    if (in.norm_bias) shift.add_(as_float32(*in.norm_bias));
+    Tensor weight = at::empty_like(in.weight);
+    at::mul_out(weight, in.weight, scale.view({-1, 1, 1, 1}));
+    return {weight, shift.to(in.x.scalar_type())};
+}
+
+struct Padded {
+    Tensor x;
+    std::array<int64_t, 2> padding;
+};
+
+// cuDNN pads alike on both sides; what differs is added to x.
+Padded pad(const Inputs& in) {
+    if (in.padding.size() == 2) return {in.x, {in.padding[0], in.padding[1]}};
+    const int64_t top = in.padding[0], bottom = in.padding[1], left = in.padding[2], right = in.padding[3];
+    const int64_t height = std::min(top, bottom), width = std::min(left, right);
+    if (top == bottom && left == right) return {in.x, {height, width}};
+    return {at::constant_pad_nd(in.x, {left - width, right - width, top - height, bottom - height}), {height, width}};
+}
+
+void activate(Tensor& z, Activation activation, at::ArrayRef<double> params) {
+    switch (activation) {
+        case Activation::identity: return;
+        case Activation::relu: at::relu_(z); return;
+        case Activation::relu6: at::relu6_(z); return;
+        case Activation::leaky_relu: at::leaky_relu_(z, params[0]); return;
+        case Activation::elu: at::elu_(z, params[0]); return;
+        case Activation::silu: at::silu_(z); return;
+        case Activation::gelu: at::gelu_(z); return;
+        case Activation::gelu_tanh: at::gelu_(z, "tanh"); return;
+        case Activation::hardswish: at::hardswish_(z); return;
+        case Activation::hardsigmoid: at::hardsigmoid_(z); return;
+        case Activation::sigmoid: at::sigmoid_(z); return;
+        case Activation::tanh: at::tanh_(z); return;
+        case Activation::mish: at::mish_(z); return;
+    }
+}
+
+}  // namespace
+
+Tensor run_cudnn_route(const Inputs& in, const CheckedInputs& checked) {
+    const Folded folded = fold(in);
+    const auto [x, padding] = pad(in);
+    const auto order = in.residual ? std::optional(checked.residual_order) : std::nullopt;
+    const bool add_first = order == ResidualOrder::add_act, add_last = order == ResidualOrder::act_add;
+    const bool cudnn_has_it = in.x.is_cuda() && at::globalContext().userEnabledCuDNN() &&
+                              checked.activation.value == Activation::relu &&
+                              passes_after_cudnn(checked.activation.value, order) == 0;
+    if (cudnn_has_it && in.residual) {
+        return at::cudnn_convolution_add_relu(x, folded.weight, *in.residual, 1, folded.bias, in.stride, padding,
+                                              in.dilation, in.groups);
+    }
+    if (cudnn_has_it) {
+        return at::cudnn_convolution_relu(x, folded.weight, folded.bias, in.stride, padding, in.dilation, in.groups);
+    }
+    Tensor z = at::convolution(x, folded.weight, folded.bias, in.stride, padding, in.dilation, /*transposed=*/false,
+                               /*output_padding=*/{0, 0}, in.groups);
+    if (add_first) z.add_(*in.residual);
+    activate(z, checked.activation.value, in.act_params);
+    if (add_last) z.add_(*in.residual);
+    return z;
+}
+
+}  // namespace fused_cna
