@@ -61,6 +61,16 @@ def test_every_distinct_convolution_is_recorded_once() -> None:
     assert torch.equal(block.arguments[1], network().a.conv.weight)
 
 
+def test_a_call_into_memory_of_the_callers_is_recorded() -> None:
+    problem = random_problem(shape_named("3x3"), torch.float16)
+    by_value = recorded(problem)
+    shape = by_value.arguments[0].shape
+    out = torch.empty(shape[0], problem.weight.shape[0], *shape[2:], dtype=torch.float16)
+    (call,) = record(lambda: ops.out_operator(*problem.operator_arguments(), out), (), planner())
+    assert call.key == by_value.key
+    assert len(call.arguments) == len(by_value.arguments)
+
+
 def test_recording_changes_neither_results_nor_what_comes_after() -> None:
     model, x = network(), image()
     results: list[Tensor] = []
