@@ -12,14 +12,23 @@
 
 namespace fused_cna {
 
-enum class Kernel : int32_t { direct, implicit_gemm_sm80 };
+enum class Kernel : int32_t {
+    direct,
+    implicit_gemm_sm80,
+    grouped,
+};
 
-inline constexpr std::array<Kernel, 2> all_kernels{Kernel::direct, Kernel::implicit_gemm_sm80};
+inline constexpr std::array all_kernels{
+    Kernel::direct,
+    Kernel::implicit_gemm_sm80,
+    Kernel::grouped,
+};
 
 constexpr const char* kernel_name(Kernel kernel) {
     switch (kernel) {
         case Kernel::direct: return "direct";
         case Kernel::implicit_gemm_sm80: return "implicit_gemm_sm80";
+        case Kernel::grouped: return "grouped";
     }
     return "unknown";
 }
@@ -53,6 +62,7 @@ struct Plan {
     int stages = 1;
     int split_k = 1;
     Rows rows = Rows::plain;
+    GroupedPart grouped;          // of that kernel only
     int access_bytes = 0;         // of one load of operands; 0 where loads are value by value
     bool convert_x = false;       // x is first copied to dense channels_last
     bool convert_weight = false;  // the weight is first copied to dense KRSC
