@@ -70,12 +70,12 @@ struct GroupedTile {
 };
 
 inline constexpr std::array<GroupedTile, 5> grouped_tiles{{
-    {GroupReader::chunks, 1, 3},
+    {GroupReader::chunks, 1, 4},
     {GroupReader::chunks, 2, 3},
     {GroupReader::chunks, 3, 2},
     {GroupReader::chunks, 4, 2},
     // Of every group that chunks can serve, too: what they are compared with.
-    {GroupReader::words, 1, 3},
+    {GroupReader::words, 1, 4},
 }};
 
 // What a block of that kernel makes: p x q output pixels of one image, and so many output channels of each of some groups

@@ -1,11 +1,13 @@
 #include "grouped.cuh"
 
+#include <algorithm>
 #include <utility>
 
 namespace fused_cna {
 
 namespace {
 
+using kernels::Divisor;
 using kernels::GroupedArgs;
 
 GroupedArgs make_args(const ConvArgs& conv, const Plan& plan) {
@@ -14,63 +16,73 @@ GroupedArgs make_args(const ConvArgs& conv, const Plan& plan) {
     const GroupedShape shape = grouped_shape(problem, tile, plan.grouped);
     const int64_t bytes = size_in_bytes(problem.dtype);
     const auto as_int = [](int64_t value) { return static_cast<int>(value); };
+    const auto as_divisor = [](int64_t value) { return Divisor(static_cast<int>(value)); };
+    const int threads = as_int(shape.warps * 32), slots = as_int(shape.slots), columns = as_int(shape.columns);
+    const int weight_access = as_int(plan.convert_weight ? problem.dense_access() : problem.weight_access);
+    const bool channels_dense = conv.y_strides.c == 1;
+    const int octets_of_columns = as_int(ceil_div(shape.columns, 8));
+    const int padding_words = std::max(as_int(8 - shape.tail_words), 1);
     const int64_t s_stride = problem.c_per_group(), r_stride = problem.s * s_stride;
-    return {.conv = conv,
-            .part = plan.grouped,
-            .x_n_bytes = conv.x_strides.n * bytes,
-            .x_h_bytes = conv.x_strides.h * bytes,
-            .x_w_bytes = conv.x_strides.w * bytes,
-            .weight_k_bytes = conv.weight_strides.k * bytes,
-            .weight_r_bytes = conv.weight_strides.r * bytes,
-            .weight_s_bytes = conv.weight_strides.s * bytes,
-            .n = as_int(problem.n),
-            .h = as_int(problem.h),
-            .w = as_int(problem.w),
-            .p = as_int(problem.p()),
-            .q = as_int(problem.q()),
-            .r = as_int(problem.r),
-            .s = as_int(problem.s),
-            .stride_h = as_int(problem.stride_h),
-            .stride_w = as_int(problem.stride_w),
-            .pad_top = as_int(problem.pad_top),
-            .pad_left = as_int(problem.pad_left),
-            .dil_h = as_int(problem.dil_h),
-            .dil_w = as_int(problem.dil_w),
-            .groups = as_int(problem.groups),
-            .k_per_group = as_int(problem.k_per_group()),
-            .x_access = plan.access_bytes,
-            .weight_access = as_int(plan.convert_weight ? problem.dense_access() : problem.weight_access),
-            .taps_dense = (problem.s == 1 || conv.weight_strides.s == s_stride) &&
-                          (problem.r == 1 || conv.weight_strides.r == r_stride),
-            .halo_rows = as_int(shape.halo_rows),
-            .halo_columns = as_int(shape.halo_columns),
-            .phases = as_int(shape.phases),
-            .phase_columns = as_int(shape.phase_columns),
-            .row_positions = as_int(shape.row_positions),
-            .tap_bytes = as_int(shape.tap_bytes),
-            .pixel_bytes = as_int(shape.pixel_bytes),
-            .pixel_pitch = as_int(shape.pixel_pitch),
-            .weight_bytes = as_int(shape.weight_bytes),
-            .weight_pitch = as_int(shape.weight_pitch),
-            .steps = as_int(shape.steps),
-            .tail_words = as_int(shape.tail_words),
-            .offsets_per_step = as_int(offsets_per_step(tile.reader)),
-            .octets_per_row = as_int(shape.octets_per_row),
-            .pixel_sets = as_int(shape.pixel_sets),
-            .slots = as_int(shape.slots),
-            .units_per_group = as_int(shape.units_per_group),
-            .threads = as_int(shape.warps * 32),
-            .columns = as_int(shape.columns),
-            .staging_pitch = as_int(shape.staging_pitch),
-            .slabs_per_group = as_int(shape.slabs_per_group),
-            .slabs = as_int(shape.slabs),
-            .tiles_p = as_int(shape.tiles_p),
-            .tiles_q = as_int(shape.tiles_q),
-            .weights_at = as_int(shape.weights_at),
-            .offsets_at = as_int(shape.offsets_at),
-            .columns_at = as_int(shape.columns_at),
-            .places_at = as_int(shape.places_at),
-            .folds_at = as_int(shape.folds_at)};
+    return {
+        .conv = conv,
+        .part = plan.grouped,
+        .x_n_bytes = conv.x_strides.n * bytes,
+        .x_h_bytes = conv.x_strides.h * bytes,
+        .x_w_bytes = conv.x_strides.w * bytes,
+        .weight_k_bytes = conv.weight_strides.k * bytes,
+        .weight_r_bytes = conv.weight_strides.r * bytes,
+        .weight_s_bytes = conv.weight_strides.s * bytes,
+        .h = as_int(problem.h),
+        .w = as_int(problem.w),
+        .p = as_int(problem.p()),
+        .q = as_int(problem.q()),
+        .stride_h = as_int(problem.stride_h),
+        .stride_w = as_int(problem.stride_w),
+        .pad_top = as_int(problem.pad_top),
+        .pad_left = as_int(problem.pad_left),
+        .dil_h = as_int(problem.dil_h),
+        .dil_w = as_int(problem.dil_w),
+        .groups = as_int(problem.groups),
+        .k_per_group = as_int(problem.k_per_group()),
+        .x_access = plan.access_bytes,
+        .weight_access = weight_access,
+        .taps_dense =
+            (problem.s == 1 || conv.weight_strides.s == s_stride) && (problem.r == 1 || conv.weight_strides.r == r_stride),
+        .channels_dense = channels_dense,
+        .halo_rows = as_int(shape.halo_rows),
+        .halo_columns = as_int(shape.halo_columns),
+        .row_positions = as_int(shape.row_positions),
+        .phases = as_divisor(shape.phases),
+        .phase_columns = as_divisor(shape.phase_columns),
+        .tap_bytes = as_divisor(shape.tap_bytes),
+        .s = as_divisor(problem.s),
+        .octets_per_row = as_divisor(shape.octets_per_row),
+        .pixel_pitch = as_int(shape.pixel_pitch),
+        .weight_bytes = as_int(shape.weight_bytes),
+        .weight_pitch = as_int(shape.weight_pitch),
+        .steps = as_int(shape.steps),
+        .tail_words = as_int(shape.tail_words),
+        .pieces = as_int((shape.steps + 1) * offsets_per_step(tile.reader)),
+        .piece_bytes = as_int(32 / offsets_per_step(tile.reader)),
+        .pixel_sets = as_divisor(shape.pixel_sets),
+        .units_per_group = as_divisor(shape.units_per_group),
+        .slots = slots,
+        .threads = threads,
+        .columns = columns,
+        .staging_pitch = as_int(shape.staging_pitch),
+        .slabs_per_group = as_divisor(shape.slabs_per_group),
+        .slabs = as_divisor(shape.slabs),
+        .tiles_p = as_divisor(shape.tiles_p),
+        .tiles_q = as_divisor(shape.tiles_q),
+        .weights_at = as_int(shape.weights_at),
+        .offsets_at = as_int(shape.offsets_at),
+        .columns_at = as_int(shape.columns_at),
+        .places_at = as_int(shape.places_at),
+        .folds_at = as_int(shape.folds_at),
+        .halo_shares = {threads, as_int(shape.pixel_bytes / plan.access_bytes), as_int(shape.row_positions)},
+        .weight_shares = {threads, as_int(shape.weight_bytes / weight_access), columns},
+        .padding_shares = {threads, padding_words, columns},
+        .output_shares = {threads, channels_dense ? octets_of_columns : slots, channels_dense ? slots : octets_of_columns}};
 }
 
 template <class T>

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <device/launch.cuh>
 #include <device/ptx.cuh>
@@ -41,9 +42,9 @@ struct GroupedWarp {
 
     template <class Traits>
     static __device__ GroupedWarp of(const GroupedArgs& args, const GroupedBlock& block) {
-        const int set = device::warp() % args.pixel_sets, unit = device::warp() / args.pixel_sets;
-        const int group = unit / args.units_per_group;
-        const int first_column = unit % args.units_per_group * Traits::tile.columns();
+        const int set = args.pixel_sets.remainder(device::warp()), unit = args.pixel_sets.quotient(device::warp());
+        const int group = args.units_per_group.quotient(unit);
+        const int first_column = args.units_per_group.remainder(unit) * Traits::tile.columns();
         const int remaining = group < block.groups ? block.columns_per_group - first_column : 0;
         return {set * Traits::tile.slots(), group, first_column,
                 remaining < Traits::tile.columns() ? remaining : Traits::tile.columns()};
@@ -57,16 +58,17 @@ struct GroupedWarp {
 };
 
 template <class T>
-__device__ void prepare_tables(const GroupedArgs& args, const GroupedBlock& block, const GroupedMemory& memory) {
-    for (int i = device::thread_x(); i < args.row_positions; i += args.threads) {
-        memory.columns[i] = input_column(args, block, i);
-    }
-    const int offsets = (args.steps + 1) * args.offsets_per_step;
-    for (int i = device::thread_x(); i < offsets; i += args.threads) memory.offsets[i] = offset_of_piece(args, i);
+__device__ __forceinline__ void prepare_tables(const GroupedArgs& args, const GroupedBlock& block,
+                                               const GroupedMemory& memory) {
+    // Rolled, because an unrolled loop divides by the number of threads to know how often it turns.
+#pragma unroll 1
+    for (int i = device::thread_x(); i < args.pieces; i += args.threads) memory.offsets[i] = offset_of_piece(args, i);
+#pragma unroll 1
     for (int i = device::thread_x(); i < args.slots; i += args.threads) {
         memory.places[i] = place_of_pixel(args.conv, output_pixel(args, block, i));
     }
-    for (int i = device::thread_x(); i < ceil_div(args.columns, 8) * 8; i += args.threads) {
+#pragma unroll 1
+    for (int i = device::thread_x(); i < (args.columns + 7) / 8 * 8; i += args.threads) {
         memory.folds[i] = i < block.columns() ? fold_channel<T>(args.conv.epilogue, block.first_channel + i) : ChannelFold{};
     }
 }
@@ -75,7 +77,7 @@ template <class Traits>
 __device__ __forceinline__ void accumulate(const GroupedArgs& args, const GroupedBlock& block, const GroupedWarp& warp,
                                            const GroupedMemory& memory, GroupedAccumulators<Traits>& total) {
     using T = typename Traits::Value;
-    typename Traits::Reader x(args, memory, warp.first_slot, warp.group * args.tap_bytes);
+    typename Traits::Reader x(args, memory, warp.first_slot, warp.group * args.tap_bytes.value);
     WeightReader<Traits::column_blocks> weight(args, memory, warp.first_column_of_block(block), warp.columns);
 #pragma unroll 1
     for (int step = 0; step < args.steps; ++step) {
@@ -129,19 +131,16 @@ __device__ __forceinline__ void store_outputs(const GroupedArgs& args, const Gro
                                               const GroupedMemory& memory) {
     constexpr int width = 8;
     const ConvArgs& conv = args.conv;
-    // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
-    const bool channels_dense = conv.y_strides.c == 1;
-    const int pieces = (block.columns() + width - 1) / width;
+    const int columns = block.columns();
     // Most threads keep their columns, and need not read the folds again.
     ChannelFold folds[width];
     int folds_of = -1;
-    Walk at(args.threads, channels_dense ? pieces : args.slots, channels_dense ? args.slots : pieces);
 #pragma unroll 1
-    for (; at.slow == 0; at.advance()) {
-        const int piece = channels_dense ? at.fast : at.middle, slot = channels_dense ? at.middle : at.fast;
+    for (Walk at(args.output_shares); at.slow == 0; at.advance()) {
+        const int piece = args.channels_dense ? at.fast : at.middle, slot = args.channels_dense ? at.middle : at.fast;
         const RowPlace& place = memory.places[slot];
-        if (!place.exists) continue;
-        const int column = piece * width, remaining = block.columns() - column;
+        const int column = piece * width, remaining = columns - column;
+        if (!place.exists || remaining <= 0) continue;
         if (piece != folds_of) {
 #pragma unroll
             for (int i = 0; i < width; ++i) folds[i] = memory.folds[column + i];
@@ -165,10 +164,11 @@ __global__ void __launch_bounds__(Traits::tile.most_threads, Traits::tile.blocks
     const GroupedMemory memory(args);
     const GroupedBlock block = GroupedBlock::of(args);
     load_weights(args, block, memory);
-    prepare_tables<T>(args, block, memory);
+    find_columns(args, block, memory);
     device::sync_threads();
     load_halo(args, block, memory);
     device::commit_copies();
+    prepare_tables<T>(args, block, memory);
     device::wait_copies<0>();
     device::sync_threads();
 

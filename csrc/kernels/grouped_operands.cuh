@@ -21,16 +21,21 @@ struct GroupedArgs {
     GroupedPart part;
     int64_t x_n_bytes, x_h_bytes, x_w_bytes;  // strides
     int64_t weight_k_bytes, weight_r_bytes, weight_s_bytes;
-    int n, h, w, p, q, r, s, stride_h, stride_w, pad_top, pad_left, dil_h, dil_w, groups, k_per_group;
+    int h, w, p, q, stride_h, stride_w, pad_top, pad_left, dil_h, dil_w, groups, k_per_group;
     int x_access, weight_access;
-    bool taps_dense;  // the weights of an output channel follow each other without gaps
-    int halo_rows, halo_columns, phases, phase_columns, row_positions;
-    int tap_bytes, pixel_bytes, pixel_pitch;
-    int weight_bytes, weight_pitch, steps, tail_words, offsets_per_step;
-    int octets_per_row, pixel_sets, slots, units_per_group, threads;
-    int columns, staging_pitch;
-    int slabs_per_group, slabs, tiles_p, tiles_q;
+    bool taps_dense;      // the weights of an output channel follow each other without gaps
+    bool channels_dense;  // of y
+    int halo_rows, halo_columns, row_positions;
+    Divisor phases, phase_columns, tap_bytes, s, octets_per_row;
+    int pixel_pitch, weight_bytes, weight_pitch, steps, tail_words, pieces, piece_bytes;
+    Divisor pixel_sets, units_per_group;
+    int slots, threads, columns, staging_pitch;
+    Divisor slabs_per_group, slabs, tiles_p, tiles_q;
     int weights_at, offsets_at, columns_at, places_at, folds_at;
+    Shares halo_shares;     // piece of a pixel, position, row
+    Shares weight_shares;   // piece of the reduction, column
+    Shares padding_shares;  // word behind the reduction, column; of no use where there is none
+    Shares output_shares;   // eight columns and slot, whichever is dense in y first
 };
 
 // The block's shared memory.
@@ -65,13 +70,14 @@ struct GroupedBlock {
     // Slabs of channels run fastest over the grid: blocks that share pixels run together.
     static __device__ GroupedBlock of(const GroupedArgs& args) {
         const int block = static_cast<int>(device::block_x());
-        const int slab = block % args.slabs, tile = block / args.slabs;
-        const int first_group = slab / args.slabs_per_group * args.part.groups;
-        const int first_column = slab % args.slabs_per_group * args.part.columns_per_group;
+        const int slab = args.slabs.remainder(block), tile = args.slabs.quotient(block);
+        const int row = args.tiles_q.quotient(tile);
+        const int first_group = args.slabs_per_group.quotient(slab) * args.part.groups;
+        const int first_column = args.slabs_per_group.remainder(slab) * args.part.columns_per_group;
         const int groups = args.groups - first_group, columns = args.k_per_group - first_column;
-        return {.n = tile / args.tiles_q / args.tiles_p,
-                .first_p = tile / args.tiles_q % args.tiles_p * args.part.p,
-                .first_q = tile % args.tiles_q * args.part.q,
+        return {.n = args.tiles_p.quotient(row),
+                .first_p = args.tiles_p.remainder(row) * args.part.p,
+                .first_q = args.tiles_q.remainder(tile) * args.part.q,
                 .first_group = first_group,
                 .groups = groups < args.part.groups ? groups : args.part.groups,
                 .columns_per_group = columns < args.part.columns_per_group ? columns : args.part.columns_per_group,
@@ -88,8 +94,8 @@ struct SlotPlace {
 };
 
 __device__ __forceinline__ SlotPlace place_of_slot(const GroupedArgs& args, int slot) {
-    const int p = slot / octet / args.octets_per_row;
-    const int q = slot / octet % args.octets_per_row * octet + slot % octet;
+    const int p = args.octets_per_row.quotient(slot / octet);
+    const int q = args.octets_per_row.remainder(slot / octet) * octet + slot % octet;
     return {p, q, p < args.part.p && q < args.part.q};
 }
 
@@ -101,36 +107,41 @@ __device__ __forceinline__ Pixel output_pixel(const GroupedArgs& args, const Gro
 
 // Where a column of the halo lies in its row.
 __device__ __forceinline__ int position_of_column(const GroupedArgs& args, int column) {
-    return column % args.phases * args.phase_columns + column / args.phases;
+    return args.phases.remainder(column) * args.phase_columns.value + args.phases.quotient(column);
 }
 
-// The input column at a position of the halo, or -1.
-__device__ __forceinline__ int input_column(const GroupedArgs& args, const GroupedBlock& block, int position) {
-    const int column = position % args.phase_columns * args.phases + position / args.phase_columns;
-    const int w = block.first_q * args.stride_w - args.pad_left + column;
-    return column < args.halo_columns && w >= 0 && w < args.w ? w : -1;
+// Finds the input column at every position of a halo row, or -1.
+__device__ __forceinline__ void find_columns(const GroupedArgs& args, const GroupedBlock& block,
+                                             const GroupedMemory& memory) {
+    const int first_w = block.first_q * args.stride_w - args.pad_left;
+#pragma unroll 1
+    for (int i = device::thread_x(); i < args.row_positions; i += args.threads) {
+        const int column = args.phase_columns.remainder(i) * args.phases.value + args.phase_columns.quotient(i);
+        const int w = first_w + column;
+        memory.columns[i] = column < args.halo_columns && w >= 0 && w < args.w ? w : -1;
+    }
 }
 
 // How far a piece of the reduction, a chunk or a word, lies from an output pixel's first position. 0 behind the last one.
 __device__ __forceinline__ int offset_of_piece(const GroupedArgs& args, int piece) {
-    const int byte = piece * (32 / args.offsets_per_step);
+    const int byte = piece * args.piece_bytes;
     if (byte >= args.weight_bytes) return 0;
-    const int tap = byte / args.tap_bytes;
-    const int position =
-        tap / args.s * args.dil_h * args.row_positions + position_of_column(args, tap % args.s * args.dil_w);
-    return position * args.pixel_pitch + byte % args.tap_bytes;
+    const int tap = args.tap_bytes.quotient(byte);
+    const int r = args.s.quotient(tap), s = args.s.remainder(tap);
+    const int position = r * args.dil_h * args.row_positions + position_of_column(args, s * args.dil_w);
+    return position * args.pixel_pitch + args.tap_bytes.remainder(byte);
 }
 
 template <int Bytes>
 __device__ __forceinline__ void load_halo_by(const GroupedArgs& args, const GroupedBlock& block,
                                              const GroupedMemory& memory) {
     const char* x = static_cast<const char*>(args.conv.x);
-    const char* slab = x + block.n * args.x_n_bytes + static_cast<int64_t>(block.first_group) * args.tap_bytes;
+    const char* slab = x + block.n * args.x_n_bytes + static_cast<int64_t>(block.first_group) * args.tap_bytes.value;
     const int first_h = block.first_p * args.stride_h - args.pad_top;
-    const int bytes = block.groups * args.tap_bytes;
+    const int bytes = block.groups * args.tap_bytes.value;
     const uint32_t halo = device::shared_address(memory.halo);
 #pragma unroll 1
-    for (Walk at(args.threads, args.pixel_bytes / Bytes, args.row_positions); at.slow < args.halo_rows; at.advance()) {
+    for (Walk at(args.halo_shares); at.slow < args.halo_rows; at.advance()) {
         const int h = first_h + at.slow, w = memory.columns[at.middle], byte = at.fast * Bytes;
         const bool valid = h >= 0 && h < args.h && w >= 0 && byte < bytes;
         // A copy of nothing needs an aligned address all the same.
@@ -151,8 +162,9 @@ __device__ __forceinline__ void load_halo(const GroupedArgs& args, const Grouped
 
 __device__ __forceinline__ int64_t weight_offset(const GroupedArgs& args, int byte) {
     if (args.taps_dense) return byte;
-    const int tap = byte / args.tap_bytes;
-    return tap / args.s * args.weight_r_bytes + tap % args.s * args.weight_s_bytes + byte % args.tap_bytes;
+    const int tap = args.tap_bytes.quotient(byte);
+    return args.s.quotient(tap) * args.weight_r_bytes + args.s.remainder(tap) * args.weight_s_bytes +
+           args.tap_bytes.remainder(byte);
 }
 
 template <int Bytes>
@@ -160,8 +172,9 @@ __device__ __forceinline__ void load_weights_by(const GroupedArgs& args, const G
                                                 const GroupedMemory& memory) {
     const char* first = static_cast<const char*>(args.conv.weight) + block.first_channel * args.weight_k_bytes;
     const uint32_t weights = device::shared_address(memory.weights);
+    const int columns = block.columns();
 #pragma unroll 1
-    for (Walk at(args.threads, args.weight_bytes / Bytes, block.columns()); at.slow == 0; at.advance()) {
+    for (Walk at(args.weight_shares); at.middle < columns && at.slow == 0; at.advance()) {
         const int byte = at.fast * Bytes;
         device::copy_async<Bytes>(weights + at.middle * args.weight_pitch + byte,
                                   first + at.middle * args.weight_k_bytes + weight_offset(args, byte), true);
@@ -176,10 +189,9 @@ __device__ __forceinline__ void load_weights(const GroupedArgs& args, const Grou
         case 8: load_weights_by<8>(args, block, memory); break;
         default: load_weights_by<4>(args, block, memory);
     }
-    const int missing = 8 - args.tail_words;
-    if (missing == 0) return;
+    if (args.tail_words == 8) return;
 #pragma unroll 1
-    for (Walk at(args.threads, missing, block.columns()); at.slow == 0; at.advance()) {
+    for (Walk at(args.padding_shares); at.slow == 0; at.advance()) {
         unsigned char* column = memory.weights + at.middle * args.weight_pitch;
         *reinterpret_cast<uint32_t*>(column + args.weight_bytes + at.fast * 4) = 0;
     }
