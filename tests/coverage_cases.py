@@ -28,6 +28,7 @@ from tests.reference import (
 from tests.shapes import SHAPES, TELLING_SHAPES, ConvShape, shape_named
 from tests.simt import binding, conv_norm_act, list_plans
 from tests.simt.conv import _geometry
+from tests.test_grouped_kernel import GROUPED, grouped_plans
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
 
 BEYOND_INT = 2**31
@@ -112,6 +113,24 @@ def every_layout() -> None:
     check(pointwise.replace(stride=(1, 2)))
 
 
+def every_share_of_grouped() -> None:
+    for shape in GROUPED:
+        for dtype in DTYPES:
+            problem = dense(integer_problem(shape, dtype, Wanted(residual_order="add_act")))
+            for plan in grouped_plans(problem)[:: 1 if shape.name in ("of_16", "of_32_to_44") else 5]:
+                check(problem, plan=plan, allow_tf32=True)
+    for shape in (GROUPED[0], GROUPED[1], GROUPED[9]):
+        problem = integer_problem(shape, torch.float16)
+        check(problem, plan="grouped")
+        for layout in (sliced_channels_last, misaligned_channels_last):
+            check(dense(problem).replace(x=layout(problem.x)), plan="grouped")
+            check(dense(problem).replace(weight=layout(problem.weight)), plan="grouped")
+    half = torch.zeros((), dtype=torch.float16)
+    list_plans(half.expand(1 << 18, 32, 64, 64), half.expand(32, 8, 1, 1), groups=4)
+    list_plans(half.expand(1, 512, 40, 40), half.expand(512, 256, 31, 31), groups=2)
+    list_plans(half.expand(1, 0, 4, 4), half.expand(8, 0, 1, 1), groups=2)
+
+
 def every_answer_of_the_plan() -> None:
     half = torch.zeros((), dtype=torch.float16)
     weight = half.expand(8, 8, 1, 1)
@@ -137,6 +156,7 @@ def main() -> None:
     torch.set_num_threads(1)
     binding.CONV = "conv_coverage"
     every_answer_of_the_plan()
+    every_share_of_grouped()
     every_layout()
     every_epilogue()
     every_shape()

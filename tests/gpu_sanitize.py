@@ -58,6 +58,7 @@ def check_kernels() -> None:
     from fused_cna import _extension
     from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
     from tests.shapes import SHAPES
+    from tests.test_grouped_kernel import GROUPED, grouped_plans, instantiation
     from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
 
     fused_cna.config.strict = True
@@ -96,6 +97,17 @@ def check_kernels() -> None:
             for plan in new.values():
                 check(problem, torch.channels_last, plan)
             instantiations |= set(new)
+    for shape in GROUPED:
+        for dtype in DTYPES:
+            problem = integer_problem(shape, dtype, wanted)
+            dense = problem.map(
+                lambda tensor: (
+                    tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+                )
+            )
+            for plan in {instantiation(plan): plan for plan in grouped_plans(dense)}.values():
+                check(problem, torch.channels_last, plan)
+                instantiations.add((dtype, f"grouped {instantiation(plan)}"))
     extension.force_plan("")
     torch.cuda.synchronize()
     print(

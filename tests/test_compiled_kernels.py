@@ -23,6 +23,7 @@ from tests.sass import (
     compile_kernels,
     find_disassembler,
     gemm_kernel,
+    grouped_kernel,
     included_files,
     parse_launch_bounds,
     parse_resources,
@@ -36,12 +37,18 @@ BLOCKS = {"direct": 3, "split_k": 0}
 SCALAR_STORES = r"6direct.*4TileELi\d+ELi1ELi"
 """Kernels that store too few neighbouring channels for 16-byte accesses, by mangled name."""
 
+GROUPED_FILES = ["grouped"]
+"""Kernel files whose tiles promise blocks a multiprocessor, as those of implicit_gemm_sm80 do."""
+
 GEMM_FILES = [source.stem for source in SOURCES if source.stem.startswith("implicit_gemm_sm80")]
 
 TILE = re.compile(
     r"^ {4}\{(\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\d+)(, true)?(, true)?\},", re.MULTILINE
 )
 """A row of implicit_gemm_tiles in csrc/tiles.h."""
+
+GROUPED_TILE = re.compile(r"^ {4}\{GroupReader::(\w+), (\d+), (\d+)\},", re.MULTILINE)
+"""A row of grouped_tiles in csrc/tiles.h."""
 
 MMA = {
     "float16": r"HMMA\.16816\.F32",
@@ -111,8 +118,8 @@ def test_the_promised_blocks_have_registers_enough(
     compiled: Compiled, source: str, architecture: str
 ) -> None:
     for kernel in compiled[source, architecture]:
-        gemm = gemm_kernel(kernel.name)
-        assert kernel.bounds.blocks == (gemm.blocks if gemm else BLOCKS[source]), kernel.name
+        tiled = gemm_kernel(kernel.name) or grouped_kernel(kernel.name)
+        assert kernel.bounds.blocks == (tiled.blocks if tiled else BLOCKS[source]), kernel.name
         registers = max(kernel.bounds.blocks, 1) * registers_of_a_block(kernel)
         assert registers <= REGISTERS_PER_MULTIPROCESSOR, f"{kernel.name}: {registers} registers"
         assert kernel.resources.shared_bytes == 0, (
@@ -185,6 +192,50 @@ def test_the_main_loop_is_tensor_cores_fed_by_wide_copies(
 @pytest.mark.nvcc
 @in_one_worker
 @every_architecture
+def test_every_tile_of_narrow_groups_is_compiled_as_the_plan_knows_it(
+    compiled: Compiled, architecture: str
+) -> None:
+    listed = GROUPED_TILE.findall((CSRC / "tiles.h").read_text())
+    assert len(listed) > 3
+    expected = {
+        (dtype, reader, int(columns), int(blocks)) for dtype in MMA for reader, columns, blocks in listed
+    }
+    kernels = compiled["grouped", architecture]
+    found = [grouped_kernel(kernel.name) for kernel in kernels]
+    assert {(g.dtype, g.reader, g.column_blocks, g.blocks) for g in found if g is not None} == expected
+    assert len(found) == len(expected)
+    assert {kernel.bounds.threads for kernel in kernels} == {256}
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_narrow_groups_take_fragments_straight_from_the_halo(
+    disassembled: Compiled, architecture: str
+) -> None:
+    """A step of a warp: four fragments of x, each used by all blocks of columns; no copies, no barriers."""
+    for kernel in disassembled["grouped", architecture]:
+        grouped = grouped_kernel(kernel.name)
+        assert grouped is not None, "the names are mangled in another way than expected"
+        loop = loop_of(kernel)
+        columns = grouped.column_blocks
+        assert count(loop.every_turn, MMA[grouped.dtype]) == 4 * columns, kernel.name
+        assert kernel.count(TENSOR_CORES) == 4 * columns, f"{kernel.name} has others outside its main loop"
+        by_matrices, by_words = (4 + columns // 2, 1 + columns % 2 * 2)
+        if grouped.reader == "words":
+            by_matrices, by_words = 0, 4 * 4 + 2 + 2
+        assert count(loop.every_turn, r"LDSM\..*M88\.4") == by_matrices, kernel.name
+        assert count(loop.every_turn, r"LDS\b.*") == by_words, kernel.name
+        assert count(loop.all, r"(LDG|LDGSTS|STG|LD|ST|STS|BAR)\b.*") == 0, kernel.name
+        # of the halo and of the weights, in three widths
+        assert kernel.count(COPIES[16]) == 2, kernel.name
+        assert kernel.count(r"LDGSTS\..*\.64") == 2, kernel.name
+        assert kernel.count(r"LDGSTS\..*") == 6, kernel.name
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
 @pytest.mark.parametrize("rows", ["masked", "pointwise"])
 def test_two_fifths_of_the_largest_main_loop_are_products(
     disassembled: Compiled, architecture: str, rows: str
@@ -199,7 +250,7 @@ def test_two_fifths_of_the_largest_main_loop_are_products(
 
 
 def test_every_kernel_file_states_its_promise() -> None:
-    assert {*BLOCKS, *GEMM_FILES} == {source.stem for source in SOURCES}
+    assert {*BLOCKS, *GEMM_FILES, *GROUPED_FILES} == {source.stem for source in SOURCES}
     assert len(GEMM_FILES) == 3
 
 

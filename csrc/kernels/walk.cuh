@@ -27,6 +27,20 @@ struct Divisor {
     constexpr int remainder(int number) const { return number - quotient(number) * value; }
 };
 
+constexpr bool divides_exactly() {
+    constexpr int last = 2147483647;
+    for (const int divisor : {1, 2, 3, 5, 6, 7, 9, 14, 56, 641, 65537, 1 << 30, last - 1, last}) {
+        for (const int near : {0, divisor, divisor > 1 ? last / divisor * divisor : 0, last}) {
+            for (const int number : {near > 0 ? near - 1 : 0, near, near < last ? near + 1 : last}) {
+                const Divisor given(divisor);
+                if (given.quotient(number) != number / divisor || given.remainder(number) != number % divisor) return false;
+            }
+        }
+    }
+    return true;
+}
+static_assert(divides_exactly());
+
 // Items in three dimensions, the fast one first, of which each of `threads` threads takes every `threads`-th. Made on the
 // host.
 struct Shares {
