@@ -39,7 +39,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
         (halo_bytes + weights_bytes) / l2_bytes_per_cycle,
         copies / copies_per_cycle,
     });
-    const double lone_cycles = prologue_and_epilogue + memory_latency + static_cast<double>(shape.steps) * lone_step;
+    const double lone_cycles = prologue_and_epilogue + static_cast<double>(shape.steps) * lone_step;
     const int64_t resident = resident_blocks(tile, shape, device);
     return {.products_us = as_us(waves(plan, 1, device) * cycles, device),
             .bytes_us = transfer_us(compulsory_bytes(problem), device),
