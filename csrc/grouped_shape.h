@@ -28,14 +28,14 @@ struct GroupedShape {
     int64_t octets_per_row = 0, pixel_sets = 0, slots = 0;  // a set is one warp's share of the slots
     int64_t units_per_group = 0, units = 0, warps = 0;      // a unit is one warp's share of the columns
     int64_t columns = 0, staging_pitch = 0;                 // output channels; floats from one slot to the next
-    int64_t slabs_per_group = 0, slabs = 0, tiles_p = 0, tiles_q = 0,
-            blocks = 0;  // a slab is a block's share of the channels
+    int64_t slabs_per_group = 0, slabs = 0;                 // a slab is a block's share of the channels
+    int64_t tiles_p = 0, tiles_q = 0, blocks = 0;
 
     // Offsets in shared memory, where the staged accumulators take over the operands'.
     int64_t weights_at = 0, offsets_at = 0, columns_at = 0, places_at = 0, folds_at = 0, shared_bytes = 0;
 };
 
-// Bytes of shared memory of one entry, and entries of a step, of the table of offsets.
+// Entries of a step in the table of offsets.
 constexpr int64_t offsets_per_step(GroupReader reader) { return reader == GroupReader::chunks ? 2 : 8; }
 
 inline constexpr int64_t bytes_per_place = 24, bytes_per_fold = 12;
@@ -73,7 +73,10 @@ constexpr GroupedShape grouped_shape(const ConvProblem& problem, const GroupedTi
     shape.tiles_q = ceil_div(problem.q(), part.q);
     shape.blocks = problem.n * shape.tiles_p * shape.tiles_q * shape.slabs;
 
-    shape.weights_at = round_up(shape.halo_rows * shape.row_positions * shape.pixel_pitch, 16);
+    // More than any shared memory holds is too much, however much, and the product is not to overflow.
+    constexpr int64_t most_positions = int64_t{1} << 24;
+    const int64_t positions = std::min(shape.halo_rows * shape.row_positions, most_positions);
+    shape.weights_at = round_up(positions * shape.pixel_pitch, 16);
     const int64_t operands = shape.weights_at + shape.columns * shape.weight_pitch;
     const int64_t staged = shape.slots * shape.staging_pitch * int64_t{sizeof(float)};
     shape.offsets_at = std::max(operands, staged);

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <set>
 
 #include "../cost.h"
 #include "../grouped_shape.h"
@@ -14,7 +13,7 @@ constexpr double l2_bytes_per_cycle = 40;      // to one multiprocessor while al
 constexpr double copies_per_cycle = 6;         // cp.async of single threads, their addresses included
 constexpr double lone_step = 70;               // offsets, fragments and first products of a lone warp's step
 constexpr double staging_cycles = 24.0 / 256;  // of shared memory, for one staged accumulator
-constexpr double slot_bytes = 4;               // as much time as a slot takes, in bytes of halo per byte of a pixel
+constexpr double slot_cost = 4;                // a slot's time, in that of one position of the halo
 
 int64_t resident_blocks(const GroupedTile& tile, const GroupedShape& shape, const DeviceInfo& device) {
     const int64_t by_registers = tile.blocks_per_multiprocessor * GroupedTile::most_warps / shape.warps;
@@ -88,7 +87,7 @@ GroupedPart best_rectangle(const ConvProblem& problem, const GroupedTile& tile, 
         const GroupedShape shape = grouped_shape(problem, tile, part);
         const double halo = static_cast<double>(shape.halo_rows * shape.halo_columns);
         const double cost =
-            static_cast<double>(shape.tiles_p * shape.tiles_q) * (slot_bytes * static_cast<double>(shape.slots) + halo);
+            static_cast<double>(shape.tiles_p * shape.tiles_q) * (slot_cost * static_cast<double>(shape.slots) + halo);
         if (best.p == 0 || cost < least) {
             best = part;
             least = cost;
