@@ -222,6 +222,25 @@ def test_strides_of_single_elements_are_not_read(name: str, dtype: torch.dtype) 
         assert torch.equal(result, expected_rounded(problem)), plan
 
 
+def spread(weight: torch.Tensor) -> torch.Tensor:
+    """The same weight as some taps of larger filters: dense channels, and gaps between the taps."""
+    k, c, r, s = weight.shape
+    larger = torch.full((k, r + 2, 2 * s, c), float("nan"), dtype=weight.dtype).permute(0, 3, 1, 2)
+    larger[:, :, 1:-1, ::2] = weight
+    return larger[:, :, 1:-1, ::2]
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["of_8", "of_4", "dilated", "tall", "long_row", "pointwise"])
+def test_the_taps_of_a_filter_may_lie_apart(run: Run, name: str, dtype: torch.dtype) -> None:
+    problem = channels_last(integer_problem(by_name()[name], dtype))
+    expected = expected_rounded(problem)
+    problem = problem.replace(weight=spread(problem.weight))
+    for plan in one_of_each(problem, random.Random(name)):
+        assert "copy" not in plan
+        assert torch.equal(run(problem, plan), expected), plan
+
+
 @dtypes
 def test_results_repeat_bit_for_bit(run: Run, dtype: torch.dtype) -> None:
     problem = channels_last(random_problem(by_name()["of_16"], dtype, Wanted("silu")))
@@ -305,8 +324,8 @@ def test_why_it_is_out() -> None:
     assert "3 channels" in illegal(layer(48, 64, 16), KERNEL)
     assert "12 channels" in illegal(layer(48, 64, 4), f"{KERNEL} 64x8")
     assert "8 output channels" in illegal(layer(64, 64, 8), f"{KERNEL} 64x16")
-    spread = ConvProblem(1, 64, 4, 4, 64, 3, 3, padding=2**29, dilation=2**29, groups=8)
-    assert "shared memory" in illegal(spread, KERNEL)
+    distant = ConvProblem(1, 64, 4, 4, 64, 3, 3, padding=2**29, dilation=2**29, groups=8)
+    assert "shared memory" in illegal(distant, KERNEL)
     large = ConvProblem(8, 512, 28, 28, 512, 31, 31, padding=15, groups=2)
     assert "shared memory" in illegal(large, KERNEL)
 

@@ -81,7 +81,6 @@ GroupedPart best_rectangle(const ConvProblem& problem, const GroupedTile& tile, 
     double least = 0;
     const auto consider = [&](int64_t q) {
         const int64_t rows = std::min(octets / ceil_div(q, octet), problem.p());
-        if (rows == 0) return;
         const int64_t p = ceil_div(problem.p(), ceil_div(problem.p(), rows));
         const GroupedPart part{static_cast<int>(p), static_cast<int>(q), 1, 1};
         const GroupedShape shape = grouped_shape(problem, tile, part);
