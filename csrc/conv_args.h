@@ -37,6 +37,7 @@ struct ConvArgs {
 
 // Each returns null, or the launch error in words.
 const char* launch_direct(const ConvArgs& args, const Plan& plan, Stream stream);
+const char* launch_grouped(const ConvArgs& args, const Plan& plan, Stream stream);
 
 // One per dtype and arithmetic, each in a file of its own, because their tiles make most of the compile time.
 const char* launch_implicit_gemm_sm80_float32(const ConvArgs& args, const Plan& plan, Stream stream);

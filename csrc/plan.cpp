@@ -85,6 +85,7 @@ std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceI
     add_implicit_gemm(problem, device, all);
     add_small_m(problem, device, all);
     add_depthwise_toeplitz(problem, device, all);
+    add_grouped(problem, device, all);
     add_direct(problem, device, all);
     std::stable_sort(all.begin(), all.end(), is_better);
     if (!all.front().illegal.empty()) refuse(problem, all.back().illegal + "; split the batch");
@@ -168,6 +169,7 @@ std::string to_string(const Plan& plan) {
         case Kernel::implicit_gemm_fp32: return name + describe_implicit_gemm(plan);
         case Kernel::small_m: return name + describe_small_m(plan);
         case Kernel::depthwise_toeplitz: return name + describe_depthwise_toeplitz(plan);
+        case Kernel::grouped: return name + describe_grouped(plan);
         case Kernel::cudnn: return kernel_name(plan.kernel);
     }
     return name;

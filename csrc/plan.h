@@ -22,13 +22,19 @@ enum class Kernel : int32_t {
     implicit_gemm_fp32,
     small_m,
     depthwise_toeplitz,
+    grouped,
     cudnn,
 };
 
 // Those of this project.
 inline constexpr std::array all_kernels{
-    Kernel::direct,  Kernel::implicit_gemm_sm80, Kernel::implicit_gemm_tf32x3, Kernel::implicit_gemm_fp32,
-    Kernel::small_m, Kernel::depthwise_toeplitz,
+    Kernel::direct,
+    Kernel::implicit_gemm_sm80,
+    Kernel::implicit_gemm_tf32x3,
+    Kernel::implicit_gemm_fp32,
+    Kernel::small_m,
+    Kernel::depthwise_toeplitz,
+    Kernel::grouped,
 };
 
 constexpr const char* kernel_name(Kernel kernel) {
@@ -39,6 +45,7 @@ constexpr const char* kernel_name(Kernel kernel) {
         case Kernel::implicit_gemm_fp32: return "implicit_gemm_fp32";
         case Kernel::small_m: return "small_m";
         case Kernel::depthwise_toeplitz: return "depthwise_toeplitz";
+        case Kernel::grouped: return "grouped";
         case Kernel::cudnn: return "cudnn";
     }
     return "unknown";
@@ -75,6 +82,7 @@ struct Plan {
     Rows rows = Rows::plain;
     int lanes = 1;                // threads that share one output's reduction, in `small_m`
     StripTile strips;             // of depthwise_toeplitz
+    GroupedPart grouped;          // of that kernel only
     int access_bytes = 0;         // of one load of operands; 0 where loads are value by value
     bool convert_x = false;       // x is first copied to dense channels_last
     bool convert_weight = false;  // the weight is first copied to dense KRSC

@@ -87,4 +87,41 @@ struct SmallMTile {
 // rows are further blocks, which find the weight in the L2.
 inline constexpr std::array<SmallMTile, 3> small_m_tiles{{{1, 4, 4}, {4, 4, 2}, {8, 2, 2}}};
 
+// How the kernel of narrow groups reads x: a group's channels are whole 16-byte chunks, or whole 4-byte words.
+enum class GroupReader : int32_t { chunks, words };
+
+constexpr const char* reader_name(GroupReader reader) { return reader == GroupReader::chunks ? "chunks" : "words"; }
+
+// What a warp of the kernel of narrow groups makes: 64 output pixels x column_blocks * 8 output channels of one group.
+struct GroupedTile {
+    GroupReader reader = GroupReader::chunks;
+    int column_blocks = 0;              // that share each fragment of x
+    int blocks_per_multiprocessor = 0;  // of 256 threads, that registers allow: the launch bound
+
+    static constexpr int fragments = 4;  // of 16 pixels, that share each fragment of the weight
+    static constexpr int most_warps = 8, most_threads = most_warps * 32;
+    static constexpr int slots() { return fragments * 16; }
+    constexpr int columns() const { return column_blocks * 8; }
+
+    bool operator==(const GroupedTile&) const = default;
+};
+
+inline constexpr std::array<GroupedTile, 5> grouped_tiles{{
+    {GroupReader::chunks, 1, 4},
+    {GroupReader::chunks, 2, 3},
+    {GroupReader::chunks, 3, 2},
+    {GroupReader::chunks, 4, 2},
+    // Of every group that chunks can serve, too: what they are compared with.
+    {GroupReader::words, 1, 4},
+}};
+
+// What a block of that kernel makes: p x q output pixels of one image, and so many output channels of each of some groups
+// that lie side by side. Channels that are not all of a group's come from one group.
+struct GroupedPart {
+    int p = 0, q = 0;
+    int groups = 0, columns_per_group = 0;
+
+    bool operator==(const GroupedPart&) const = default;
+};
+
 }  // namespace fused_cna

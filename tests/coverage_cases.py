@@ -31,6 +31,7 @@ from tests.simt.conv import _geometry
 from tests.test_depthwise_toeplitz_kernel import SHAPES as TOEPLITZ_SHAPES
 from tests.test_depthwise_toeplitz_kernel import placed_value
 from tests.test_depthwise_toeplitz_kernel import plans_of as toeplitz_plans
+from tests.test_grouped_kernel import GROUPED, grouped_plans, spread
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
 from tests.test_small_m_kernel import FEW_PIXELS
 from tests.test_small_m_kernel import plans_of as small_m_plans
@@ -159,6 +160,25 @@ def every_strip_tile() -> None:
     list_plans(half.expand(2**30, 256, 1, 1), half.expand(256, 1, 3, 3), groups=256, padding=(1, 1))
 
 
+def every_share_of_grouped() -> None:
+    for shape in GROUPED:
+        for dtype in DTYPES:
+            problem = dense(integer_problem(shape, dtype, Wanted(residual_order="add_act")))
+            check(problem.replace(weight=spread(problem.weight)), plan="grouped", allow_tf32=True)
+            for plan in grouped_plans(problem)[:: 1 if shape.name in ("of_16", "of_32_to_44") else 5]:
+                check(problem, plan=plan, allow_tf32=True)
+    for shape in (GROUPED[0], GROUPED[1], GROUPED[9]):
+        problem = integer_problem(shape, torch.float16)
+        check(problem, plan="grouped")
+        for layout in (sliced_channels_last, misaligned_channels_last):
+            check(dense(problem).replace(x=layout(problem.x)), plan="grouped")
+            check(dense(problem).replace(weight=layout(problem.weight)), plan="grouped")
+    half = torch.zeros((), dtype=torch.float16)
+    list_plans(half.expand(1 << 30, 32, 1, 1), half.expand(32, 8, 1, 1), groups=4)
+    list_plans(half.expand(1, 512, 40, 40), half.expand(512, 256, 31, 31), groups=2)
+    list_plans(half.expand(1, 0, 4, 4), half.expand(8, 0, 1, 1), groups=2)
+
+
 def every_answer_of_the_plan() -> None:
     half = torch.zeros((), dtype=torch.float16)
     weight = half.expand(8, 8, 1, 1)
@@ -185,6 +205,7 @@ def main() -> None:
     torch.set_num_threads(1)
     binding.CONV = "conv_coverage"
     every_answer_of_the_plan()
+    every_share_of_grouped()
     every_layout()
     every_epilogue()
     every_shape()

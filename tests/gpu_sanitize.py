@@ -59,6 +59,7 @@ def check_kernels() -> None:
     from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
     from tests.shapes import SHAPES, TELLING_SHAPES
     from tests.test_depthwise_toeplitz_kernel import SHAPES as TOEPLITZ_SHAPES
+    from tests.test_grouped_kernel import GROUPED, grouped_plans, instantiation
     from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
     from tests.test_small_m_kernel import FEW_PIXELS, one_of_each_kind
 
@@ -125,6 +126,17 @@ def check_kernels() -> None:
             problem = integer_problem(shape, dtype, wanted)
             for plan in one_of_each_kind(dense_of(problem)):
                 check(problem, torch.channels_last, plan)
+    for shape in GROUPED:
+        for dtype in DTYPES:
+            problem = integer_problem(shape, dtype, wanted)
+            dense = problem.map(
+                lambda tensor: (
+                    tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+                )
+            )
+            for plan in {instantiation(plan): plan for plan in grouped_plans(dense)}.values():
+                check(problem, torch.channels_last, plan)
+                instantiations.add((dtype, f"grouped {instantiation(plan)}"))
     extension.force_plan("")
     torch.cuda.synchronize()
     print(

@@ -315,6 +315,31 @@ def small_m_kernel(name: str) -> SmallMKernel | None:
     return SmallMKernel(_DTYPES[match["dtype"]], *tile, int(match["access"]), match["pointwise"] == "1")
 
 
+@dataclass(frozen=True)
+class GroupedKernel:
+    """An instantiation of grouped: what its mangled name says of it."""
+
+    dtype: str
+    reader: str
+    column_blocks: int
+    blocks: int
+
+
+_GROUPED = re.compile(
+    r"7groupedINS0_13GroupedTraitsI(?P<dtype>f|6__half|13__nv_bfloat16)XtlNS_11GroupedTileELNS_11GroupReaderE"
+    r"(?P<reader>\d)ELi(?P<columns>\d)ELi(?P<blocks>\d)E"
+)
+
+
+def grouped_kernel(name: str) -> GroupedKernel | None:
+    """What a mangled name says, or None where it is another kernel's."""
+    match = _GROUPED.search(name)
+    if match is None:
+        return None
+    reader = ("chunks", "words")[int(match["reader"])]
+    return GroupedKernel(_DTYPES[match["dtype"]], reader, int(match["columns"]), int(match["blocks"]))
+
+
 REGISTERS_PER_MULTIPROCESSOR = 65536
 THREADS_PER_MULTIPROCESSOR = 2048
 SHARED_BYTES_PER_MULTIPROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}

@@ -7,8 +7,11 @@ import re
 import pytest
 
 from tests.machine_code import TENSOR_CORES, count, main_loop
-from tests.sass import CSRC, Compiled, CompiledKernel, SmallMKernel, small_m_kernel
-from tests.test_compiled_kernels import LOADS, MMA, every_architecture, in_one_worker
+from tests.sass import CSRC, Compiled, CompiledKernel, SmallMKernel, grouped_kernel, small_m_kernel
+from tests.test_compiled_kernels import COPIES, LOADS, MMA, every_architecture, in_one_worker
+
+GROUPED_TILE = re.compile(r"^ {4}\{GroupReader::(\w+), (\d+), (\d+)\},", re.MULTILINE)
+"""A row of grouped_tiles in csrc/tiles.h."""
 
 
 def small_ms(compiled: Compiled, architecture: str) -> list[tuple[CompiledKernel, SmallMKernel]]:
@@ -88,3 +91,48 @@ def test_depthwise_toeplitz_multiplies_on_tensor_cores(disassembled: Compiled, a
         loop = main_loop(kernel.code)
         assert loop.share(TENSOR_CORES) >= 0.28, f"{kernel.name}: {loop.families().most_common()}"
     assert found == {(dtype, rows) for dtype in ("float16", "bfloat16") for rows in (5, 7)}
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_every_tile_of_narrow_groups_is_compiled_as_the_plan_knows_it(
+    compiled: Compiled, architecture: str
+) -> None:
+    listed = GROUPED_TILE.findall((CSRC / "tiles.h").read_text())
+    assert len(listed) > 3
+    expected = {
+        (dtype, reader, int(columns), int(blocks)) for dtype in MMA for reader, columns, blocks in listed
+    }
+    kernels = compiled["grouped", architecture]
+    found = [grouped_kernel(kernel.name) for kernel in kernels]
+    assert {(g.dtype, g.reader, g.column_blocks, g.blocks) for g in found if g is not None} == expected
+    assert len(found) == len(expected)
+    assert {kernel.bounds.threads for kernel in kernels} == {256}
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_narrow_groups_take_fragments_straight_from_the_halo(
+    disassembled: Compiled, architecture: str
+) -> None:
+    """A step of a warp: four fragments of x, each used by all blocks of columns; no copies, no barriers."""
+    for kernel in disassembled["grouped", architecture]:
+        grouped = grouped_kernel(kernel.name)
+        assert grouped is not None, "the names are mangled in another way than expected"
+        assert kernel.code is not None
+        loop = main_loop(kernel.code)
+        columns = grouped.column_blocks
+        assert count(loop.every_turn, MMA[grouped.dtype]) == 4 * columns, kernel.name
+        assert kernel.count(TENSOR_CORES) == 4 * columns, f"{kernel.name} has others outside its main loop"
+        by_matrices, by_words = (4 + columns // 2, 1 + columns % 2 * 2)
+        if grouped.reader == "words":
+            by_matrices, by_words = 0, 4 * 4 + 2 + 2
+        assert count(loop.every_turn, r"LDSM\..*M88\.4") == by_matrices, kernel.name
+        assert count(loop.every_turn, r"LDS\b.*") == by_words, kernel.name
+        assert count(loop.all, r"(LDG|LDGSTS|STG|LD|ST|STS|BAR)\b.*") == 0, kernel.name
+        # of the halo and of the weights, in three widths
+        assert kernel.count(COPIES[16]) == 2, kernel.name
+        assert kernel.count(r"LDGSTS\..*\.64") == 2, kernel.name
+        assert kernel.count(r"LDGSTS\..*") == 6, kernel.name

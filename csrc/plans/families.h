@@ -21,6 +21,7 @@ std::string too_old(const DeviceInfo& device);
 // Each appends its kernel's candidates for the problem, those that cannot run it with the reason.
 void add_direct(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_depthwise_toeplitz(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
+void add_grouped(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_small_m(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 
@@ -31,5 +32,6 @@ std::string describe_copies(const Plan& plan);
 std::string describe_implicit_gemm(const Plan& plan);
 std::string describe_small_m(const Plan& plan);
 std::string describe_depthwise_toeplitz(const Plan& plan);
+std::string describe_grouped(const Plan& plan);
 
 }  // namespace fused_cna
