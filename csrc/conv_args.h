@@ -37,6 +37,8 @@ struct ConvArgs {
 // Each returns null, or the launch error in words.
 const char* launch_direct(const ConvArgs& args, const Plan& plan, Stream stream);
 
+const char* launch_depthwise(const ConvArgs& args, const Plan& plan, Stream stream);
+
 // One per dtype, each in a file of its own, because their tiles make most of the compile time.
 const char* launch_implicit_gemm_float32(const ConvArgs& args, const Plan& plan, Stream stream);
 const char* launch_implicit_gemm_float16(const ConvArgs& args, const Plan& plan, Stream stream);

@@ -12,14 +12,15 @@
 
 namespace fused_cna {
 
-enum class Kernel : int32_t { direct, implicit_gemm_sm80 };
+enum class Kernel : int32_t { direct, implicit_gemm_sm80, depthwise };
 
-inline constexpr std::array<Kernel, 2> all_kernels{Kernel::direct, Kernel::implicit_gemm_sm80};
+inline constexpr std::array<Kernel, 3> all_kernels{Kernel::direct, Kernel::implicit_gemm_sm80, Kernel::depthwise};
 
 constexpr const char* kernel_name(Kernel kernel) {
     switch (kernel) {
         case Kernel::direct: return "direct";
         case Kernel::implicit_gemm_sm80: return "implicit_gemm_sm80";
+        case Kernel::depthwise: return "depthwise";
     }
     return "unknown";
 }
