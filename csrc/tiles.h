@@ -52,8 +52,9 @@ inline constexpr std::array<GemmTile, 9> implicit_gemm_tiles{{
 
 inline constexpr int depthwise_threads = 128;
 inline constexpr int depthwise_columns = 7;  // of a strip: image sizes of real networks are multiples of 7
-inline constexpr int depthwise_chunks = 8;   // of a slab, at most
-inline constexpr int depthwise_taps = 32;    // of any filter, whose weights are in shared memory at once
+inline constexpr int depthwise_band_rows = 16;
+inline constexpr int depthwise_chunks = 8;  // of a slab, at most
+inline constexpr int depthwise_taps = 32;   // of any filter, whose weights are in shared memory at once
 
 // A version of the depthwise kernel. A thread makes a strip of one output row, for as many neighbouring channels as lie in
 // 16 bytes: a chunk. A block makes `strips` strips of a slab of up to 8 chunks.
@@ -73,8 +74,8 @@ struct DepthwiseTile {
     bool operator==(const DepthwiseTile&) const = default;
 };
 
-// An image's rows are cut into bands of up to 16 of equal height, or the last is lower: strips of a band share rows of x.
-constexpr int64_t depthwise_bands(int64_t p) { return (p + 15) / 16; }
+// An image's rows are cut into bands of equal height, or the last is lower: strips of a band share rows of x.
+constexpr int64_t depthwise_bands(int64_t p) { return (p + depthwise_band_rows - 1) / depthwise_band_rows; }
 
 inline constexpr std::array<DepthwiseTile, 8> depthwise_tiles{{
     {3, 1, 4},

@@ -56,6 +56,8 @@ struct DepthwiseShared {
                       (Traits::columns * Traits::quads * Traits::threads + Traits::taps * Traits::weight_pitch / 4) * 16 +
                           sizeof(folds),
                   "the plan counts the shared memory of every member");
+    static_assert(Traits::tile.shared_bytes(sizeof(typename Traits::Value)) <= 48 * 1024,
+                  "a block must fit the 48 KB that need no opt-in");
 };
 
 template <class Traits>
@@ -68,9 +70,9 @@ struct DepthwiseThread {
     int first_channel;  // of the chunk
     int channels;       // of the chunk, that exist: none where the thread has nothing to make
 
-    // The values of x that it may read at a pixel inside: with 16-byte accesses there are whole chunks only.
+    // The channels of a chunk that is there at all: with 16-byte accesses all of them.
     template <class Traits>
-    __device__ int readable() const {
+    __device__ int valid() const {
         return Traits::access_bytes == 16 ? Traits::values : channels;
     }
 
@@ -175,7 +177,7 @@ __device__ __forceinline__ void slide(const DepthwiseArgs& args, const Depthwise
         const T* source = row;
 #pragma unroll
         for (int i = 0; i < span; ++i, source += strides.w) {
-            chunks[i] = row_mask >> i & 1 ? device::load_pieces<Traits::access_bytes>(source, thread.readable<Traits>())
+            chunks[i] = row_mask >> i & 1 ? device::load_pieces<Traits::access_bytes>(source, thread.valid<Traits>())
                                           : device::Vector16{};
         }
         // Four channels at a time, so that the weights leave registers for the loads under way.
@@ -226,8 +228,8 @@ template <class Traits, class T>
 __device__ __forceinline__ void load_chunk(const T* source, bool inside, const DepthwiseThread& thread,
                                            const InputChannels<Traits::values>& input, float (&x)[Traits::values]) {
     if constexpr (Traits::access_bytes > 0) {
-        const int readable = inside ? thread.readable<Traits>() : 0;
-        device::convert_vector<T>(device::load_pieces<Traits::access_bytes>(source + thread.first_channel, readable), x);
+        const int valid = inside ? thread.valid<Traits>() : 0;
+        device::convert_vector<T>(device::load_pieces<Traits::access_bytes>(source + thread.first_channel, valid), x);
     } else {
 #pragma unroll
         for (int i = 0; i < Traits::values; ++i) x[i] = inside ? device::to_float(source[input.channels[i]]) : 0.0f;
@@ -270,7 +272,7 @@ __device__ __forceinline__ void multiply_taps(const DepthwiseArgs& args, const D
 
 // Puts a thread's sums where store_strip takes them from, added to what is there already where they are not the `first`.
 template <class Traits>
-__device__ __forceinline__ void stage_sums(StripSums<Traits>& sums, bool first, DepthwiseShared<Traits>& shared) {
+__device__ __forceinline__ void stage_sums(const StripSums<Traits>& sums, bool first, DepthwiseShared<Traits>& shared) {
 #pragma unroll
     for (int column = 0; column < Traits::columns; ++column) {
 #pragma unroll
@@ -325,13 +327,12 @@ __device__ __forceinline__ void store_strip(const DepthwiseArgs& args, const Dep
     const int remaining = args.q - strip.q;
     const int columns = remaining < Traits::columns ? remaining : Traits::columns;
 #pragma unroll 1
-    for (int column = 0; column < columns; ++column) {
+    for (int column = 0; column < columns; ++column, y += conv.y_strides.w) {
         float sums[Traits::values];
         read_chunk(shared.sums[column][0][device::thread_x()], Traits::threads * 4, sums);
-        finish_channels<Traits::values, T>(
-            sums, folds, thread.channels,
-            {residual ? residual + column * conv.residual_strides.w : nullptr, conv.residual_strides.c},
-            {y + column * conv.y_strides.w, conv.y_strides.c}, conv.epilogue);
+        finish_channels<Traits::values, T>(sums, folds, thread.valid<Traits>(), {residual, conv.residual_strides.c},
+                                           {y, conv.y_strides.c}, conv.epilogue);
+        if (residual) residual += conv.residual_strides.w;
     }
 }
 

@@ -14,8 +14,8 @@ constexpr double row_instructions = 25;         // of a filter row, or a tap of 
 constexpr double load_instructions = 6;         // of a chunk: address, predicate, zeros and the load
 constexpr double narrow_load_instructions = 9;  // more of them for a chunk in pieces
 constexpr double value_load_instructions = 6;   // more of them per value loaded alone
-constexpr double pixel_instructions = 80;       // to finish and store a chunk
-constexpr double strip_instructions = 150;      // to find a strip and to stage its sums
+constexpr double pixel_instructions = 90;       // to finish and store a chunk
+constexpr double strip_instructions = 180;      // to find a strip and to stage its sums
 constexpr double weight_instructions = 15;      // to bring one weight into shared memory
 constexpr double issue_share = 0.8;             // of the issue slots, that a kernel of many warps uses
 constexpr int64_t issued_per_clock = 128;       // threads
@@ -75,7 +75,9 @@ std::string why_not(const ConvProblem& problem, const DepthwiseTile& tile, const
     const std::string filter = std::to_string(tile.filter) + "x" + std::to_string(tile.filter);
     const bool fits_filter = problem.r == tile.filter && problem.s == tile.filter && problem.stride_h == tile.stride &&
                              problem.stride_w == tile.stride && problem.dil_h == 1 && problem.dil_w == 1;
-    const int64_t last_column = problem.padded_w() + depthwise_columns * problem.stride_w;
+    // Coordinates of the last strip's columns, and of the strips that the last band has too many.
+    const int64_t last = std::max(problem.padded_w() + depthwise_columns * problem.stride_w,
+                                  problem.padded_h() + depthwise_band_rows * problem.stride_h);
     const int64_t strips = all_strips(problem);
     if (!tile.takes_any() && !fits_filter) {
         return "this version takes " + filter + " filters with stride " + std::to_string(tile.stride) + " and dilation 1";
@@ -87,7 +89,7 @@ std::string why_not(const ConvProblem& problem, const DepthwiseTile& tile, const
         return "a pixel's " + std::to_string(problem.c) + " channels allow loads of " +
                std::to_string(problem.dense_pixel_access()) + " bytes, this version takes at least 4";
     }
-    if (last_column > int_limit) return with_numbers("the last strip ends at column", last_column, "", int_limit);
+    if (last > int_limit) return with_numbers("the last strip ends at row or column", last, "", int_limit);
     if (std::max(strips, plan.blocks) > int_limit) {
         return with_numbers("it needs", std::max(strips, plan.blocks), " strips or blocks", int_limit);
     }
@@ -115,8 +117,7 @@ Candidate candidate_of_tile(const ConvProblem& problem, const DeviceInfo& device
     // As many blocks as run at once, each with as many rounds as the others: weights and folds are then made once.
     const int64_t blocks_of_slab = ceil_div(all_strips(problem), strips);
     const int64_t at_once = resident_blocks(problem, tile, device) * device.multiprocessors;
-    const int64_t rounds =
-        std::clamp<int64_t>(ceil_div(blocks_of_slab * slabs(problem, plan), std::max<int64_t>(at_once, 1)), 1, most_rounds);
+    const int64_t rounds = std::clamp<int64_t>(ceil_div(blocks_of_slab * slabs(problem, plan), at_once), 1, most_rounds);
     plan.blocks = ceil_div(blocks_of_slab, rounds) * slabs(problem, plan);
     plan.estimate = estimate(problem, tile, plan, device);
     candidate.illegal = why_not(problem, tile, plan);
