@@ -47,7 +47,7 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 def check_kernels() -> None:
-    """Runs every shape in every dtype on the GPU, and every instantiation of the tensor-core kernel.
+    """Runs every shape in every dtype on the GPU, and every instantiation of the other kernels.
 
     The results are compared bit for bit. All but the convolutions is computed on the CPU and copied, so that
     the tool sees only these kernels.
@@ -58,6 +58,9 @@ def check_kernels() -> None:
     from fused_cna import _extension
     from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
     from tests.shapes import SHAPES
+    from tests.test_depthwise_kernel import SHAPES as DEPTHWISE
+    from tests.test_depthwise_kernel import dense as dense_depthwise
+    from tests.test_depthwise_kernel import depthwise_plans
     from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
 
     fused_cna.config.strict = True
@@ -96,6 +99,11 @@ def check_kernels() -> None:
             for plan in new.values():
                 check(problem, torch.channels_last, plan)
             instantiations |= set(new)
+    for shape in DEPTHWISE:
+        for dtype in DTYPES:
+            problem = integer_problem(shape, dtype, wanted)
+            for plan in depthwise_plans(dense_depthwise(problem)):
+                check(problem, torch.channels_last, plan)
     extension.force_plan("")
     torch.cuda.synchronize()
     print(

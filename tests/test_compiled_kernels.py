@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine_code import TENSOR_CORES, Code, Instruction, Loop, count, main_loop, parse_code
+from tests.machine_code import (
+    TENSOR_CORES,
+    Code,
+    Instruction,
+    Loop,
+    count,
+    innermost_loop,
+    main_loop,
+    parse_code,
+)
 from tests.sass import (
     CSRC,
     REGISTERS_PER_MULTIPROCESSOR,
@@ -21,6 +30,7 @@ from tests.sass import (
     Resources,
     compile_all,
     compile_kernels,
+    depthwise_kernel,
     find_disassembler,
     gemm_kernel,
     included_files,
@@ -42,6 +52,9 @@ TILE = re.compile(
     r"^ {4}\{(\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\d+)(, true)?(, true)?\},", re.MULTILINE
 )
 """A row of implicit_gemm_tiles in csrc/tiles.h."""
+
+DEPTHWISE_TILE = re.compile(r"^ {4}\{(\d), (\d), (\d)(, true)?\},", re.MULTILINE)
+"""A row of depthwise_tiles in csrc/tiles.h."""
 
 MMA = {
     "float16": r"HMMA\.16816\.F32",
@@ -111,8 +124,8 @@ def test_the_promised_blocks_have_registers_enough(
     compiled: Compiled, source: str, architecture: str
 ) -> None:
     for kernel in compiled[source, architecture]:
-        gemm = gemm_kernel(kernel.name)
-        assert kernel.bounds.blocks == (gemm.blocks if gemm else BLOCKS[source]), kernel.name
+        tile = gemm_kernel(kernel.name) or depthwise_kernel(kernel.name)
+        assert kernel.bounds.blocks == (tile.blocks if tile else BLOCKS[source]), kernel.name
         registers = max(kernel.bounds.blocks, 1) * registers_of_a_block(kernel)
         assert registers <= REGISTERS_PER_MULTIPROCESSOR, f"{kernel.name}: {registers} registers"
         assert kernel.resources.shared_bytes == 0, (
@@ -198,8 +211,52 @@ def test_two_fifths_of_the_largest_main_loop_are_products(
             assert loop.share(TENSOR_CORES) >= 0.4, f"{gemm.tile}: {loop.families().most_common()}"
 
 
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_depthwise_is_compiled_as_the_plan_knows_it(compiled: Compiled, architecture: str) -> None:
+    listed = DEPTHWISE_TILE.findall((CSRC / "tiles.h").read_text())
+    assert len(listed) == 8
+    expected = set()
+    for filter_size, stride, blocks, by_value in listed:
+        tile = (int(filter_size), int(stride), int(blocks), bool(by_value))
+        expected |= {(dtype, *tile, access) for dtype in MMA for access in ((0,) if by_value else (16, 4))}
+    found = set()
+    for kernel in compiled["depthwise", architecture]:
+        made = depthwise_kernel(kernel.name)
+        assert made is not None, "the names are mangled in another way than expected"
+        found.add((made.dtype, made.filter, made.stride, made.blocks, made.by_value, made.access_bytes))
+        assert kernel.bounds.threads == 128
+        assert resident_blocks(kernel, made.shared_bytes, architecture) >= made.blocks, kernel.name
+    assert found == expected
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_a_filter_row_loads_every_column_once(disassembled: Compiled, architecture: str) -> None:
+    """And multiplies it into every output that needs it: the loop over the rows of 3x3, 5x5 and 7x7."""
+    for kernel in disassembled["depthwise", architecture]:
+        made = depthwise_kernel(kernel.name)
+        assert made is not None
+        assert kernel.code is not None
+        if made.filter == 0 or made.access_bytes < 16:
+            continue
+        loop = innermost_loop(kernel.code, r"LDS\.128")
+        products = 7 * made.filter * made.values
+        columns = 6 * made.stride + made.filter
+        assert count(loop, r"LDG\.E.*\.128.*") == count(loop, r"LDG\..*") == columns, kernel.name
+        assert count(loop, r"LDS\.128") == count(loop, r"LDS.*") == made.filter * made.values // 4, (
+            kernel.name
+        )
+        assert count(loop, r"(STG|STS|BAR)\b.*") == 0, kernel.name
+        assert products <= count(loop, "FFMA.*") <= products + 2, kernel.name
+        if made.stride == 1:
+            assert products / len(loop) >= {3: 0.45, 5: 0.53, 7: 0.57}[made.filter], kernel.name
+
+
 def test_every_kernel_file_states_its_promise() -> None:
-    assert {*BLOCKS, *GEMM_FILES} == {source.stem for source in SOURCES}
+    assert {*BLOCKS, *GEMM_FILES, "depthwise"} == {source.stem for source in SOURCES}
     assert len(GEMM_FILES) == 3
 
 
@@ -288,6 +345,14 @@ def test_the_loop_with_the_most_products_is_the_main_loop() -> None:
     assert len(main_loop(code).all) == 3
     with pytest.raises(ValueError, match="no loop has"):
         main_loop(straight("HMMA.1 LDG ?BRA>1 EXIT"))
+
+
+def test_the_innermost_loop_with_the_most_matches_is_found() -> None:
+    #                    0   1   2     3   4   5   6       7       8   9
+    code = straight("MOV LDG IADD LDG LDG LDS ?BRA>3 ?BRA>1 LDG ?BRA>8")
+    assert " ".join(i.opcode for i in innermost_loop(code, "LDG")) == "LDG LDG LDS BRA"
+    with pytest.raises(ValueError, match="no innermost loop has"):
+        innermost_loop(code, "IADD")
 
 
 def test_what_a_file_includes_is_followed(tmp_path: Path) -> None:
