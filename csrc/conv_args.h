@@ -46,6 +46,7 @@ const char* launch_implicit_gemm_sm80_bfloat16(const ConvArgs& args, const Plan&
 const char* launch_implicit_gemm_tf32x3(const ConvArgs& args, const Plan& plan, Stream stream);
 const char* launch_implicit_gemm_fp32(const ConvArgs& args, const Plan& plan, Stream stream);
 
+const char* launch_depthwise(const ConvArgs& args, const Plan& plan, Stream stream);
 const char* launch_small_m(const ConvArgs& args, const Plan& plan, Stream stream);
 // float16 and bfloat16.
 const char* launch_depthwise_toeplitz(const ConvArgs& args, const Plan& plan, Stream stream);

@@ -23,6 +23,7 @@ enum class Kernel : int32_t {
     small_m,
     depthwise_toeplitz,
     grouped,
+    depthwise,
     cudnn,
 };
 
@@ -35,6 +36,7 @@ inline constexpr std::array all_kernels{
     Kernel::small_m,
     Kernel::depthwise_toeplitz,
     Kernel::grouped,
+    Kernel::depthwise,
 };
 
 constexpr const char* kernel_name(Kernel kernel) {
@@ -46,6 +48,7 @@ constexpr const char* kernel_name(Kernel kernel) {
         case Kernel::small_m: return "small_m";
         case Kernel::depthwise_toeplitz: return "depthwise_toeplitz";
         case Kernel::grouped: return "grouped";
+        case Kernel::depthwise: return "depthwise";
         case Kernel::cudnn: return "cudnn";
     }
     return "unknown";

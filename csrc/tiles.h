@@ -124,4 +124,42 @@ struct GroupedPart {
     bool operator==(const GroupedPart&) const = default;
 };
 
+inline constexpr int depthwise_threads = 128;
+inline constexpr int depthwise_columns = 7;  // of a strip: image sizes of real networks are multiples of 7
+inline constexpr int depthwise_band_rows = 16;
+inline constexpr int depthwise_chunks = 8;  // of a slab, at most
+inline constexpr int depthwise_taps = 32;   // of any filter, whose weights are in shared memory at once
+
+// A version of the depthwise kernel. A thread makes a strip of one output row, for as many neighbouring channels as lie in
+// 16 bytes: a chunk. A block makes `strips` strips of a slab of up to 8 chunks.
+struct DepthwiseTile {
+    int filter = 0, stride = 0;         // in both directions; 0: takes any, and any dilation
+    int blocks_per_multiprocessor = 0;  // the launch bound
+    bool by_value = false;              // takes odd and multiplied channels, loads value by value
+
+    constexpr bool takes_any() const { return filter == 0; }
+    // The sums of all strips, and beside them the weights and the folds (12 bytes) of a slab.
+    constexpr int64_t shared_bytes(int64_t value_bytes) const {
+        const int64_t values = 16 / value_bytes, taps = takes_any() ? depthwise_taps : filter * filter;
+        return depthwise_columns * values * depthwise_threads * 4 + taps * (depthwise_chunks * values + 4) * 4 +
+               depthwise_chunks * values * 12;
+    }
+
+    bool operator==(const DepthwiseTile&) const = default;
+};
+
+// An image's rows are cut into bands of equal height, or the last is lower: strips of a band share rows of x.
+constexpr int64_t depthwise_bands(int64_t p) { return (p + depthwise_band_rows - 1) / depthwise_band_rows; }
+
+inline constexpr std::array<DepthwiseTile, 8> depthwise_tiles{{
+    {3, 1, 4},
+    {5, 1, 3},
+    {7, 1, 3},
+    {3, 2, 3},
+    {5, 2, 3},
+    {7, 2, 2},
+    {0, 0, 4},
+    {0, 0, 2, true},
+}};
+
 }  // namespace fused_cna

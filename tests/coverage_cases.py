@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests import test_depthwise_kernel
 from tests.layouts import channels_last, misaligned_channels_last, odd_unit_strides, sliced_channels_last
 from tests.reference import (
     ACTIVATIONS,
@@ -87,6 +88,22 @@ def every_plan_of_small_m() -> None:
     list_plans(
         many[:1, :1].expand(1, BEYOND_INT - 2048, 1, 1), many[:1, :1].expand(1, BEYOND_INT - 2048, 1, 1)
     )
+
+
+def every_depthwise() -> None:
+    for dtype in DTYPES:
+        for shape in test_depthwise_kernel.SHAPES:
+            problem = dense(integer_problem(shape, dtype, Wanted(residual_order="add_act")))
+            for plan in test_depthwise_kernel.depthwise_plans(problem):
+                check(problem, plan=plan)
+    shape = test_depthwise_kernel.FILTERS[0]
+    for order in (None, "act_add"):
+        problem = dense(integer_problem(shape, torch.float16, Wanted(residual_order=order)))
+        check(problem, plan="depthwise")
+        check(problem.replace(x=misaligned_channels_last(problem.x)), plan="depthwise")
+    half = torch.zeros((), dtype=torch.float16)
+    list_plans(half.expand(8, 8, 2, BEYOND_INT - 2000), half.expand(8, 1, 1, 1), stride=(1, 300), groups=8)
+    list_plans(half.expand(1 << 26, 8, 28, 28), half.expand(8, 1, 1, 1), groups=8)
 
 
 def every_epilogue() -> None:
@@ -212,6 +229,7 @@ def main() -> None:
     every_instantiation()
     every_plan_of_small_m()
     every_strip_tile()
+    every_depthwise()
 
 
 if __name__ == "__main__":

@@ -62,7 +62,6 @@ ARGUED: dict[str, dict[str, str]] = {
     "csrc/kernels/direct.cuh": {
         "store_tile<T, Traits::m, Traits::n, Traits::n + 1, Traits::threads>(": MULTI_LINE,
     },
-    "csrc/kernels/implicit_gemm_launch.cuh": {
     "csrc/kernels/grouped.cu": {
         "...);": NO_SUCH_TILE,
         "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
@@ -72,7 +71,7 @@ ARGUED: dict[str, dict[str, str]] = {
         "const double cycles = std::max({": MULTI_LINE,
         "if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE,
     },
-    "csrc/kernels/implicit_gemm_sm80_launch.cuh": {
+    "csrc/kernels/implicit_gemm_launch.cuh": {
         (
             "if (const char* error = device::launch(implicit_gemm<Traits, Rows>, shape, "
             "stream, args)) return error;"

@@ -47,7 +47,7 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 def check_kernels() -> None:
-    """Runs every shape in every dtype on the GPU, and every instantiation of the fast kernels.
+    """Runs every shape in every dtype on the GPU, and every instantiation of every kernel.
 
     The results are compared bit for bit. All but the convolutions is computed on the CPU and copied, so that
     the tool sees only these kernels.
@@ -56,35 +56,22 @@ def check_kernels() -> None:
 
     import fused_cna
     from fused_cna import _extension
+    from tests.kernel_cases import plans_of_every_kernel
+    from tests.layouts import channels_last
     from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
     from tests.shapes import SHAPES, TELLING_SHAPES
-    from tests.test_depthwise_toeplitz_kernel import SHAPES as TOEPLITZ_SHAPES
-    from tests.test_grouped_kernel import GROUPED, grouped_plans, instantiation
-    from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
-    from tests.test_small_m_kernel import FEW_PIXELS, one_of_each_kind
 
     fused_cna.config.strict = True
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     extension = _extension.module()
     wanted = Wanted(act="relu", residual_order="add_act")
 
-    def dense_of(problem: Problem) -> Problem:
-        return problem.map(
-            lambda tensor: (
-                tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-            )
-        )
-
-    def check(problem: Problem, layout: torch.memory_format, plan: str) -> None:
-        placed = problem.map(
-            lambda tensor: (tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor).cuda()
-        )
+    def check(problem: Problem, plan: str) -> None:
         extension.force_plan(plan)
         with torch.inference_mode():
-            actual = placed.call(fused_cna.conv_norm_act).cpu()
-        assert torch.equal(actual, expected_rounded(problem)), (
-            f"{problem.x.shape} {layout} {plan}: wrong result"
-        )
+            actual = problem.map(lambda tensor: tensor.cuda()).call(fused_cna.conv_norm_act).cpu()
+        extension.force_plan("")
+        assert torch.equal(actual, expected_rounded(problem)), f"{problem.x.shape} {plan}: wrong result"
 
     def check_slice(problem: Problem) -> None:
         """Adds to a channel slice what is computed from another slice of the same tensor."""
@@ -103,45 +90,18 @@ def check_kernels() -> None:
     for shape in SHAPES:
         for dtype in DTYPES:
             problem = integer_problem(shape, dtype, wanted)
-            check(problem, torch.contiguous_format, "direct")
-            check(problem, torch.channels_last, "")
-    for shape in TOEPLITZ_SHAPES:
-        for dtype in (torch.float16, torch.bfloat16):
-            check(integer_problem(shape, dtype, wanted), torch.channels_last, "depthwise_toeplitz")
+            check(problem, "direct")
+            check(problem.map(lambda tensor: channels_last(tensor) if tensor.dim() == 4 else tensor), "")
     for shape in TELLING_SHAPES:
         for dtype in DTYPES:
             check_slice(integer_problem(shape, dtype, wanted))
-    instantiations = set()
-    for shape in LARGER:
-        for dtype in DTYPES:
-            problem = integer_problem(shape, dtype, wanted)
-            # one plan for each instantiation, the one with the most splits
-            plans = {without_split(plan): plan for plan in reversed(tensor_core_plans(dense_of(problem)))}
-            new = {(dtype, kind): plan for kind, plan in plans.items() if (dtype, kind) not in instantiations}
-            for plan in new.values():
-                check(problem, torch.channels_last, plan)
-            instantiations |= set(new)
-    for shape in FEW_PIXELS:
-        for dtype in DTYPES:
-            problem = integer_problem(shape, dtype, wanted)
-            for plan in one_of_each_kind(dense_of(problem)):
-                check(problem, torch.channels_last, plan)
-    for shape in GROUPED:
-        for dtype in DTYPES:
-            problem = integer_problem(shape, dtype, wanted)
-            dense = problem.map(
-                lambda tensor: (
-                    tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-                )
-            )
-            for plan in {instantiation(plan): plan for plan in grouped_plans(dense)}.values():
-                check(problem, torch.channels_last, plan)
-                instantiations.add((dtype, f"grouped {instantiation(plan)}"))
-    extension.force_plan("")
+    checked = 0
+    for problem, plan in plans_of_every_kernel(wanted):
+        check(problem, plan)
+        checked += 1
     torch.cuda.synchronize()
     print(
-        f"{len(SHAPES)} shapes, {len(DTYPES)} dtypes, {len(instantiations)} tensor-core kernels, "
-        f"{len(FEW_PIXELS)} shapes of few pixels: bit for bit"
+        f"{len(SHAPES)} shapes in {len(DTYPES)} dtypes and {checked} plans of the other kernels: bit for bit"
     )
 
 

@@ -111,6 +111,27 @@ def main_loop(code: Code, pattern: str = TENSOR_CORES) -> Loop:
     return Loop(tuple(code[i] for i in sorted(loop)), tuple(code[i] for i in sorted(every_turn)))
 
 
+def innermost_loop(code: Code, pattern: str) -> Code:
+    """The loop with no other in it that has the most instructions that ``pattern`` matches.
+
+    For loops whose instructions lie next to each other, from a jump's target to the jump back.
+
+    Raises:
+        ValueError: no such instruction lies in such a loop.
+    """
+    spans = [(target, i) for i, jump in enumerate(code) for target in jump.targets if target <= i]
+    inner = [
+        (start, end)
+        for start, end in spans
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in spans)
+    ]
+    loops = [code[start : end + 1] for start, end in inner]
+    best = max(loops, key=lambda loop: count(loop, pattern), default=())
+    if not count(best, pattern):
+        raise ValueError(f"no innermost loop has an instruction like {pattern}")
+    return best
+
+
 def _graph(code: Code) -> list[tuple[int, ...]]:
     """The instructions that each one may be followed by."""
     following = []

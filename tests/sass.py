@@ -340,6 +340,46 @@ def grouped_kernel(name: str) -> GroupedKernel | None:
     return GroupedKernel(_DTYPES[match["dtype"]], reader, int(match["columns"]), int(match["blocks"]))
 
 
+@dataclass(frozen=True)
+class DepthwiseKernel:
+    """An instantiation of depthwise: what its mangled name says of it. A filter of 0 is any."""
+
+    dtype: str
+    filter: int
+    stride: int
+    blocks: int
+    by_value: bool
+    access_bytes: int
+
+    @property
+    def values(self) -> int:
+        """Channels of a chunk."""
+        return 4 if self.dtype == "float32" else 8
+
+    @property
+    def shared_bytes(self) -> int:
+        """DepthwiseTile::shared_bytes of csrc/tiles.h."""
+        taps = self.filter**2 or 32
+        return 7 * self.values * 128 * 4 + taps * (8 * self.values + 4) * 4 + 8 * self.values * 12
+
+
+_DEPTHWISE = re.compile(
+    r"9depthwiseINS0_15DepthwiseTraitsI(?P<dtype>f|6__half|13__nv_bfloat16)XtlNS_13DepthwiseTileE"
+    r"(?P<tile>(?:L[ib]\d+E)+)EELi(?P<access>\d+)E"
+)
+
+
+def depthwise_kernel(name: str) -> DepthwiseKernel | None:
+    """What a mangled name says, or None where it is another kernel's."""
+    match = _DEPTHWISE.search(name)
+    if match is None:
+        return None
+    filter_size, stride, blocks, by_value = map(int, re.findall(r"L[ib](\d+)E", match["tile"]))
+    return DepthwiseKernel(
+        _DTYPES[match["dtype"]], filter_size, stride, blocks, bool(by_value), int(match["access"])
+    )
+
+
 REGISTERS_PER_MULTIPROCESSOR = 65536
 THREADS_PER_MULTIPROCESSOR = 2048
 SHARED_BYTES_PER_MULTIPROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}

@@ -6,9 +6,21 @@ import re
 
 import pytest
 
-from tests.machine_code import TENSOR_CORES, count, main_loop
-from tests.sass import CSRC, Compiled, CompiledKernel, SmallMKernel, grouped_kernel, small_m_kernel
+from tests.machine_code import TENSOR_CORES, count, innermost_loop, main_loop
+from tests.sass import (
+    CSRC,
+    Compiled,
+    CompiledKernel,
+    SmallMKernel,
+    depthwise_kernel,
+    grouped_kernel,
+    resident_blocks,
+    small_m_kernel,
+)
 from tests.test_compiled_kernels import COPIES, LOADS, MMA, every_architecture, in_one_worker
+
+DEPTHWISE_TILE = re.compile(r"^ {4}\{(\d), (\d), (\d)(, true)?\},", re.MULTILINE)
+"""A row of depthwise_tiles in csrc/tiles.h."""
 
 GROUPED_TILE = re.compile(r"^ {4}\{GroupReader::(\w+), (\d+), (\d+)\},", re.MULTILINE)
 """A row of grouped_tiles in csrc/tiles.h."""
@@ -136,3 +148,47 @@ def test_narrow_groups_take_fragments_straight_from_the_halo(
         assert kernel.count(COPIES[16]) == 2, kernel.name
         assert kernel.count(r"LDGSTS\..*\.64") == 2, kernel.name
         assert kernel.count(r"LDGSTS\..*") == 6, kernel.name
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_depthwise_is_compiled_as_the_plan_knows_it(compiled: Compiled, architecture: str) -> None:
+    listed = DEPTHWISE_TILE.findall((CSRC / "tiles.h").read_text())
+    assert len(listed) == 8
+    expected = set()
+    for filter_size, stride, blocks, by_value in listed:
+        tile = (int(filter_size), int(stride), int(blocks), bool(by_value))
+        expected |= {(dtype, *tile, access) for dtype in MMA for access in ((0,) if by_value else (16, 4))}
+    found = set()
+    for kernel in compiled["depthwise", architecture]:
+        made = depthwise_kernel(kernel.name)
+        assert made is not None, "the names are mangled in another way than expected"
+        found.add((made.dtype, made.filter, made.stride, made.blocks, made.by_value, made.access_bytes))
+        assert kernel.bounds.threads == 128
+        assert resident_blocks(kernel, made.shared_bytes, architecture) >= made.blocks, kernel.name
+    assert found == expected
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_a_filter_row_loads_every_column_once(disassembled: Compiled, architecture: str) -> None:
+    """And multiplies it into every output that needs it: the loop over the rows of 3x3, 5x5 and 7x7."""
+    for kernel in disassembled["depthwise", architecture]:
+        made = depthwise_kernel(kernel.name)
+        assert made is not None
+        assert kernel.code is not None
+        if made.filter == 0 or made.access_bytes < 16:
+            continue
+        loop = innermost_loop(kernel.code, r"LDS\.128")
+        products = 7 * made.filter * made.values
+        columns = 6 * made.stride + made.filter
+        assert count(loop, r"LDG\.E.*\.128.*") == count(loop, r"LDG\..*") == columns, kernel.name
+        assert count(loop, r"LDS\.128") == count(loop, r"LDS.*") == made.filter * made.values // 4, (
+            kernel.name
+        )
+        assert count(loop, r"(STG|STS|BAR)\b.*") == 0, kernel.name
+        assert products <= count(loop, "FFMA.*") <= products + 2, kernel.name
+        if made.stride == 1:
+            assert products / len(loop) >= {3: 0.45, 5: 0.53, 7: 0.57}[made.filter], kernel.name

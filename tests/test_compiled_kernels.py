@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine_code import CUDA_CORES, TENSOR_CORES, Code, Instruction, count, main_loop, parse_code
+from tests.machine_code import (
+    CUDA_CORES,
+    TENSOR_CORES,
+    Code,
+    Instruction,
+    count,
+    innermost_loop,
+    main_loop,
+    parse_code,
+)
 from tests.sass import (
     CSRC,
     REGISTERS_PER_MULTIPROCESSOR,
@@ -20,6 +29,7 @@ from tests.sass import (
     LaunchBounds,
     Resources,
     compile_kernels,
+    depthwise_kernel,
     find_disassembler,
     gemm_kernel,
     grouped_kernel,
@@ -49,6 +59,7 @@ SCALAR_STORES = "|".join(
 GEMM_FILES = [source.stem for source in SOURCES if source.stem.startswith("implicit_gemm")]
 
 TILED_FILES = [
+    "depthwise",
     "grouped",
 ]
 """Other kernel files whose tiles say the blocks, as those of the implicit GEMM do."""
@@ -116,7 +127,7 @@ def test_the_promised_blocks_have_registers_enough(
     compiled: Compiled, source: str, architecture: str
 ) -> None:
     for kernel in compiled[source, architecture]:
-        tiled = gemm_kernel(kernel.name) or grouped_kernel(kernel.name)
+        tiled = gemm_kernel(kernel.name) or grouped_kernel(kernel.name) or depthwise_kernel(kernel.name)
         assert kernel.bounds.blocks == (tiled.blocks if tiled else BLOCKS[source]), kernel.name
         registers = max(kernel.bounds.blocks, 1) * registers_of_a_block(kernel)
         assert registers <= REGISTERS_PER_MULTIPROCESSOR, f"{kernel.name}: {registers} registers"
@@ -315,6 +326,14 @@ def test_the_loop_with_the_most_products_is_the_main_loop() -> None:
     assert len(main_loop(code).all) == 3
     with pytest.raises(ValueError, match="no loop has"):
         main_loop(straight("HMMA.1 LDG ?BRA>1 EXIT"))
+
+
+def test_the_innermost_loop_with_the_most_matches_is_found() -> None:
+    #                    0   1   2     3   4   5   6       7       8   9
+    code = straight("MOV LDG IADD LDG LDG LDS ?BRA>3 ?BRA>1 LDG ?BRA>8")
+    assert " ".join(i.opcode for i in innermost_loop(code, "LDG")) == "LDG LDG LDS BRA"
+    with pytest.raises(ValueError, match="no innermost loop has"):
+        innermost_loop(code, "IADD")
 
 
 def test_what_a_file_includes_is_followed(tmp_path: Path) -> None:

@@ -27,6 +27,33 @@ __device__ __forceinline__ void store_pair(float* destination, float first, floa
     *reinterpret_cast<FloatPair*>(destination) = {first, second};
 }
 
+// Reads 16 bytes in pieces of Bytes, which memory must be aligned to. Only the pieces that hold one of the first `valid`
+// values are read; the others are zeros.
+template <int Bytes, class T>
+__device__ __forceinline__ Vector16 load_pieces(const T* source, int valid) {
+    struct alignas(Bytes) Piece {
+        uint32_t words[Bytes / 4];
+    };
+    Vector16 whole{};
+#pragma unroll
+    for (int i = 0; i < 16 / Bytes; ++i) {
+        constexpr int per_piece = Bytes / static_cast<int>(sizeof(T));
+        if (i * per_piece >= valid) continue;
+        const Piece piece = reinterpret_cast<const Piece*>(source)[i];
+#pragma unroll
+        for (int j = 0; j < Bytes / 4; ++j) whole.words[i * Bytes / 4 + j] = piece.words[j];
+    }
+    return whole;
+}
+
+template <class T>
+__device__ __forceinline__ void convert_vector(const Vector16& whole, float (&values)[values_per_vector<T>]) {
+    T parts[values_per_vector<T>];
+    memcpy(parts, &whole, sizeof(whole));
+#pragma unroll
+    for (int i = 0; i < values_per_vector<T>; ++i) values[i] = to_float(parts[i]);
+}
+
 // Reads Count values from 16-byte aligned memory.
 template <int Count, class T>
 __device__ __forceinline__ void load_vector(const T* source, float (&values)[Count]) {

@@ -10,18 +10,20 @@ namespace {
 // Assumptions that no measurement has yet replaced.
 constexpr double direct_share = 0.25;  // of the CUDA cores' rate, in the main loop of `direct`
 constexpr int64_t direct_blocks_per_multiprocessor = 3;
-constexpr double load_cost = 10;  // multiply-adds in the time of one address and load, there
+constexpr double load_cost = 28;  // multiply-adds in the time of the 110 instructions of one address and load, there
 
 Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
     const double m = plan.tile.m, n = plan.tile.n;
     const double products_per_block = m * n * static_cast<double>(problem.gemm_k());
     const double cycles = products_per_block * (1 + load_cost * (m + n) / (m * n)) / (fma_per_clock(device) * direct_share);
-    // Nothing is loaded ahead: every step waits for its own operands.
+    // Nothing is loaded ahead: every step asks for its own operands, whole even where products end before, and waits for
+    // them.
     const double steps = static_cast<double>(ceil_div(problem.gemm_k(), plan.tile.k));
+    const double loads = load_cost * (m + n) * plan.tile.k / (fma_per_clock(device) * direct_share);
     return {.products_us = as_us(waves(plan, 1, device) * cycles, device),
             .bytes_us = transfer_us(compulsory_bytes(problem), device),
             .latency_us = as_us(waves(plan, direct_blocks_per_multiprocessor, device) *
-                                    (prologue_and_epilogue + steps * (memory_latency + step_latency)),
+                                    (prologue_and_epilogue + steps * (loads + memory_latency + step_latency)),
                                 device),
             .overhead_us = launch_us};
 }

@@ -22,6 +22,7 @@ std::string too_old(const DeviceInfo& device);
 void add_direct(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_depthwise_toeplitz(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_grouped(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
+void add_depthwise(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_small_m(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 
@@ -29,6 +30,7 @@ void add_small_m(const ConvProblem& problem, const DeviceInfo& device, std::vect
 std::string describe_copies(const Plan& plan);
 
 // Each says what tells its kernel's plans of one tile apart, for to_string.
+std::string describe_depthwise(const Plan& plan);
 std::string describe_implicit_gemm(const Plan& plan);
 std::string describe_small_m(const Plan& plan);
 std::string describe_depthwise_toeplitz(const Plan& plan);
