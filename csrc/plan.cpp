@@ -66,6 +66,7 @@ std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceI
     check_extents(problem);
     std::vector<Candidate> all;
     add_implicit_gemm(problem, device, all);
+    add_stem(problem, device, all);
     add_direct(problem, device, all);
     std::stable_sort(all.begin(), all.end(), is_better);
     if (!all.front().illegal.empty()) refuse(problem, all.back().illegal + "; split the batch");
@@ -133,6 +134,7 @@ std::string to_string(const Plan& plan) {
     switch (plan.kernel) {
         case Kernel::direct: return name;
         case Kernel::implicit_gemm_sm80: return name + describe_implicit_gemm(plan);
+        case Kernel::stem: return name + describe_stem(plan);
     }
     return name;
 }

@@ -12,14 +12,15 @@
 
 namespace fused_cna {
 
-enum class Kernel : int32_t { direct, implicit_gemm_sm80 };
+enum class Kernel : int32_t { direct, implicit_gemm_sm80, stem };
 
-inline constexpr std::array<Kernel, 2> all_kernels{Kernel::direct, Kernel::implicit_gemm_sm80};
+inline constexpr std::array<Kernel, 3> all_kernels{Kernel::direct, Kernel::implicit_gemm_sm80, Kernel::stem};
 
 constexpr const char* kernel_name(Kernel kernel) {
     switch (kernel) {
         case Kernel::direct: return "direct";
         case Kernel::implicit_gemm_sm80: return "implicit_gemm_sm80";
+        case Kernel::stem: return "stem";
     }
     return "unknown";
 }
@@ -53,9 +54,11 @@ struct Plan {
     int stages = 1;
     int split_k = 1;
     Rows rows = Rows::plain;
-    int access_bytes = 0;         // of one load of operands; 0 where loads are value by value
-    bool convert_x = false;       // x is first copied to dense channels_last
-    bool convert_weight = false;  // the weight is first copied to dense KRSC
+    int access_bytes = 0;            // of one load of operands; 0 where loads are value by value
+    bool convert_x = false;          // x is first copied to dense channels_last
+    bool convert_weight = false;     // the weight is first copied to dense KRSC
+    int64_t tile_p = 0, tile_q = 0;  // of the stem kernel: the rectangle of output pixels that a tile covers
+    int64_t filter_rows = 0;         // of the stem kernel: those that one chunk of the reduction takes
     int64_t blocks = 0;
     int64_t workspace_bytes = 0;
     Estimate estimate;

@@ -24,6 +24,7 @@ void run(const ConvArgs& args, const Plan& plan, Stream stream) {
     switch (plan.kernel) {
         case Kernel::direct: error = launch_direct(args, plan, stream); break;
         case Kernel::implicit_gemm_sm80: error = launch_implicit_gemm(args, plan, stream); break;
+        case Kernel::stem: error = launch_stem(args, plan, stream); break;
     }
     if (error) {
         throw std::runtime_error("fused_cna: launching " + to_string(plan) + " failed: " + error + " (" +

@@ -21,8 +21,10 @@ std::string too_old(const DeviceInfo& device);
 // Each appends its kernel's candidates for the problem, those that cannot run it with the reason.
 void add_direct(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
+void add_stem(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 
 // Each says what tells its kernel's plans of one tile apart, for to_string.
 std::string describe_implicit_gemm(const Plan& plan);
+std::string describe_stem(const Plan& plan);
 
 }  // namespace fused_cna

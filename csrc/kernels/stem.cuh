@@ -1,0 +1,188 @@
+// The first layer of a network, four input channels or fewer, on tensor cores: reads x in any layout, NCHW too. float16,
+// bfloat16, and float32 rounded to tf32; compute capability 8.0 and newer.
+//
+// A block makes rectangles of output pixels of one image, one after the other. It brings the window of x that a rectangle
+// reads into shared memory as it is; each lane gathers its fragments of the left matrix from there, so that matrix exists
+// in registers only. Every warp makes its pixels in all of the block's channels: each value is gathered once.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include <device/launch.cuh>
+#include <device/ptx.cuh>
+#include <device/types.cuh>
+#include <device/vector.cuh>
+
+#include "../conv_args.h"
+#include "epilogue.cuh"
+#include "stem_operands.cuh"
+
+namespace fused_cna::kernels {
+
+template <class Traits>
+struct StemShared {
+    alignas(16) ChannelFold folds[Traits::n];
+    alignas(16) StemPixel pixels[Traits::m];
+    static_assert(sizeof(ChannelFold) * Traits::n + sizeof(StemPixel) * Traits::m == Traits::tile.table_bytes(),
+                  "the plan's shared memory must be the kernel's");
+};
+
+template <class Traits>
+__device__ void prepare_tables(const StemArgs& args, int first_channel, StemShared<Traits>& shared) {
+    using T = typename Traits::Value;
+    const int row_bytes = args.window_columns * args.pixel_pitch * static_cast<int>(sizeof(T));
+    for (int i = device::thread_x(); i < Traits::m; i += Traits::threads) {
+        const int p = i / args.tile_q, q = i % args.tile_q;
+        const bool exists = p < args.tile_p;
+        const Strides &y = args.conv.y_strides, &residual = args.conv.residual_strides;
+        shared.pixels[i] = {
+            .y = p * y.h + q * y.w,
+            .residual = p * residual.h + q * residual.w,
+            // What is no pixel reads the first one's taps, and its results are dropped.
+            .window = exists ? p * args.row_step * row_bytes + q * args.stride_w * args.pixel_pitch * int{sizeof(T)} : 0,
+            .p = static_cast<int16_t>(exists ? p : -1),
+            .q = static_cast<int16_t>(q)};
+    }
+    for (int i = device::thread_x(); i < Traits::n; i += Traits::threads) {
+        const bool exists = first_channel + i < args.k;
+        shared.folds[i] = exists ? fold_channel<T>(args.conv.epilogue, first_channel + i) : ChannelFold{};
+    }
+}
+
+template <class Traits>
+using StemAccumulators = float[Traits::fragments_m][Traits::fragments_n][4];
+
+// The tile's pixel of a lane's fragment row: `half` is 0 for the upper eight rows of fragment i, 1 for the lower.
+template <class Traits>
+__device__ __forceinline__ int pixel_of_fragment(int i, int half) {
+    return device::warp() * Traits::fragments_m * 16 + i * 16 + half * 8 + device::lane() / 4;
+}
+
+// The main loop: one MMA step of the warp's pixels a turn. `before` are the bytes from the window's first pixel to the
+// tile's first tap.
+template <class Traits>
+__device__ __forceinline__ void multiply(const StemArgs& args, const StemShared<Traits>& shared,
+                                         const StemOperands<typename Traits::Value>& operands, int before,
+                                         StemAccumulators<Traits>& total) {
+    const char* sources[Traits::fragments_m][2];
+#pragma unroll
+    for (int i = 0; i < Traits::fragments_m * 2; ++i) {
+        sources[i / 2][i % 2] = reinterpret_cast<const char*>(operands.window) + before +
+                                shared.pixels[pixel_of_fragment<Traits>(i / 2, i % 2)].window;
+    }
+    const int lane = device::lane();
+    const int weight_row = lane % 8 + lane / 16 * 8;
+    uint32_t weights = device::shared_address(operands.weights + weight_row * args.weight_pitch + lane / 8 % 2 * 4);
+    const int weight_step = args.weight_pitch * 16 * 4;
+    const StemTaps* next = operands.taps + lane % 4;
+    StemTaps taps = *next;
+#pragma unroll 1
+    for (int step = args.words / 8; step > 0; --step) {
+        uint32_t x[Traits::fragments_m][4];
+#pragma unroll
+        for (int i = 0; i < Traits::fragments_m * 4; ++i) {
+            const int half = i % 2, slot = i / 2 % 2;
+            const char* source = sources[i / 4][half] + taps.offset[slot];
+            x[i / 4][slot * 2 + half] = *reinterpret_cast<const uint32_t*>(source) & taps.mask[slot];
+        }
+        next += step > 1 ? 4 : 0;
+        taps = *next;
+#pragma unroll
+        for (int j = 0; j < Traits::fragments_n; j += 2) {
+            uint32_t words[4];
+            device::load_matrices(weights + j / 2 * weight_step, words);
+            const uint32_t first[2] = {words[0], words[1]}, second[2] = {words[2], words[3]};
+#pragma unroll
+            for (int i = 0; i < Traits::fragments_m; ++i) {
+                device::multiply_add<typename Traits::Value>(total[i][j], x[i], first);
+                device::multiply_add<typename Traits::Value>(total[i][j + 1], x[i], second);
+            }
+        }
+        weights += 32;
+    }
+}
+
+// A lane's eight neighbouring channels of one of its pixels. Compiles to a jump and eight moves.
+template <class Traits>
+__device__ __forceinline__ void take_slice(const StemAccumulators<Traits>& total, int slice,
+                                           float (&values)[Traits::channels_per_lane]) {
+    constexpr int slices_per_group = Traits::fragments_m * 2;
+#pragma unroll
+    for (int i = 0; i < Traits::groups * slices_per_group; ++i) {
+        if (i != slice) continue;
+#pragma unroll
+        for (int j = 0; j < Traits::channels_per_lane; ++j) {
+            values[j] = total[i % slices_per_group / 2][i / slices_per_group * 4 + j / 2][i % 2 * 2 + j % 2];
+        }
+    }
+}
+
+// Finishes and stores the tile from registers, in rolled loops, so that the activations are instantiated once.
+template <class Traits>
+__device__ __forceinline__ void store_pixels(const StemArgs& args, const StemTileOrigin& origin, int first_channel,
+                                             const StemShared<Traits>& shared, const StemAccumulators<Traits>& total) {
+    using T = typename Traits::Value;
+    constexpr int width = Traits::channels_per_lane, slices_per_group = Traits::fragments_m * 2;
+    const ConvArgs& conv = args.conv;
+    const RowPlace first = place_of_pixel(conv, {origin.n, origin.p, origin.q});
+#pragma unroll 1
+    for (int group = 0; group < Traits::groups; ++group) {
+        const int column = group * Traits::group + device::lane() % 4 * width;
+        const int remaining = args.k - first_channel - column;
+        if (remaining <= 0) continue;
+        const int64_t channel = first_channel + column;
+        ChannelFold folds[width];
+        device::Vector16 pieces[sizeof(folds) / 16];
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof(folds) / 16); ++i) {
+            pieces[i] = reinterpret_cast<const device::Vector16*>(shared.folds + column)[i];
+        }
+        memcpy(folds, pieces, sizeof(folds));
+#pragma unroll 1
+        for (int slice = 0; slice < slices_per_group; ++slice) {
+            float values[width];
+            take_slice<Traits>(total, group * slices_per_group + slice, values);
+            const StemPixel& pixel = shared.pixels[pixel_of_fragment<Traits>(slice / 2, slice % 2)];
+            if (pixel.p < 0 || origin.p + pixel.p >= args.p || origin.q + pixel.q >= args.q) continue;
+            const T* residual = static_cast<const T*>(conv.residual);
+            if (residual) residual += first.residual + pixel.residual + channel * conv.residual_strides.c;
+            T* y = static_cast<T*>(conv.y) + first.y + pixel.y + channel * conv.y_strides.c;
+            finish_channels<width, T>(values, folds, remaining < width ? remaining : width,
+                                      {residual, conv.residual_strides.c}, {y, conv.y_strides.c}, conv.epilogue);
+        }
+    }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multiprocessor)
+    stem(const __grid_constant__ StemArgs args) {
+    using T = typename Traits::Value;
+    auto& shared = device::shared_storage<StemShared<Traits>>();
+    const auto operands = StemOperands<T>::at(&shared + 1, args, Traits::n);
+    const int block = static_cast<int>(device::block_x());
+    const int first_channel = block % args.tiles_n * Traits::n;
+    prepare_tables(args, first_channel, shared);
+
+    // Packing weights costs as much as a tile of pixels: where one chunk is all, a block does it once for all its tiles.
+    int packed_chunk = -1;
+#pragma unroll 1
+    for (int tile = block / args.tiles_n; tile < args.tiles; tile += args.tile_step) {
+        const StemTileOrigin origin = StemTileOrigin::of(args, tile);
+        StemAccumulators<Traits> total = {};
+#pragma unroll 1
+        for (int chunk = 0; chunk < args.chunks; ++chunk) {
+            const StemWindow window = StemWindow::of<Traits>(args, origin, chunk);
+            device::sync_threads();
+            load_window<Traits>(args, origin, window, operands.window);
+            if (chunk != packed_chunk) load_weights<Traits>(args, first_channel, chunk, operands);
+            packed_chunk = chunk;
+            device::sync_threads();
+            const int before = (window.before * args.pixel_pitch - args.lead) * static_cast<int>(sizeof(T));
+            multiply<Traits>(args, shared, operands, before, total);
+        }
+        store_pixels<Traits>(args, origin, first_channel, shared, total);
+    }
+}
+
+}  // namespace fused_cna::kernels
