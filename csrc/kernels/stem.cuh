@@ -53,10 +53,13 @@ __device__ void prepare_tables(const StemArgs& args, int first_channel, StemShar
 template <class Traits>
 using StemAccumulators = float[Traits::fragments_m][Traits::fragments_n][4];
 
+// Unsigned, so that parts of it cost one instruction and are made anew rather than kept.
+__device__ __forceinline__ unsigned thread() { return static_cast<unsigned>(device::thread_x()); }
+
 // The tile's pixel of a lane's fragment row: `half` is 0 for the upper eight rows of fragment i, 1 for the lower.
 template <class Traits>
 __device__ __forceinline__ int pixel_of_fragment(int i, int half) {
-    return device::warp() * Traits::fragments_m * 16 + i * 16 + half * 8 + device::lane() / 4;
+    return static_cast<int>(thread() / 32 * Traits::fragments_m * 16 + thread() % 32 / 4) + i * 16 + half * 8;
 }
 
 // The main loop: one MMA step of the warp's pixels a turn. `before` are the bytes from the window's first pixel to the
@@ -71,12 +74,11 @@ __device__ __forceinline__ void multiply(const StemArgs& args, const StemShared<
         sources[i / 2][i % 2] = reinterpret_cast<const char*>(operands.window) + before +
                                 shared.pixels[pixel_of_fragment<Traits>(i / 2, i % 2)].window;
     }
-    const int lane = device::lane();
-    const int weight_row = lane % 8 + lane / 16 * 8;
-    uint32_t weights = device::shared_address(operands.weights + weight_row * args.weight_pitch + lane / 8 % 2 * 4);
+    const unsigned weight_row = thread() % 8 + thread() % 32 / 16 * 8;
+    uint32_t weights = device::shared_address(operands.weights + weight_row * args.weight_pitch + thread() / 8 % 2 * 4);
     const int weight_step = args.weight_pitch * 16 * 4;
-    const StemTaps* next = operands.taps + lane % 4;
-    StemTaps taps = *next;
+    const StemTaps* next = operands.taps + thread() % 4;
+    StemTaps taps = *next;  // read a turn ahead; the last turn's are no taps but weights, and serve for nothing
 #pragma unroll 1
     for (int step = args.words / 8; step > 0; --step) {
         uint32_t x[Traits::fragments_m][4];
@@ -86,7 +88,7 @@ __device__ __forceinline__ void multiply(const StemArgs& args, const StemShared<
             const char* source = sources[i / 4][half] + taps.offset[slot];
             x[i / 4][slot * 2 + half] = *reinterpret_cast<const uint32_t*>(source) & taps.mask[slot];
         }
-        next += step > 1 ? 4 : 0;
+        next += 4;
         taps = *next;
 #pragma unroll
         for (int j = 0; j < Traits::fragments_n; j += 2) {
@@ -103,18 +105,33 @@ __device__ __forceinline__ void multiply(const StemArgs& args, const StemShared<
     }
 }
 
-// A lane's eight neighbouring channels of one of its pixels. Compiles to a jump and eight moves.
+// A slice is a lane's eight neighbouring channels of one of its pixels; a tile has eight of them at most. Counts behind the
+// last mean the last.
+template <class Traits, int Slice>
+__device__ __forceinline__ void copy_slice(const StemAccumulators<Traits>& total,
+                                           float (&values)[Traits::channels_per_lane]) {
+    constexpr int slice = Slice < Traits::slices ? Slice : Traits::slices - 1;
+    constexpr int pixel = slice % Traits::pixels_per_lane, group = slice / Traits::pixels_per_lane;
+#pragma unroll
+    for (int j = 0; j < Traits::channels_per_lane; ++j) {
+        values[j] = total[pixel / 2][group * 4 + j / 2][pixel % 2 * 2 + j % 2];
+    }
+}
+
+// Registers cannot be indexed. A switch becomes a few jumps and eight moves; from a chain of tests the compiler makes eight
+// selections for every value. It has no case that leaves the values as they were, or they would live through the loop.
 template <class Traits>
 __device__ __forceinline__ void take_slice(const StemAccumulators<Traits>& total, int slice,
                                            float (&values)[Traits::channels_per_lane]) {
-    constexpr int slices_per_group = Traits::fragments_m * 2;
-#pragma unroll
-    for (int i = 0; i < Traits::groups * slices_per_group; ++i) {
-        if (i != slice) continue;
-#pragma unroll
-        for (int j = 0; j < Traits::channels_per_lane; ++j) {
-            values[j] = total[i % slices_per_group / 2][i / slices_per_group * 4 + j / 2][i % 2 * 2 + j % 2];
-        }
+    switch (slice) {
+        case 0: return copy_slice<Traits, 0>(total, values);
+        case 1: return copy_slice<Traits, 1>(total, values);
+        case 2: return copy_slice<Traits, 2>(total, values);
+        case 3: return copy_slice<Traits, 3>(total, values);
+        case 4: return copy_slice<Traits, 4>(total, values);
+        case 5: return copy_slice<Traits, 5>(total, values);
+        case 6: return copy_slice<Traits, 6>(total, values);
+        default: return copy_slice<Traits, 7>(total, values);
     }
 }
 
@@ -123,15 +140,14 @@ template <class Traits>
 __device__ __forceinline__ void store_pixels(const StemArgs& args, const StemTileOrigin& origin, int first_channel,
                                              const StemShared<Traits>& shared, const StemAccumulators<Traits>& total) {
     using T = typename Traits::Value;
-    constexpr int width = Traits::channels_per_lane, slices_per_group = Traits::fragments_m * 2;
+    constexpr int width = Traits::channels_per_lane;
     const ConvArgs& conv = args.conv;
     const RowPlace first = place_of_pixel(conv, {origin.n, origin.p, origin.q});
 #pragma unroll 1
     for (int group = 0; group < Traits::groups; ++group) {
-        const int column = group * Traits::group + device::lane() % 4 * width;
+        const int column = group * Traits::group + static_cast<int>(thread() % 4) * width;
         const int remaining = args.k - first_channel - column;
-        if (remaining <= 0) continue;
-        const int64_t channel = first_channel + column;
+        const int channel = first_channel + column;
         ChannelFold folds[width];
         device::Vector16 pieces[sizeof(folds) / 16];
 #pragma unroll
@@ -140,16 +156,18 @@ __device__ __forceinline__ void store_pixels(const StemArgs& args, const StemTil
         }
         memcpy(folds, pieces, sizeof(folds));
 #pragma unroll 1
-        for (int slice = 0; slice < slices_per_group; ++slice) {
+        for (int i = 0; i < Traits::pixels_per_lane; ++i) {
             float values[width];
-            take_slice<Traits>(total, group * slices_per_group + slice, values);
-            const StemPixel& pixel = shared.pixels[pixel_of_fragment<Traits>(slice / 2, slice % 2)];
-            if (pixel.p < 0 || origin.p + pixel.p >= args.p || origin.q + pixel.q >= args.q) continue;
-            const T* residual = static_cast<const T*>(conv.residual);
-            if (residual) residual += first.residual + pixel.residual + channel * conv.residual_strides.c;
-            T* y = static_cast<T*>(conv.y) + first.y + pixel.y + channel * conv.y_strides.c;
-            finish_channels<width, T>(values, folds, remaining < width ? remaining : width,
-                                      {residual, conv.residual_strides.c}, {y, conv.y_strides.c}, conv.epilogue);
+            take_slice<Traits>(total, group * Traits::pixels_per_lane + i, values);
+            const StemPixel& pixel = shared.pixels[pixel_of_fragment<Traits>(i / 2, i % 2)];
+            const bool exists = pixel.p >= 0 && origin.p + pixel.p < args.p && origin.q + pixel.q < args.q;
+            if (exists && remaining > 0) {
+                const T* residual = static_cast<const T*>(conv.residual);
+                if (residual) residual += first.residual + pixel.residual + channel * conv.residual_strides.c;
+                T* y = static_cast<T*>(conv.y) + first.y + pixel.y + channel * conv.y_strides.c;
+                finish_channels<width, T>(values, folds, remaining < width ? remaining : width,
+                                          {residual, conv.residual_strides.c}, {y, conv.y_strides.c}, conv.epilogue);
+            }
         }
     }
 }

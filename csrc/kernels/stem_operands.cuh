@@ -44,9 +44,11 @@ struct StemTraits {
     static constexpr int m = tile.m, n = tile.n, warps = tile.warps, threads = tile.threads();
     static constexpr int fragments_m = m / warps / 16, fragments_n = n / 8;
     static constexpr int channels_per_lane = 8, group = 4 * channels_per_lane, groups = n / group;
+    static constexpr int pixels_per_lane = fragments_m * 2, slices = groups * pixels_per_lane;
     static constexpr int values_per_word = 4 / sizeof(T), pixels_per_unit = 16 / sizeof(T);
     static_assert(m == warps * fragments_m * 16, "every warp makes whole fragments of 16 pixels");
     static_assert(n % group == 0, "four lanes store whole groups of channels");
+    static_assert(slices <= 8, "take_slice knows eight");
 };
 
 // One pixel of the tile: offsets in elements, from the tile's first pixel.
