@@ -31,18 +31,19 @@ struct StemShared {
 template <class Traits>
 __device__ void prepare_tables(const StemArgs& args, int first_channel, StemShared<Traits>& shared) {
     using T = typename Traits::Value;
-    const int row_bytes = args.window_columns * args.pixel_pitch * static_cast<int>(sizeof(T));
-    for (int i = device::thread_x(); i < Traits::m; i += Traits::threads) {
-        const int p = i / args.tile_q, q = i % args.tile_q;
+    const unsigned pixel_bytes = args.pixel_pitch * sizeof(T);
+    const unsigned p_bytes = args.row_step * args.window_columns * pixel_bytes,
+                   q_bytes = static_cast<unsigned>(args.stride_w) * pixel_bytes;
+    for (unsigned i = thread(); i < Traits::m; i += Traits::threads) {
+        const unsigned p = i / args.tile_q, q = i % args.tile_q;
         const bool exists = p < args.tile_p;
         const Strides &y = args.conv.y_strides, &residual = args.conv.residual_strides;
-        shared.pixels[i] = {
-            .y = p * y.h + q * y.w,
-            .residual = p * residual.h + q * residual.w,
-            // What is no pixel reads the first one's taps, and its results are dropped.
-            .window = exists ? p * args.row_step * row_bytes + q * args.stride_w * args.pixel_pitch * int{sizeof(T)} : 0,
-            .p = static_cast<int16_t>(exists ? p : -1),
-            .q = static_cast<int16_t>(q)};
+        shared.pixels[i] = {.y = p * y.h + q * y.w,
+                            .residual = p * residual.h + q * residual.w,
+                            // What is no pixel reads the first one's taps, and its results are dropped.
+                            .window = exists ? static_cast<int>(p * p_bytes + q * q_bytes) : 0,
+                            .p = exists ? static_cast<int16_t>(p) : int16_t{-1},
+                            .q = static_cast<int16_t>(q)};
     }
     for (int i = device::thread_x(); i < Traits::n; i += Traits::threads) {
         const bool exists = first_channel + i < args.k;
@@ -53,40 +54,38 @@ __device__ void prepare_tables(const StemArgs& args, int first_channel, StemShar
 template <class Traits>
 using StemAccumulators = float[Traits::fragments_m][Traits::fragments_n][4];
 
-// Unsigned, so that parts of it cost one instruction and are made anew rather than kept.
-__device__ __forceinline__ unsigned thread() { return static_cast<unsigned>(device::thread_x()); }
-
-// The tile's pixel of a lane's fragment row: `half` is 0 for the upper eight rows of fragment i, 1 for the lower.
+// The i-th of a lane's pixels, which lie eight apart: the upper and lower rows of its fragments.
 template <class Traits>
-__device__ __forceinline__ int pixel_of_fragment(int i, int half) {
-    return static_cast<int>(thread() / 32 * Traits::fragments_m * 16 + thread() % 32 / 4) + i * 16 + half * 8;
+__device__ __forceinline__ const StemPixel& pixel_of_lane(const StemShared<Traits>& shared, int i) {
+    return shared.pixels[thread() / 32 * (Traits::fragments_m * 16) + thread() % 32 / 4 + static_cast<unsigned>(i) * 8];
 }
 
 // The main loop: one MMA step of the warp's pixels a turn. `before` are the bytes from the window's first pixel to the
 // tile's first tap.
 template <class Traits>
 __device__ __forceinline__ void multiply(const StemArgs& args, const StemShared<Traits>& shared,
-                                         const StemOperands<typename Traits::Value>& operands, int before,
+                                         const StemOperands<typename Traits::Value>& operands, unsigned before,
                                          StemAccumulators<Traits>& total) {
-    const char* sources[Traits::fragments_m][2];
+    const char* sources[Traits::pixels_per_lane];
 #pragma unroll
-    for (int i = 0; i < Traits::fragments_m * 2; ++i) {
-        sources[i / 2][i % 2] = reinterpret_cast<const char*>(operands.window) + before +
-                                shared.pixels[pixel_of_fragment<Traits>(i / 2, i % 2)].window;
+    for (int i = 0; i < Traits::pixels_per_lane; ++i) {
+        sources[i] = reinterpret_cast<const char*>(operands.window) + before + pixel_of_lane(shared, i).window;
     }
     const unsigned weight_row = thread() % 8 + thread() % 32 / 16 * 8;
     uint32_t weights = device::shared_address(operands.weights + weight_row * args.weight_pitch + thread() / 8 % 2 * 4);
-    const int weight_step = args.weight_pitch * 16 * 4;
+    const unsigned weight_step = args.weight_pitch * 16 * 4;
     const StemTaps* next = operands.taps + thread() % 4;
     StemTaps taps = *next;  // read a turn ahead; the last turn's are no taps but weights, and serve for nothing
 #pragma unroll 1
-    for (int step = args.words / 8; step > 0; --step) {
+    for (unsigned step = args.words / 8; step > 0; --step) {
         uint32_t x[Traits::fragments_m][4];
 #pragma unroll
-        for (int i = 0; i < Traits::fragments_m * 4; ++i) {
-            const int half = i % 2, slot = i / 2 % 2;
-            const char* source = sources[i / 4][half] + taps.offset[slot];
-            x[i / 4][slot * 2 + half] = *reinterpret_cast<const uint32_t*>(source) & taps.mask[slot];
+        for (int i = 0; i < Traits::pixels_per_lane; ++i) {
+#pragma unroll
+            for (int slot = 0; slot < 2; ++slot) {
+                const auto word = reinterpret_cast<const uint32_t*>(sources[i] + taps.offset[slot]);
+                x[i / 2][slot * 2 + i % 2] = *word & taps.mask[slot];
+            }
         }
         next += 4;
         taps = *next;
@@ -159,7 +158,7 @@ __device__ __forceinline__ void store_pixels(const StemArgs& args, const StemTil
         for (int i = 0; i < Traits::pixels_per_lane; ++i) {
             float values[width];
             take_slice<Traits>(total, group * Traits::pixels_per_lane + i, values);
-            const StemPixel& pixel = shared.pixels[pixel_of_fragment<Traits>(i / 2, i % 2)];
+            const StemPixel& pixel = pixel_of_lane(shared, i);
             const bool exists = pixel.p >= 0 && origin.p + pixel.p < args.p && origin.q + pixel.q < args.q;
             if (exists && remaining > 0) {
                 const T* residual = static_cast<const T*>(conv.residual);
@@ -178,25 +177,25 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     using T = typename Traits::Value;
     auto& shared = device::shared_storage<StemShared<Traits>>();
     const auto operands = StemOperands<T>::at(&shared + 1, args, Traits::n);
-    const int block = static_cast<int>(device::block_x());
-    const int first_channel = block % args.tiles_n * Traits::n;
+    const auto block = static_cast<unsigned>(device::block_x());
+    const int first_channel = static_cast<int>(block % args.tiles_n * Traits::n);
     prepare_tables(args, first_channel, shared);
 
     // Packing weights costs as much as a tile of pixels: where one chunk is all, a block does it once for all its tiles.
-    int packed_chunk = -1;
+    unsigned packed_chunk = args.chunks;
 #pragma unroll 1
-    for (int tile = block / args.tiles_n; tile < args.tiles; tile += args.tile_step) {
+    for (unsigned tile = block / args.tiles_n; tile < args.tiles; tile += args.tile_step) {
         const StemTileOrigin origin = StemTileOrigin::of(args, tile);
         StemAccumulators<Traits> total = {};
 #pragma unroll 1
-        for (int chunk = 0; chunk < args.chunks; ++chunk) {
+        for (unsigned chunk = 0; chunk < args.chunks; ++chunk) {
             const StemWindow window = StemWindow::of<Traits>(args, origin, chunk);
             device::sync_threads();
             load_window<Traits>(args, origin, window, operands.window);
             if (chunk != packed_chunk) load_weights<Traits>(args, first_channel, chunk, operands);
             packed_chunk = chunk;
             device::sync_threads();
-            const int before = (window.before * args.pixel_pitch - args.lead) * static_cast<int>(sizeof(T));
+            const unsigned before = (window.before * args.pixel_pitch - args.lead) * sizeof(T);
             multiply<Traits>(args, shared, operands, before, total);
         }
         store_pixels<Traits>(args, origin, first_channel, shared, total);

@@ -25,16 +25,17 @@ enum class StemLoads : int32_t {
 struct StemArgs {
     ConvArgs conv;
     StemLoads loads;
-    int h, w, c, r, s;
-    int stride_h, stride_w, pad_top, pad_left, dil_h, dil_w;
+    unsigned h, w, c, r, s, dil_h, dil_w;
+    int stride_h, stride_w, pad_top, pad_left;
     int p, q, k;
-    int tile_p, tile_q;
-    int tiles_q, tiles_per_image, tiles_n;
-    int tiles, tile_step;  // of pixels; a block takes every tile_step-th
+    unsigned tile_p, tile_q;
+    unsigned tiles_q, tiles_per_image, tiles_n;
+    unsigned tiles, tile_step;  // of pixels; a block takes every tile_step-th
     // As in StemGeometry.
-    int filter_rows, chunks;
-    int pixel_pitch, lead, words_per_row, words, weight_pitch;
-    int row_step, window_rows, window_columns;
+    unsigned filter_rows, chunks;
+    unsigned pixel_pitch, lead, words_per_row, words, weight_pitch;
+    unsigned row_step, window_rows, window_columns;
+    float rows_per_pixel;  // 1 / window_columns
 };
 
 template <class T, StemTile Tile>
@@ -50,6 +51,9 @@ struct StemTraits {
     static_assert(n % group == 0, "four lanes store whole groups of channels");
     static_assert(slices <= 8, "take_slice knows eight");
 };
+
+// Unsigned, so that parts of it and quotients cost few instructions, and are made anew rather than kept.
+__device__ __forceinline__ unsigned thread() { return static_cast<unsigned>(device::thread_x()); }
 
 // One pixel of the tile: offsets in elements, from the tile's first pixel.
 struct StemPixel {
@@ -69,9 +73,10 @@ struct StemTileOrigin {
     int64_t n;
     int p, q;
 
-    static __device__ StemTileOrigin of(const StemArgs& args, int tile) {
-        const int within = tile % args.tiles_per_image;
-        return {tile / args.tiles_per_image, within / args.tiles_q * args.tile_p, within % args.tiles_q * args.tile_q};
+    static __device__ StemTileOrigin of(const StemArgs& args, unsigned tile) {
+        const unsigned within = tile % args.tiles_per_image;
+        return {tile / args.tiles_per_image, static_cast<int>(within / args.tiles_q * args.tile_p),
+                static_cast<int>(within % args.tiles_q * args.tile_q)};
     }
 };
 
@@ -106,101 +111,116 @@ struct StemWindow {
     int h, w, before;
 
     template <class Traits>
-    static __device__ StemWindow of(const StemArgs& args, const StemTileOrigin& origin, int chunk) {
-        const int first_w = origin.q * args.stride_w - args.pad_left;
+    static __device__ StemWindow of(const StemArgs& args, const StemTileOrigin& origin, unsigned chunk) {
+        const int first_h = origin.p * args.stride_h - args.pad_top, first_w = origin.q * args.stride_w - args.pad_left;
         const int before = first_w & (Traits::pixels_per_unit - 1);
-        return {origin.p * args.stride_h - args.pad_top + chunk * args.filter_rows * args.dil_h, first_w - before, before};
-    }
-
-    // The row of x that a row of the window holds.
-    __device__ int64_t row_of_x(const StemArgs& args, int row) const {
-        return static_cast<int64_t>(h) + row + static_cast<int64_t>(row / args.row_step) * (args.stride_h - args.row_step);
+        return {first_h + static_cast<int>(chunk * args.filter_rows * args.dil_h), first_w - before, before};
     }
 };
 
-__device__ __forceinline__ bool is_inside(const StemArgs& args, int64_t h, int w) {
-    return h >= 0 && h < args.h && w >= 0 && w < args.w;
-}
+// A pixel of x; is_inside is false for those that are padding.
+struct StemSource {
+    int h, w;
+    bool is_inside;
+
+    // The window's i-th pixel. The half keeps the product far enough from whole numbers for any window that fits shared
+    // memory, and costs a fifth of a division.
+    static __device__ __forceinline__ StemSource of(const StemArgs& args, const StemWindow& first, unsigned i) {
+        const auto row = static_cast<unsigned>((static_cast<float>(i) + 0.5f) * args.rows_per_pixel);
+        const int left_out = args.stride_h - static_cast<int>(args.row_step);
+        int h = first.h + static_cast<int>(row);
+        if (left_out > 0) h += static_cast<int>(row / args.row_step) * left_out;
+        const int w = first.w + static_cast<int>(i - row * args.window_columns);
+        return {h, w, static_cast<unsigned>(h) < args.h && static_cast<unsigned>(w) < args.w};
+    }
+
+    template <class T>
+    __device__ __forceinline__ const T* in(const T* image, const Strides& strides) const {
+        return image + h * strides.h + w * strides.w;
+    }
+};
 
 template <class Traits>
 __device__ void load_single_values(const StemArgs& args, const typename Traits::Value* image, const StemWindow& first,
                                    typename Traits::Value* window) {
     using T = typename Traits::Value;
     const Strides& strides = args.conv.x_strides;
-    constexpr int most_channels = 4;
-    for (int i = device::thread_x(); i < args.window_rows * args.window_columns; i += Traits::threads) {
-        const int64_t h = first.row_of_x(args, i / args.window_columns);
-        const int w = first.w + i % args.window_columns;
-        const bool inside = is_inside(args, h, w);
-        const T* source = image + h * strides.h + w * strides.w;
+    constexpr unsigned most_channels = 4;
+    for (unsigned i = thread(); i < args.window_rows * args.window_columns; i += Traits::threads) {
+        const auto source = StemSource::of(args, first, i);
+        const T* channels = source.in(image, strides);
         T values[most_channels];
 #pragma unroll
-        for (int c = 0; c < most_channels; ++c) {
-            values[c] = inside && c < args.c ? source[c * strides.c] : device::from_float<T>(0.0f);
+        for (unsigned c = 0; c < most_channels; ++c) {
+            values[c] = source.is_inside && c < args.c ? channels[c * strides.c] : device::from_float<T>(0.0f);
         }
 #pragma unroll
-        for (int c = 0; c < most_channels; ++c) {
+        for (unsigned c = 0; c < most_channels; ++c) {
             if (c < args.pixel_pitch) window[i * args.pixel_pitch + c] = as_operand(values[c]);
         }
     }
 }
 
-// A unit's three channels, 16 bytes of each, as pixels.
-template <class T, StemLoads Loads>
-__device__ __forceinline__ void load_unit(const T* source, int64_t channel_stride, T (&pixels)[16 / sizeof(T)][3]) {
-    constexpr int per_vector = 16 / sizeof(T);
-    T parts[3 * per_vector];
+// 16 bytes of each of three channels: as many neighbouring pixels as these hold.
+template <class T>
+struct StemUnit {
+    static constexpr int pixels = 16 / sizeof(T);
+    T values[pixels * 3];  // channels fastest
+
+    static __device__ __forceinline__ StemUnit load(const T* source, bool is_planar, int64_t channel_stride) {
+        StemUnit unit;
+        const int64_t step = is_planar ? channel_stride : pixels;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-        const T* piece = source + i * (Loads == StemLoads::planar ? channel_stride : per_vector);
-        const device::Vector16 vector = *reinterpret_cast<const device::Vector16*>(piece);
-        memcpy(parts + i * per_vector, &vector, sizeof(vector));
+        for (int i = 0; i < 3; ++i) {
+            const auto piece = *reinterpret_cast<const device::Vector16*>(source + i * step);
+            memcpy(unit.values + i * pixels, &piece, sizeof(piece));
+        }
+        if (!is_planar) return unit;
+        StemUnit transposed;
+#pragma unroll
+        for (int i = 0; i < pixels * 3; ++i) transposed.values[i] = unit.values[i % 3 * pixels + i / 3];
+        return transposed;
     }
+
+    static __device__ __forceinline__ StemUnit zeros() {
+        StemUnit unit;
 #pragma unroll
-    for (int i = 0; i < 3 * per_vector; ++i) {
-        if constexpr (Loads == StemLoads::planar) {
-            pixels[i % per_vector][i / per_vector] = parts[i];
-        } else {
-            pixels[i / 3][i % 3] = parts[i];
+        for (T& value : unit.values) value = device::from_float<T>(0.0f);
+        return unit;
+    }
+
+    template <int Pitch>
+    __device__ __forceinline__ void store(T* destination) const {
+        T padded[pixels * Pitch];
+#pragma unroll
+        for (int i = 0; i < pixels * Pitch; ++i) {
+            padded[i] = i % Pitch < 3 ? as_operand(values[i / Pitch * 3 + i % Pitch]) : device::from_float<T>(0.0f);
+        }
+#pragma unroll
+        for (int i = 0; i < Pitch; ++i) {
+            device::Vector16 piece;
+            memcpy(&piece, padded + i * pixels, sizeof(piece));
+            reinterpret_cast<device::Vector16*>(destination)[i] = piece;
         }
     }
-}
-
-template <class T, int Pitch>
-__device__ __forceinline__ void store_unit(const T (&pixels)[16 / sizeof(T)][3], T* destination) {
-    constexpr int per_vector = 16 / sizeof(T);
-    T parts[per_vector * Pitch];
-#pragma unroll
-    for (int i = 0; i < per_vector * Pitch; ++i) {
-        parts[i] = i % Pitch < 3 ? as_operand(pixels[i / Pitch][i % Pitch]) : device::from_float<T>(0.0f);
-    }
-#pragma unroll
-    for (int i = 0; i < Pitch; ++i) {
-        device::Vector16 vector;
-        memcpy(&vector, parts + i * per_vector, sizeof(vector));
-        reinterpret_cast<device::Vector16*>(destination)[i] = vector;
-    }
-}
+};
 
 // Three channels, in rows of whole units: each lies inside the image or outside, so one test serves 8 or 4 pixels.
-template <class Traits, StemLoads Loads, int Pitch>
+template <class Traits>
 __device__ void load_units(const StemArgs& args, const typename Traits::Value* image, const StemWindow& first,
                            typename Traits::Value* window) {
-    using T = typename Traits::Value;
-    constexpr int pixels_per_unit = Traits::pixels_per_unit;
+    using Unit = StemUnit<typename Traits::Value>;
     const Strides& strides = args.conv.x_strides;
-    const int units_per_row = args.window_columns / pixels_per_unit;
-    for (int i = device::thread_x(); i < args.window_rows * units_per_row; i += Traits::threads) {
-        const int64_t h = first.row_of_x(args, i / units_per_row);
-        const int w = first.w + i % units_per_row * pixels_per_unit;
-        T pixels[pixels_per_unit][3];
-        if (is_inside(args, h, w)) {
-            load_unit<T, Loads>(image + h * strides.h + w * strides.w, strides.c, pixels);
+    const bool is_planar = args.loads == StemLoads::planar;
+    const unsigned pixels = args.window_rows * args.window_columns;
+    for (unsigned i = thread() * Unit::pixels; i < pixels; i += Traits::threads * Unit::pixels) {
+        const auto source = StemSource::of(args, first, i);
+        const Unit unit = source.is_inside ? Unit::load(source.in(image, strides), is_planar, strides.c) : Unit::zeros();
+        if (args.pixel_pitch == 3) {
+            unit.template store<3>(window + i * 3);
         } else {
-#pragma unroll
-            for (int j = 0; j < pixels_per_unit * 3; ++j) pixels[j / 3][j % 3] = device::from_float<T>(0.0f);
+            unit.template store<4>(window + i * 4);
         }
-        store_unit<T, Pitch>(pixels, window + i * pixels_per_unit * Pitch);
     }
 }
 
@@ -210,15 +230,10 @@ __device__ __forceinline__ void load_window(const StemArgs& args, const StemTile
                                             typename Traits::Value* window) {
     using T = typename Traits::Value;
     const T* image = static_cast<const T*>(args.conv.x) + origin.n * args.conv.x_strides.n;
-    const bool padded = args.pixel_pitch == 4;
     if (args.loads == StemLoads::single) {
         load_single_values<Traits>(args, image, first, window);
-    } else if (args.loads == StemLoads::planar) {
-        padded ? load_units<Traits, StemLoads::planar, 4>(args, image, first, window)
-               : load_units<Traits, StemLoads::planar, 3>(args, image, first, window);
     } else {
-        padded ? load_units<Traits, StemLoads::dense, 4>(args, image, first, window)
-               : load_units<Traits, StemLoads::dense, 3>(args, image, first, window);
+        load_units<Traits>(args, image, first, window);
     }
 }
 
@@ -232,50 +247,54 @@ struct StemWord {
     int window;  // in bytes, from a pixel's first tap
     uint32_t mask;
 
-    static __device__ StemWord of(const StemArgs& args, int chunk, int word) {
-        const int row = word / args.words_per_row;
-        const int r = chunk * args.filter_rows + row;
+    static __device__ StemWord of(const StemArgs& args, unsigned chunk, unsigned word) {
+        const unsigned row = word / args.words_per_row, r = chunk * args.filter_rows + row;
+        const unsigned first = word % args.words_per_row * values;  // of the run that its lead and taps make
         const bool row_exists = row < args.filter_rows && r < args.r;
-        const int first = word % args.words_per_row * values - args.lead;
         const FilterStrides& strides = args.conv.weight_strides;
         StemWord result{.mask = 0};
 #pragma unroll
-        for (int i = 0; i < values; ++i) {
-            // The lead is at most one value, so the division of -1 below rounds to tap 0 of a value that is none.
-            const int s = (first + i) / args.pixel_pitch, c = first + i - s * args.pixel_pitch;
-            result.is_tap[i] = row_exists && s < args.s && c >= 0 && c < args.c;
-            result.weight[i] = r * strides.r + s * strides.s + c * strides.c;
+        for (unsigned i = 0; i < values; ++i) {
+            // The lead's values wrap around, beyond any filter.
+            const unsigned value = first + i - args.lead;
+            const unsigned s = value / args.pixel_pitch, c = value % args.pixel_pitch;
+            result.is_tap[i] = row_exists && s < args.s && c < args.c;
+            result.weight[i] = result.is_tap[i] ? r * strides.r + s * strides.s + c * strides.c : 0;
             result.mask |= result.is_tap[i] ? (~0u >> (32 - 8 * sizeof(T))) << (i * 8 * sizeof(T)) : 0u;
         }
-        const int before = first / args.pixel_pitch * (args.dil_w - 1) * args.pixel_pitch + first + args.lead;
-        const int row_pitch = args.window_columns * args.pixel_pitch;
-        result.window = result.mask ? (row * args.dil_h * row_pitch + before) * static_cast<int>(sizeof(T)) : 0;
+        // Where taps are dilated there is no lead.
+        const unsigned in_row = first + first / args.pixel_pitch * args.pixel_pitch * (args.dil_w - 1);
+        const unsigned rows = row * args.dil_h * args.window_columns * args.pixel_pitch;
+        result.window = result.mask ? static_cast<int>((rows + in_row) * sizeof(T)) : 0;
         return result;
     }
 };
 
 // The column whose weights a row of shared memory holds. MMA columns are dealt out so that a lane's results, two of each
-// fragment, are eight neighbouring output channels.
-__device__ __forceinline__ int column_of_row(int row) {
+// fragment, are eight neighbouring output channels. Moves bits about, so rows without common bits can be mapped apart.
+__device__ __forceinline__ unsigned column_of_row(unsigned row) {
     return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
 }
 
 // Packs one chunk's weights into words, zeros where there is no tap or no output channel, and makes the table of taps.
 template <class Traits>
-__device__ void load_weights(const StemArgs& args, int first_channel, int chunk,
+__device__ void load_weights(const StemArgs& args, int first_channel, unsigned chunk,
                              const StemOperands<typename Traits::Value>& operands) {
     using T = typename Traits::Value;
-    constexpr int rows_per_warp = Traits::n / Traits::warps;
-    for (int word = device::lane(); word < args.words; word += 32) {
+    constexpr unsigned rows_per_warp = Traits::n / Traits::warps;
+    const unsigned warp = thread() / 32;
+    const int first_of_warp = first_channel + static_cast<int>(column_of_row(warp));
+    for (unsigned word = thread() % 32; word < args.words; word += 32) {
         const auto taps = StemWord<T>::of(args, chunk, word);
-        if (device::warp() == 0) {
+        if (warp == 0) {
             StemTaps& entry = operands.taps[word / 8 * 4 + word % 4];
             entry.offset[word / 4 % 2] = taps.window;
             entry.mask[word / 4 % 2] = taps.mask;
         }
 #pragma unroll 4
-        for (int i = 0; i < rows_per_warp; ++i) {
-            const int row = device::warp() + i * Traits::warps, channel = first_channel + column_of_row(row);
+        for (unsigned i = 0; i < rows_per_warp; ++i) {
+            const unsigned row = i * Traits::warps + warp;
+            const int channel = first_of_warp + static_cast<int>(column_of_row(i * Traits::warps));
             const T* filter = static_cast<const T*>(args.conv.weight) + channel * args.conv.weight_strides.k;
             T values[StemWord<T>::values];
 #pragma unroll
