@@ -59,6 +59,7 @@ def check_kernels() -> None:
     from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
     from tests.shapes import SHAPES
     from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
+    from tests.test_stem_kernel import STEMS, stem_plans
 
     fused_cna.config.strict = True
     torch.backends.cudnn.conv.fp32_precision = "tf32"
@@ -96,6 +97,13 @@ def check_kernels() -> None:
             for plan in new.values():
                 check(problem, torch.channels_last, plan)
             instantiations |= set(new)
+    for shape in STEMS:
+        for dtype in DTYPES:
+            problem = integer_problem(shape, dtype, wanted)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                # every tile on one shape, on the others the plan's choice
+                for plan in stem_plans(problem) if shape is STEMS[1] else ("stem",):
+                    check(problem, layout, plan)
     extension.force_plan("")
     torch.cuda.synchronize()
     print(

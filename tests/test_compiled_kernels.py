@@ -19,6 +19,7 @@ from tests.sass import (
     GemmKernel,
     LaunchBounds,
     Resources,
+    StemKernel,
     compile_all,
     compile_kernels,
     find_disassembler,
@@ -28,6 +29,7 @@ from tests.sass import (
     parse_resources,
     registers_of_a_block,
     resident_blocks,
+    stem_kernel,
 )
 
 BLOCKS = {"direct": 3, "split_k": 0}
@@ -35,6 +37,9 @@ BLOCKS = {"direct": 3, "split_k": 0}
 
 SCALAR_STORES = r"6direct.*4TileELi\d+ELi1ELi"
 """Kernels that store too few neighbouring channels for 16-byte accesses, by mangled name."""
+
+TILED_FILES = {"stem"}
+"""Files, beside those of GEMM_FILES, whose promise is in their kernels' tiles."""
 
 GEMM_FILES = [source.stem for source in SOURCES if source.stem.startswith("implicit_gemm_sm80")]
 
@@ -111,8 +116,8 @@ def test_the_promised_blocks_have_registers_enough(
     compiled: Compiled, source: str, architecture: str
 ) -> None:
     for kernel in compiled[source, architecture]:
-        gemm = gemm_kernel(kernel.name)
-        assert kernel.bounds.blocks == (gemm.blocks if gemm else BLOCKS[source]), kernel.name
+        tiled = gemm_kernel(kernel.name) or stem_kernel(kernel.name)
+        assert kernel.bounds.blocks == (tiled.blocks if tiled else BLOCKS[source]), kernel.name
         registers = max(kernel.bounds.blocks, 1) * registers_of_a_block(kernel)
         assert registers <= REGISTERS_PER_MULTIPROCESSOR, f"{kernel.name}: {registers} registers"
         assert kernel.resources.shared_bytes == 0, (
@@ -198,8 +203,69 @@ def test_two_fifths_of_the_largest_main_loop_are_products(
             assert loop.share(TENSOR_CORES) >= 0.4, f"{gemm.tile}: {loop.families().most_common()}"
 
 
+STEM_TILE = re.compile(r"^ {4}\{(\d+), (\d+), (\d+), (\d+)\},", re.MULTILINE)
+"""A row of stem_tiles in csrc/tiles.h."""
+
+
+def stems(compiled: Compiled, architecture: str) -> list[tuple[CompiledKernel, StemKernel]]:
+    """The instantiations of stem."""
+    found = [(kernel, stem_kernel(kernel.name)) for kernel in compiled["stem", architecture]]
+    assert all(stem is not None for _, stem in found), "the names are mangled in another way than expected"
+    return [(kernel, stem) for kernel, stem in found if stem is not None]
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_every_stem_tile_is_compiled_as_the_plan_knows_it(compiled: Compiled, architecture: str) -> None:
+    text = (CSRC / "tiles.h").read_text()
+    listed = {tuple(map(int, tile)) for tile in STEM_TILE.findall(text[text.index("stem_tiles") :])}
+    assert len(listed) > 3
+    found = stems(compiled, architecture)
+    assert {(s.dtype, s.m, s.n, s.warps, s.blocks) for _, s in found} == {
+        (dtype, *tile) for dtype in MMA for tile in listed
+    }
+    for kernel, stem in found:
+        assert kernel.bounds.threads == stem.threads, kernel.name
+
+
+def innermost_loop(code: Code, pattern: str) -> Code:
+    """The straight line around every instruction that ``pattern`` matches, up to the jump that repeats it."""
+    hits = [i for i, instruction in enumerate(code) if re.fullmatch(pattern, instruction.opcode)]
+    loops = [
+        (target, end)
+        for end, instruction in enumerate(code)
+        for target in instruction.targets
+        if target <= hits[0] and hits[-1] <= end
+    ]
+    first, end = max(loops)
+    return code[first : end + 1]
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_the_main_loop_of_the_stem_gathers_and_multiplies(disassembled: Compiled, architecture: str) -> None:
+    for kernel, stem in stems(disassembled, architecture):
+        assert kernel.code is not None
+        loop = innermost_loop(kernel.code, TENSOR_CORES)
+        fragments = stem.m // stem.warps // 16
+        products = fragments * (stem.n // 8)
+        assert count(loop, MMA[stem.dtype]) == kernel.count(TENSOR_CORES) == products, kernel.name
+        # both words' taps by one load, two words of each pixel, and weights by ldmatrix
+        assert count(loop, r"LDS\.128") == 1, kernel.name
+        assert count(loop, r"LDS") == fragments * 4, kernel.name
+        assert count(loop, r"LDSM\..*") == kernel.count(r"LDSM\..*") == stem.n // 16, kernel.name
+        assert count(loop, r"(LDG|STG|LD|ST|STS|BAR|BRA)\b.*") == 1, (
+            f"{kernel.name}: more than the loop's jump"
+        )
+        assert products / len(loop) > 0.13, f"{kernel.name}: {products} of {len(loop)}"
+        if fragments * stem.n == 128:
+            assert products / len(loop) > 0.28, f"{kernel.name}: {products} of {len(loop)}"
+
+
 def test_every_kernel_file_states_its_promise() -> None:
-    assert {*BLOCKS, *GEMM_FILES} == {source.stem for source in SOURCES}
+    assert {*BLOCKS, *TILED_FILES, *GEMM_FILES} == {source.stem for source in SOURCES}
     assert len(GEMM_FILES) == 3
 
 

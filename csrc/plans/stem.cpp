@@ -3,6 +3,8 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../cost.h"
 #include "../stem_geometry.h"
@@ -123,6 +125,12 @@ std::optional<Plan> plan_of_cut(const ConvProblem& problem, const DeviceInfo& de
     return plan;
 }
 
+// Where memory bounds them all, the one that keeps the multiprocessors least busy.
+bool is_better(const Plan& a, const Plan& b) {
+    return std::pair(a.estimate.total_us(), a.estimate.products_us) <
+           std::pair(b.estimate.total_us(), b.estimate.products_us);
+}
+
 std::string why_not(const ConvProblem& problem, const DeviceInfo& device) {
     if (!too_old(device).empty()) return too_old(device);
     if (problem.groups != 1) return with_numbers("it has", problem.groups, " groups", 1);
@@ -149,7 +157,7 @@ Candidate candidate_of_tile(const ConvProblem& problem, const DeviceInfo& device
     for (const auto& [tile_p, tile_q] : useful_rectangles(problem, tile)) {
         for (const int64_t filter_rows : useful_filter_rows(problem, tile)) {
             const std::optional<Plan> plan = plan_of_cut(problem, device, candidate.plan, {tile_p, tile_q, filter_rows});
-            if (plan && (!best || plan->estimate.total_us() < best->estimate.total_us())) best = plan;
+            if (plan && (!best || is_better(*plan, *best))) best = plan;
         }
     }
     if (best) {
@@ -165,7 +173,10 @@ Candidate candidate_of_tile(const ConvProblem& problem, const DeviceInfo& device
 }  // namespace
 
 void add_stem(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all) {
-    for (int i = 0; i < static_cast<int>(stem_tiles.size()); ++i) all.push_back(candidate_of_tile(problem, device, i));
+    std::vector<Candidate> tiles;
+    for (int i = 0; i < static_cast<int>(stem_tiles.size()); ++i) tiles.push_back(candidate_of_tile(problem, device, i));
+    std::stable_sort(tiles.begin(), tiles.end(), [](const auto& a, const auto& b) { return is_better(a.plan, b.plan); });
+    all.insert(all.end(), tiles.begin(), tiles.end());
 }
 
 std::string describe_stem(const Plan& plan) {
