@@ -51,6 +51,8 @@ const char* launch_small_m(const ConvArgs& args, const Plan& plan, Stream stream
 // float16 and bfloat16.
 const char* launch_depthwise_toeplitz(const ConvArgs& args, const Plan& plan, Stream stream);
 
+const char* launch_stem(const ConvArgs& args, const Plan& plan, Stream stream);
+
 // Adds up the partial sums of a split in a fixed order, [split_k][rows][columns] float32 in args.workspace, then finishes
 // and stores. `columns` counts the padded columns of all groups, `columns_per_group` those of one.
 const char* launch_split_k(const ConvArgs& args, int split_k, int64_t rows, int64_t columns, int64_t columns_per_group,

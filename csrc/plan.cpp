@@ -87,6 +87,7 @@ std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceI
     add_depthwise_toeplitz(problem, device, all);
     add_grouped(problem, device, all);
     add_depthwise(problem, device, all);
+    add_stem(problem, device, all);
     add_direct(problem, device, all);
     std::stable_sort(all.begin(), all.end(), is_better);
     if (!all.front().illegal.empty()) refuse(problem, all.back().illegal + "; split the batch");
@@ -172,6 +173,7 @@ std::string to_string(const Plan& plan) {
         case Kernel::depthwise_toeplitz: return name + describe_depthwise_toeplitz(plan);
         case Kernel::grouped: return name + describe_grouped(plan);
         case Kernel::depthwise: return name + describe_depthwise(plan);
+        case Kernel::stem: return name + describe_stem(plan);
         case Kernel::cudnn: return kernel_name(plan.kernel);
     }
     return name;

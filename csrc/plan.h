@@ -24,6 +24,7 @@ enum class Kernel : int32_t {
     depthwise_toeplitz,
     grouped,
     depthwise,
+    stem,
     cudnn,
 };
 
@@ -37,6 +38,7 @@ inline constexpr std::array all_kernels{
     Kernel::depthwise_toeplitz,
     Kernel::grouped,
     Kernel::depthwise,
+    Kernel::stem,
 };
 
 constexpr const char* kernel_name(Kernel kernel) {
@@ -49,6 +51,7 @@ constexpr const char* kernel_name(Kernel kernel) {
         case Kernel::depthwise_toeplitz: return "depthwise_toeplitz";
         case Kernel::grouped: return "grouped";
         case Kernel::depthwise: return "depthwise";
+        case Kernel::stem: return "stem";
         case Kernel::cudnn: return "cudnn";
     }
     return "unknown";
@@ -83,12 +86,14 @@ struct Plan {
     int stages = 1;
     int split_k = 1;
     Rows rows = Rows::plain;
-    int lanes = 1;                // threads that share one output's reduction, in `small_m`
-    StripTile strips;             // of depthwise_toeplitz
-    GroupedPart grouped;          // of that kernel only
-    int access_bytes = 0;         // of one load of operands; 0 where loads are value by value
-    bool convert_x = false;       // x is first copied to dense channels_last
-    bool convert_weight = false;  // the weight is first copied to dense KRSC
+    int lanes = 1;                   // threads that share one output's reduction, in `small_m`
+    StripTile strips;                // of depthwise_toeplitz
+    GroupedPart grouped;             // of that kernel only
+    int64_t tile_p = 0, tile_q = 0;  // of the stem kernel: the rectangle of output pixels that a tile covers
+    int64_t filter_rows = 0;         // of the stem kernel: those that one chunk of the reduction takes
+    int access_bytes = 0;            // of one load of operands; 0 where loads are value by value
+    bool convert_x = false;          // x is first copied to dense channels_last
+    bool convert_weight = false;     // the weight is first copied to dense KRSC
     int64_t blocks = 0;
     int64_t workspace_bytes = 0;
     Estimate estimate;

@@ -30,6 +30,7 @@ void run(const ConvArgs& args, const Plan& plan, Stream stream) {
         case Kernel::depthwise_toeplitz: error = launch_depthwise_toeplitz(args, plan, stream); break;
         case Kernel::grouped: error = launch_grouped(args, plan, stream); break;
         case Kernel::depthwise: error = launch_depthwise(args, plan, stream); break;
+        case Kernel::stem: error = launch_stem(args, plan, stream); break;
         case Kernel::cudnn: error = "it is ATen's, which only the operator can call"; break;
     }
     if (error) {

@@ -36,6 +36,7 @@ from tests.test_grouped_kernel import GROUPED, grouped_plans, spread
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
 from tests.test_small_m_kernel import FEW_PIXELS
 from tests.test_small_m_kernel import plans_of as small_m_plans
+from tests.test_stem_kernel import CHUNKED, STEMS, stem_plans
 
 BEYOND_INT = 2**31
 
@@ -196,6 +197,24 @@ def every_share_of_grouped() -> None:
     list_plans(half.expand(1, 0, 4, 4), half.expand(8, 0, 1, 1), groups=2)
 
 
+def every_stem() -> None:
+    for dtype in DTYPES:
+        for shape in STEMS:
+            plain = integer_problem(shape, dtype, Wanted(residual_order="add_act"))
+            for problem in (plain, dense(plain), plain.replace(x=misaligned_channels_last(plain.x))):
+                check(problem, plan="stem", allow_tf32=True)
+        for shape in STEMS[:3]:
+            problem = integer_problem(shape, dtype)
+            for plan in stem_plans(problem):
+                check(problem, plan=plan, allow_tf32=True)
+    for shape in CHUNKED:
+        check(integer_problem(shape, torch.float16), plan="stem", device="L4")
+    half = torch.zeros((), dtype=torch.float16)
+    list_plans(half.expand(1, 3, 8, 3000), half.expand(8, 3, 1, 2500))
+    list_plans(half.expand(1, 3, 1 << 30, 4), half.expand(8, 3, 3, 3), padding=(1, 1))
+    list_plans(half.expand(1 << 10, 3, 1 << 11, 1 << 11), half.expand(8, 3, 1, 1))
+
+
 def every_answer_of_the_plan() -> None:
     half = torch.zeros((), dtype=torch.float16)
     weight = half.expand(8, 8, 1, 1)
@@ -230,6 +249,7 @@ def main() -> None:
     every_plan_of_small_m()
     every_strip_tile()
     every_depthwise()
+    every_stem()
 
 
 if __name__ == "__main__":

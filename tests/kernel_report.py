@@ -21,6 +21,7 @@ from tests.sass import (
     gemm_kernel,
     resident_blocks,
     small_m_kernel,
+    stem_kernel,
 )
 
 HEADINGS = (
@@ -105,12 +106,14 @@ def small_m_row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...] | None:
 
 def plain_row(file: str, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
     """A row for any other kernel."""
+    """A row for a kernel other than implicit_gemm_sm80."""
     name = kernels[0].name
     dtype = re.search(r"I(f|6__half|13__nv_bfloat16)", name)
     tile = re.search(r"4TileELi(\d+)ELi(\d+)ELi(\d+)E", name)
+    stem = stem_kernel(name)
     return (
         file,
-        "x".join(tile.groups()) if tile else "",
+        stem.tile if stem else "x".join(tile.groups()) if tile else "",
         _DTYPES[dtype[1]] if dtype else "",
         *("", ""),
         str(kernels[0].bounds.threads),

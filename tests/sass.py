@@ -380,6 +380,39 @@ def depthwise_kernel(name: str) -> DepthwiseKernel | None:
     )
 
 
+@dataclass(frozen=True)
+class StemKernel:
+    """An instantiation of stem: what its mangled name says of it."""
+
+    dtype: str
+    m: int
+    n: int
+    warps: int
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    @property
+    def tile(self) -> str:
+        """As the plan prints it."""
+        return f"{self.m}x{self.n}x{8 if self.dtype == 'float32' else 16}"
+
+
+_STEM = re.compile(
+    r"4stemINS0_10StemTraitsI(?P<dtype>f|6__half|13__nv_bfloat16)XtlNS_8StemTileE(?P<tile>(?:Li\d+E)+)EE"
+)
+
+
+def stem_kernel(name: str) -> StemKernel | None:
+    """What a mangled name says, or None where it is another kernel's."""
+    match = _STEM.search(name)
+    if match is None:
+        return None
+    return StemKernel(_DTYPES[match["dtype"]], *map(int, re.findall(r"Li(\d+)E", match["tile"])))
+
+
 REGISTERS_PER_MULTIPROCESSOR = 65536
 THREADS_PER_MULTIPROCESSOR = 2048
 SHARED_BYTES_PER_MULTIPROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}

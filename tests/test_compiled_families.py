@@ -12,15 +12,20 @@ from tests.sass import (
     Compiled,
     CompiledKernel,
     SmallMKernel,
+    StemKernel,
     depthwise_kernel,
     grouped_kernel,
     resident_blocks,
     small_m_kernel,
+    stem_kernel,
 )
 from tests.test_compiled_kernels import COPIES, LOADS, MMA, every_architecture, in_one_worker
 
 DEPTHWISE_TILE = re.compile(r"^ {4}\{(\d), (\d), (\d)(, true)?\},", re.MULTILINE)
 """A row of depthwise_tiles in csrc/tiles.h."""
+
+STEM_TILE = re.compile(r"^ {4}\{(\d+), (\d+), (\d+), (\d+)\},", re.MULTILINE)
+"""A row of stem_tiles in csrc/tiles.h."""
 
 GROUPED_TILE = re.compile(r"^ {4}\{GroupReader::(\w+), (\d+), (\d+)\},", re.MULTILINE)
 """A row of grouped_tiles in csrc/tiles.h."""
@@ -192,3 +197,47 @@ def test_a_filter_row_loads_every_column_once(disassembled: Compiled, architectu
         assert products <= count(loop, "FFMA.*") <= products + 2, kernel.name
         if made.stride == 1:
             assert products / len(loop) >= {3: 0.45, 5: 0.53, 7: 0.57}[made.filter], kernel.name
+
+
+def stems(compiled: Compiled, architecture: str) -> list[tuple[CompiledKernel, StemKernel]]:
+    """The instantiations of stem."""
+    found = [(kernel, stem_kernel(kernel.name)) for kernel in compiled["stem", architecture]]
+    assert all(stem is not None for _, stem in found), "the names are mangled in another way than expected"
+    return [(kernel, stem) for kernel, stem in found if stem is not None]
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_every_stem_tile_is_compiled_as_the_plan_knows_it(compiled: Compiled, architecture: str) -> None:
+    text = (CSRC / "tiles.h").read_text()
+    listed = {tuple(map(int, tile)) for tile in STEM_TILE.findall(text[text.index("stem_tiles") :])}
+    assert len(listed) > 3
+    found = stems(compiled, architecture)
+    assert {(s.dtype, s.m, s.n, s.warps, s.blocks) for _, s in found} == {
+        (dtype, *tile) for dtype in MMA for tile in listed
+    }
+    for kernel, stem in found:
+        assert kernel.bounds.threads == stem.threads, kernel.name
+
+
+@pytest.mark.nvcc
+@in_one_worker
+@every_architecture
+def test_the_main_loop_of_the_stem_gathers_and_multiplies(disassembled: Compiled, architecture: str) -> None:
+    for kernel, stem in stems(disassembled, architecture):
+        assert kernel.code is not None
+        loop = innermost_loop(kernel.code, TENSOR_CORES)
+        fragments = stem.m // stem.warps // 16
+        products = fragments * (stem.n // 8)
+        assert count(loop, MMA[stem.dtype]) == kernel.count(TENSOR_CORES) == products, kernel.name
+        # both words' taps by one load, two words of each pixel, and weights by ldmatrix
+        assert count(loop, r"LDS\.128") == 1, kernel.name
+        assert count(loop, r"LDS") == fragments * 4, kernel.name
+        assert count(loop, r"LDSM\..*") == kernel.count(r"LDSM\..*") == stem.n // 16, kernel.name
+        assert count(loop, r"(LDG|STG|LD|ST|STS|BAR|BRA)\b.*") == 1, (
+            f"{kernel.name}: more than the loop's jump"
+        )
+        assert products / len(loop) > 0.13, f"{kernel.name}: {products} of {len(loop)}"
+        if fragments * stem.n == 128:
+            assert products / len(loop) > 0.28, f"{kernel.name}: {products} of {len(loop)}"

@@ -38,6 +38,7 @@ from tests.sass import (
     parse_resources,
     registers_of_a_block,
     resident_blocks,
+    stem_kernel,
 )
 
 BLOCKS = {
@@ -59,10 +60,14 @@ SCALAR_STORES = "|".join(
 GEMM_FILES = [source.stem for source in SOURCES if source.stem.startswith("implicit_gemm")]
 
 TILED_FILES = [
+    "stem",
     "depthwise",
     "grouped",
 ]
 """Other kernel files whose tiles say the blocks, as those of the implicit GEMM do."""
+
+TILED_NAMES = (gemm_kernel, grouped_kernel, depthwise_kernel, stem_kernel)
+"""What reads an instantiation of theirs from its name."""
 
 TILE = re.compile(
     r"^ {4}\{(\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\d+)(, true)?(, true)?\},", re.MULTILINE
@@ -127,7 +132,7 @@ def test_the_promised_blocks_have_registers_enough(
     compiled: Compiled, source: str, architecture: str
 ) -> None:
     for kernel in compiled[source, architecture]:
-        tiled = gemm_kernel(kernel.name) or grouped_kernel(kernel.name) or depthwise_kernel(kernel.name)
+        tiled = next((found for read in TILED_NAMES if (found := read(kernel.name))), None)
         assert kernel.bounds.blocks == (tiled.blocks if tiled else BLOCKS[source]), kernel.name
         registers = max(kernel.bounds.blocks, 1) * registers_of_a_block(kernel)
         assert registers <= REGISTERS_PER_MULTIPROCESSOR, f"{kernel.name}: {registers} registers"

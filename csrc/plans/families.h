@@ -23,6 +23,7 @@ void add_direct(const ConvProblem& problem, const DeviceInfo& device, std::vecto
 void add_depthwise_toeplitz(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_grouped(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_depthwise(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
+void add_stem(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_implicit_gemm(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_small_m(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 
@@ -35,5 +36,6 @@ std::string describe_implicit_gemm(const Plan& plan);
 std::string describe_small_m(const Plan& plan);
 std::string describe_depthwise_toeplitz(const Plan& plan);
 std::string describe_grouped(const Plan& plan);
+std::string describe_stem(const Plan& plan);
 
 }  // namespace fused_cna

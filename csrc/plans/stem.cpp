@@ -1,0 +1,187 @@
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../cost.h"
+#include "../stem_geometry.h"
+#include "families.h"
+
+namespace fused_cna {
+
+namespace {
+
+// Assumptions that no measurement has yet replaced; instructions are those of a warp, counted in the compiled kernel.
+constexpr double issued_per_cycle = 4;
+constexpr double gather_instructions = 16;      // of 16 pixels' fragment in one MMA step: addresses, loads, masks
+constexpr double store_instructions = 70;       // of one pixel's eight channels a lane: fold, activation, store
+constexpr double unit_instructions = 60;        // of 16 bytes of three channels
+constexpr double single_instructions = 60;      // of a pixel, value by value
+constexpr double word_instructions = 100;       // of finding a word's taps
+constexpr double weight_instructions = 12;      // of packing one word of one channel
+constexpr double tile_instructions = 200;       // of a warp, beside all these
+constexpr double mma_latency = 70;              // gather and first products of a lone warp's step
+constexpr int64_t most_words_of_a_chunk = 128;  // where a filter is taken in chunks at all
+constexpr int64_t coordinate_limit = 1ll << 30;
+
+int64_t resident_blocks(const StemTile& tile, const StemGeometry& geometry, const DeviceInfo& device) {
+    return resident_blocks(tile.threads(), geometry.shared_bytes, tile.blocks_per_multiprocessor, device);
+}
+
+int64_t tiles_of(const ConvProblem& problem, const StemCut& cut) {
+    return problem.n * ceil_div(problem.p(), cut.tile_p) * ceil_div(problem.q(), cut.tile_q);
+}
+
+// Whether the window can be read in units; strides and alignment may still forbid it.
+bool may_load_units(const ConvProblem& problem, const StemGeometry& geometry) {
+    return problem.c == 3 && problem.w % geometry.pixels_per_unit == 0;
+}
+
+// What a multiprocessor does for one tile, in cycles, where others keep it busy while this one waits.
+double tile_cycles(const ConvProblem& problem, const StemTile& tile, const StemGeometry& geometry,
+                   const DeviceInfo& device) {
+    const double mma_steps = static_cast<double>(geometry.chunks * geometry.words) / 8;
+    const double fragments = tile.m / 16.0, fragments_per_warp = fragments / tile.warps;
+    const double rate = mma_per_clock(device) * mma_share / (problem.dtype == DType::float32 ? 2 : 1);
+    const double products = tile.m * tile.n * mma_steps * 8 * static_cast<double>(geometry.values_per_word) / rate;
+
+    const double weight_reads = tile.n * 32 / shared_bytes_per_cycle;
+    const double shared = fragments * mma_steps * (4 + (weight_reads + 4) / fragments_per_warp);
+
+    const double window_pixels = static_cast<double>(geometry.chunks * geometry.window_rows * geometry.window_columns);
+    const double load = may_load_units(problem, geometry)
+                            ? window_pixels / static_cast<double>(geometry.pixels_per_unit) * unit_instructions
+                            : window_pixels * single_instructions;
+    const double step = gather_instructions + tile.n / 8 + (tile.n / 16 + 4) / fragments_per_warp;
+    const double issued =
+        fragments * (mma_steps * step + tile.n / 32 * 2 * store_instructions) + load / 32 + tile.warps * tile_instructions;
+    return std::max({products, shared, issued / issued_per_cycle});
+}
+
+double pack_cycles(const StemTile& tile, const StemGeometry& geometry) {
+    const double passes = static_cast<double>(ceil_div(geometry.words, 32));
+    return passes * (tile.warps * word_instructions + tile.n * weight_instructions) / issued_per_cycle;
+}
+
+Estimate estimate(const ConvProblem& problem, const Plan& plan, const StemGeometry& geometry, const DeviceInfo& device) {
+    const StemTile& tile = stem_tiles[plan.tile_index];
+    const double tiles_n = static_cast<double>(ceil_div(problem.k, tile.n));
+    const double tiles = static_cast<double>(tiles_of(problem, {plan.tile_p, plan.tile_q, plan.filter_rows})) * tiles_n;
+    const double rounds = plan.blocks > 0 ? std::ceil(tiles / static_cast<double>(plan.blocks)) : 0;
+    const double packs = geometry.chunks == 1 ? 1 : rounds * static_cast<double>(geometry.chunks);
+    const double pack = pack_cycles(tile, geometry), per_tile = tile_cycles(problem, tile, geometry, device);
+    const double passes = static_cast<double>(ceil_div(geometry.words, 32));
+    const double mma_steps = static_cast<double>(geometry.chunks * geometry.words) / 8;
+    const double lone_tile = static_cast<double>(geometry.chunks) * memory_latency + mma_steps * mma_latency +
+                             tile.n / 32.0 * 4 * store_instructions;
+    return {.products_us = as_us(waves(plan, 1, device) * (packs * pack + rounds * per_tile), device),
+            .bytes_us = transfer_us(compulsory_bytes(problem), device),
+            .latency_us = as_us(waves(plan, resident_blocks(tile, geometry, device), device) *
+                                    (prologue_and_epilogue / 2 + packs * passes * memory_latency + rounds * lone_tile),
+                                device),
+            .overhead_us = launch_us};
+}
+
+// Rectangles worth a thought: sides that divide the output's evenly, and widths of whole MMA fragments beside them.
+std::set<std::pair<int64_t, int64_t>> useful_rectangles(const ConvProblem& problem, const StemTile& tile) {
+    const int64_t p = problem.p(), q = problem.q();
+    std::set<std::pair<int64_t, int64_t>> rectangles;
+    for (const int64_t width : {4, 8, 16, 24, 32, 48, 64, 96, 128, 256}) {
+        const int64_t even = ceil_div(q, ceil_div(q, width));
+        for (const int64_t tile_q : {even, std::min(q, round_up(even, 8))}) {
+            if (tile_q > tile.m) continue;
+            for (int64_t most_p = std::min(p, tile.m / tile_q); most_p > 0; most_p /= 2) {
+                rectangles.insert({ceil_div(p, ceil_div(p, most_p)), tile_q});
+            }
+        }
+    }
+    return rectangles;
+}
+
+std::set<int64_t> useful_filter_rows(const ConvProblem& problem, const StemTile& tile) {
+    const int64_t words_per_row = stem_geometry(problem, tile, {1, 1, 1}).words_per_row;
+    const int64_t some = ceil_div(problem.r, ceil_div(problem.r * words_per_row, most_words_of_a_chunk));
+    return {problem.r, std::max<int64_t>(some, 1), 1};
+}
+
+// The plan for one rectangle and chunk, or nothing where shared memory does not hold them.
+std::optional<Plan> plan_of_cut(const ConvProblem& problem, const DeviceInfo& device, const Plan& base, const StemCut& cut) {
+    const StemTile& tile = stem_tiles[base.tile_index];
+    const StemGeometry geometry = stem_geometry(problem, tile, cut);
+    const int64_t resident = resident_blocks(tile, geometry, device);
+    if (resident == 0) return std::nullopt;
+    Plan plan = base;
+    plan.tile_p = cut.tile_p;
+    plan.tile_q = cut.tile_q;
+    plan.filter_rows = cut.filter_rows;
+    const int64_t tiles = tiles_of(problem, cut), tiles_n = ceil_div(problem.k, tile.n);
+    // As many blocks as run at once, or fewer where they would still make as many tiles each.
+    const int64_t at_once = std::max<int64_t>(resident * device.multiprocessors / tiles_n, 1);
+    plan.blocks = tiles > 0 ? tiles_n * ceil_div(tiles, ceil_div(tiles, at_once)) : 0;
+    plan.estimate = estimate(problem, plan, geometry, device);
+    return plan;
+}
+
+// Where memory bounds them all, the one that keeps the multiprocessors least busy.
+bool is_better(const Plan& a, const Plan& b) {
+    return std::pair(a.estimate.total_us(), a.estimate.products_us) <
+           std::pair(b.estimate.total_us(), b.estimate.products_us);
+}
+
+std::string why_not(const ConvProblem& problem, const DeviceInfo& device) {
+    if (!too_old(device).empty()) return too_old(device);
+    if (problem.groups != 1) return with_numbers("it has", problem.groups, " groups", 1);
+    if (problem.c > 4) return with_numbers("x has", problem.c, " channels", 4);
+    if (problem.gemm_k() == 0) return "there is nothing to multiply";
+    if (problem.dtype == DType::float32 && !problem.allow_tf32)
+        return "float32 is to be exact, its tensor cores round to tf32";
+    // A rectangle may reach beyond the output, by no more than the output's own size.
+    const int64_t reach = std::max((2 * problem.p() - 1) * problem.stride_h + problem.dil_h * problem.r,
+                                   (2 * problem.q() - 1) * problem.stride_w + problem.dil_w * problem.s);
+    if (reach > coordinate_limit) return with_numbers("it counts to", reach, " rows or columns", coordinate_limit);
+    const int64_t most_tiles = problem.n * problem.p() * problem.q();
+    if (most_tiles > int_limit) return with_numbers("it may need", most_tiles, " tiles", int_limit);
+    return "";
+}
+
+Candidate candidate_of_tile(const ConvProblem& problem, const DeviceInfo& device, int tile_index) {
+    const StemTile& tile = stem_tiles[tile_index];
+    const int k = 32 / static_cast<int>(size_in_bytes(problem.dtype));
+    Candidate candidate{.plan = {.kernel = Kernel::stem, .tile_index = tile_index, .tile = {tile.m, tile.n, k}},
+                        .illegal = why_not(problem, device)};
+    if (!candidate.illegal.empty()) return candidate;
+    std::optional<Plan> best;
+    for (const auto& [tile_p, tile_q] : useful_rectangles(problem, tile)) {
+        for (const int64_t filter_rows : useful_filter_rows(problem, tile)) {
+            const std::optional<Plan> plan = plan_of_cut(problem, device, candidate.plan, {tile_p, tile_q, filter_rows});
+            if (plan && (!best || is_better(*plan, *best))) best = plan;
+        }
+    }
+    if (best) {
+        candidate.plan = *best;
+    } else {
+        candidate.illegal = with_numbers("a filter row and the rows of x that it meets need",
+                                         stem_geometry(problem, tile, {1, 1, 1}).shared_bytes, " bytes of shared memory",
+                                         device.shared_per_block);
+    }
+    return candidate;
+}
+
+}  // namespace
+
+void add_stem(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all) {
+    std::vector<Candidate> tiles;
+    for (int i = 0; i < static_cast<int>(stem_tiles.size()); ++i) tiles.push_back(candidate_of_tile(problem, device, i));
+    std::stable_sort(tiles.begin(), tiles.end(), [](const auto& a, const auto& b) { return is_better(a.plan, b.plan); });
+    all.insert(all.end(), tiles.begin(), tiles.end());
+}
+
+std::string describe_stem(const Plan& plan) {
+    return " pixels " + std::to_string(plan.tile_p) + "x" + std::to_string(plan.tile_q) + " filter-rows " +
+           std::to_string(plan.filter_rows);
+}
+
+}  // namespace fused_cna
