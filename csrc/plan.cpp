@@ -38,7 +38,8 @@ void check_extents(const ConvProblem& problem) {
     }
 }
 
-// Legal before illegal, then by estimate; equal estimates keep the order in which they were listed, fastest rows first.
+// Legal before illegal, then by estimate; equal estimates keep the order in which they were listed: the most special kernel
+// first, and its fastest rows.
 bool is_better(const Candidate& a, const Candidate& b) {
     if (a.illegal.empty() != b.illegal.empty()) return a.illegal.empty();
     return a.illegal.empty() && a.plan.estimate.total_us() < b.plan.estimate.total_us();
@@ -65,8 +66,8 @@ std::string too_old(const DeviceInfo& device) {
 std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceInfo& device) {
     check_extents(problem);
     std::vector<Candidate> all;
-    add_implicit_gemm(problem, device, all);
     add_grouped(problem, device, all);
+    add_implicit_gemm(problem, device, all);
     add_direct(problem, device, all);
     std::stable_sort(all.begin(), all.end(), is_better);
     if (!all.front().illegal.empty()) refuse(problem, all.back().illegal + "; split the batch");
