@@ -40,7 +40,8 @@ void check_extents(const ConvProblem& problem) {
     }
 }
 
-// Legal before illegal, then by estimate; equal estimates keep the order in which they were listed, fastest rows first.
+// Legal before illegal, then by estimate; equal estimates keep the order in which they were listed: the most special kernel
+// first, and its fastest rows.
 bool is_better(const Candidate& a, const Candidate& b) {
     if (a.illegal.empty() != b.illegal.empty()) return a.illegal.empty();
     return a.illegal.empty() && a.plan.estimate.total_us() < b.plan.estimate.total_us();
@@ -82,12 +83,12 @@ std::string describe_copies(const Plan& plan) {
 std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceInfo& device) {
     check_extents(problem);
     std::vector<Candidate> all;
-    add_implicit_gemm(problem, device, all);
-    add_small_m(problem, device, all);
-    add_depthwise_toeplitz(problem, device, all);
     add_grouped(problem, device, all);
+    add_depthwise_toeplitz(problem, device, all);
     add_depthwise(problem, device, all);
     add_stem(problem, device, all);
+    add_small_m(problem, device, all);
+    add_implicit_gemm(problem, device, all);
     add_direct(problem, device, all);
     std::stable_sort(all.begin(), all.end(), is_better);
     if (!all.front().illegal.empty()) refuse(problem, all.back().illegal + "; split the batch");
