@@ -103,6 +103,8 @@ def every_depthwise() -> None:
         check(problem, plan="depthwise")
         check(problem.replace(x=misaligned_channels_last(problem.x)), plan="depthwise")
     half = torch.zeros((), dtype=torch.float16)
+    for one_way in ({"stride": (1, 2)}, {"dilation": (1, 2)}):
+        list_plans(half.expand(8, 8, 9, 9), half.expand(8, 1, 3, 3), groups=8, **one_way)
     list_plans(half.expand(8, 8, 2, BEYOND_INT - 2000), half.expand(8, 1, 1, 1), stride=(1, 300), groups=8)
     list_plans(half.expand(1 << 26, 8, 28, 28), half.expand(8, 1, 1, 1), groups=8)
 

@@ -50,6 +50,12 @@ ARGUED: dict[str, dict[str, str]] = {
     "csrc/kernels/activation.cuh": {
         "switch (activation) {": "the switch names every Activation",
     },
+    "csrc/kernels/depthwise.cu": {
+        "switch (plan.tile_index) {": NO_SUCH_TILE,
+        'return "depthwise has no instantiation of this tile";': NO_SUCH_TILE,
+        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
+        'return "depthwise has no instantiation of this dtype";': NO_SUCH_DTYPE,
+    },
     "csrc/kernels/direct.cu": {
         (
             "if (plan.tile_index == 2) return launch_tile<T, DirectTile<direct_tiles[2], 1, "

@@ -138,8 +138,13 @@ void add_depthwise(const ConvProblem& problem, const DeviceInfo& device, std::ve
 std::string describe_depthwise(const Plan& plan) {
     const DepthwiseTile& tile = depthwise_tiles[plan.tile_index];
     const std::string size = std::to_string(tile.filter);
-    std::string text = tile.takes_any() ? " any filter" : " " + size + "x" + size + " stride " + std::to_string(tile.stride);
-    text += tile.by_value ? " by value" : " " + std::to_string(plan.access_bytes) + "-byte";
+    std::string text = " any filter";
+    if (!tile.takes_any()) text = " " + size + "x" + size + " stride " + std::to_string(tile.stride);
+    if (tile.by_value) {
+        text += " by value";
+    } else {
+        text += " " + std::to_string(plan.access_bytes) + "-byte";
+    }
     if (plan.convert_x) text += " after a copy of x";
     return text;
 }
