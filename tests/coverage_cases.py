@@ -173,8 +173,9 @@ def every_strip_tile() -> None:
             padding=(1, 5),
             groups=channels,
         )
-    list_plans(half.expand(1, 8, 9, 9), half.expand(8, 1, 3, 3), groups=8, dilation=(1, 2))
-    list_plans(half.expand(1, 8, 9, 9), half.expand(8, 1, 3, 3), groups=8, stride=(2, 1))
+    for pair in ((1, 2), (2, 1)):
+        list_plans(half.expand(1, 8, 9, 9), half.expand(8, 1, 3, 3), groups=8, dilation=pair)
+        list_plans(half.expand(1, 8, 9, 9), half.expand(8, 1, 3, 3), groups=8, stride=pair)
     list_plans(half.expand(1, 8, 400, 9), half.expand(8, 1, 399, 3), groups=8)
     list_plans(half.expand(2**31, 8, 1, 1), half.expand(8, 1, 3, 3), groups=8, padding=(1, 1))
     list_plans(half.expand(2**30, 256, 1, 1), half.expand(256, 1, 3, 3), groups=256, padding=(1, 1))

@@ -56,6 +56,11 @@ ARGUED: dict[str, dict[str, str]] = {
         "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
         'return "depthwise has no instantiation of this dtype";': NO_SUCH_DTYPE,
     },
+    "csrc/kernels/depthwise_toeplitz.cu": {
+        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
+        "case DType::float32: break;": NO_SUCH_DTYPE,
+        'return "depthwise_toeplitz has no instantiation of this dtype";': NO_SUCH_DTYPE,
+    },
     "csrc/kernels/direct.cu": {
         (
             "if (plan.tile_index == 2) return launch_tile<T, DirectTile<direct_tiles[2], 1, "
@@ -122,6 +127,9 @@ ARGUED: dict[str, dict[str, str]] = {
         "find_exact_plan": "called by tuned.cpp alone: tests/test_plan_file.py",
         "memoised_plan": OPS_ONLY,
         "force_plan": OPS_ONLY,
+    },
+    "csrc/plans/depthwise_toeplitz.cpp": {
+        "if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE,
     },
     "csrc/run.cpp": {
         "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
