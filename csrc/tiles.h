@@ -151,33 +151,39 @@ struct DepthwiseTile {
 // An image's rows are cut into bands of equal height, or the last is lower: strips of a band share rows of x.
 constexpr int64_t depthwise_bands(int64_t p) { return (p + depthwise_band_rows - 1) / depthwise_band_rows; }
 
-inline constexpr std::array<DepthwiseTile, 8> depthwise_tiles {
-    {
-        {3, 1, 4}, {5, 1, 3}, {7, 1, 3}, {3, 2, 3}, {5, 2, 3}, {7, 2, 2}, {0, 0, 4}, {0, 0, 2, true},
+inline constexpr std::array<DepthwiseTile, 8> depthwise_tiles{{
+    {3, 1, 4},
+    {5, 1, 3},
+    {7, 1, 3},
+    {3, 2, 3},
+    {5, 2, 3},
+    {7, 2, 2},
+    {0, 0, 4},
+    {0, 0, 2, true},
+}};
 
-            // A tile of the stem kernel: m output pixels, a rectangle of one image whose sides the plan chooses, by n
-            // channels. Every warp makes its own pixels in all n channels.
-            struct StemTile {
-            int m = 0, n = 0, warps = 0;
-            int blocks_per_multiprocessor = 0;  // that registers allow: the launch bound
+// A tile of the stem kernel: m output pixels, a rectangle of one image whose sides the plan chooses, by n channels. Every
+// warp makes its own pixels in all n channels.
+struct StemTile {
+    int m = 0, n = 0, warps = 0;
+    int blocks_per_multiprocessor = 0;  // that registers allow: the launch bound
 
-            constexpr int threads() const { return warps * 32; }
-            // The tables of pixels (24 bytes) and of channels (12 bytes), which lie before everything that the problem
-            // sizes.
-            constexpr int64_t table_bytes() const { return m * 24 + n * 12; }
+    constexpr int threads() const { return warps * 32; }
+    // The tables of pixels (24 bytes) and of channels (12 bytes), which lie before everything that the problem sizes.
+    constexpr int64_t table_bytes() const { return m * 24 + n * 12; }
 
-            bool operator==(const StemTile&) const = default;
-        };
+    bool operator==(const StemTile&) const = default;
+};
 
-        inline constexpr std::array<StemTile, 6> stem_tiles{{
-            // Many pixels share one repacking of the weights.
-            {256, 64, 8, 2},
-            {256, 32, 8, 2},
-            {128, 64, 4, 4},
-            {128, 32, 4, 4},
-            // Small images and batches, where large tiles would leave multiprocessors idle.
-            {64, 64, 4, 4},
-            {64, 32, 4, 4},
-        }};
+inline constexpr std::array<StemTile, 6> stem_tiles{{
+    // Many pixels share one repacking of the weights.
+    {256, 64, 8, 2},
+    {256, 32, 8, 2},
+    {128, 64, 4, 4},
+    {128, 32, 4, 4},
+    // Small images and batches, where large tiles would leave multiprocessors idle.
+    {64, 64, 4, 4},
+    {64, 32, 4, 4},
+}};
 
-    }  // namespace fused_cna
+}  // namespace fused_cna

@@ -72,8 +72,9 @@ class CudaCoreMath {
         }
     }
 
-    template <class... Arguments>
-    static __device__ __forceinline__ void repair(const Arguments&...) {}
+    template <class RowOfTile>
+    static __device__ __forceinline__ void repair(const ImplicitGemmArgs&, const GemmBlock&, float*, int64_t, int,
+                                                  const RowOfTile&) {}
 
    private:
     __device__ __forceinline__ void load(uint32_t offset, float (&values)[values_per_step]) const {
