@@ -29,7 +29,7 @@ from tests.shapes import SHAPES, TELLING_SHAPES, ConvShape, shape_named
 from tests.simt import binding, conv_norm_act, list_plans
 from tests.simt.conv import _geometry
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
-from tests.test_stem_kernel import CHUNKED, STEMS, stem_plans
+from tests.test_stem_kernel import ALMOST_UNITS, CHUNKED, MANY_TILES, STEMS, stem_plans, strided_problem
 
 BEYOND_INT = 2**31
 
@@ -123,9 +123,15 @@ def every_stem() -> None:
             problem = integer_problem(shape, dtype)
             for plan in stem_plans(problem):
                 check(problem, plan=plan, allow_tf32=True)
-    for shape in CHUNKED:
+    for name in ALMOST_UNITS:
+        check(strided_problem(name, torch.float16), plan="stem")
+    for shape in (*CHUNKED, MANY_TILES):
         check(integer_problem(shape, torch.float16), plan="stem", device="L4")
+    many_tiles = integer_problem(MANY_TILES, torch.float16)
+    check(many_tiles, plan="stem 64x32x16", device="L4")
     half = torch.zeros((), dtype=torch.float16)
+    list_plans(half.float().expand(1, 3, 8, 8), half.float().expand(8, 3, 3, 3))
+    list_plans(half.expand(0, 3, 8, 8), half.expand(8, 3, 3, 3))
     list_plans(half.expand(1, 3, 8, 3000), half.expand(8, 3, 1, 2500))
     list_plans(half.expand(1, 3, 1 << 30, 4), half.expand(8, 3, 3, 3), padding=(1, 1))
     list_plans(half.expand(1 << 10, 3, 1 << 11, 1 << 11), half.expand(8, 3, 1, 1))
