@@ -51,7 +51,8 @@ void set_plan_loader(const py::object& loader) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "Compiled part of fused_cna: the CUDA kernels and the plan that chooses among them.";
     m.def("build_info", &build_info, "The torch and the compiler this module was built with.");
-    m.def("force_plan", &force_plan, "Makes every call run the best plan whose name begins so; an empty name ends it.",
+    m.def("force_plan", &force_plan,
+          "Makes every call run the best plan whose name begins so; an empty name ends it. Returns the name before.",
           py::arg("name"));
     m.def(
         "device", [](int index) { return device_as_dict(device_info(static_cast<c10::DeviceIndex>(index))); },

@@ -163,7 +163,8 @@ void launch(const Inputs& in, PreparedCall& call) {
     try {
         run_planned(in, plan, call);
     } catch (const c10::OutOfMemoryError&) {
-        if (!plan.allocates()) throw;
+        // who forces a plan wants no other
+        if (!plan.allocates() || is_plan_forced()) throw;
         run_plan(call.args, choose_plan_without_memory(call.args.problem, device), in);
     }
 }

@@ -31,6 +31,8 @@ void check_extents(const ConvProblem& problem) {
         {"the number of input channels", problem.c},
         {"the number of output channels", problem.k},
         {"the number of products per output", problem.gemm_k()},
+        {"the stride", std::max(problem.stride_h, problem.stride_w)},
+        {"the dilation", std::max(problem.dil_h, problem.dil_w)},
     };
     for (const auto& [name, extent] : extents) {
         if (extent > extent_limit) {
@@ -78,6 +80,13 @@ std::string describe_copies(const Plan& plan) {
     if (plan.convert_x) text += " after a copy of x";
     if (plan.convert_weight) text += " after a copy of the weight";
     return text;
+}
+
+std::string too_far(const ConvProblem& problem) {
+    constexpr int64_t limit = 1ll << 30;
+    const int64_t reach = std::max((2 * problem.p() - 1) * problem.stride_h + problem.dil_h * problem.r,
+                                   (2 * problem.q() - 1) * problem.stride_w + problem.dil_w * problem.s);
+    return reach > limit ? with_numbers("it counts to", reach, " rows or columns", limit) : "";
 }
 
 std::vector<Candidate> list_candidates(const ConvProblem& problem, const DeviceInfo& device) {
@@ -129,16 +138,19 @@ Candidate find_exact_plan(const ConvProblem& problem, const DeviceInfo& device, 
     return found != all.end() ? *found : Candidate{.plan = {}, .illegal = "there is no plan \"" + name + "\""};
 }
 
-void force_plan(const std::string& name) {
+std::string force_plan(const std::string& name) {
     const std::lock_guard lock(forced.mutex);
-    forced.name = name;
     forced.active = !name.empty();
+    return std::exchange(forced.name, name);
 }
+
+bool is_plan_forced() { return forced.active; }
 
 Plan memoised_plan(const ConvProblem& problem, const DeviceInfo& device) {
     if (forced.active) {
         const std::lock_guard lock(forced.mutex);
-        return find_plan(problem, device, forced.name);
+        // another thread may have ended it since
+        if (!forced.name.empty()) return find_plan(problem, device, forced.name);
     }
     // A server of ever new image sizes starts over now and then, rather than remembering them all.
     constexpr size_t most_plans = 10'000;

@@ -128,7 +128,9 @@ Plan find_plan(const ConvProblem& problem, const DeviceInfo& device, const std::
 Candidate find_exact_plan(const ConvProblem& problem, const DeviceInfo& device, const std::string& name);
 
 // Makes memoised_plan answer with find_plan(..., name) in this whole process, for tests and tuning; an empty name ends it.
-void force_plan(const std::string& name);
+// Returns the name that was forced before.
+std::string force_plan(const std::string& name);
+bool is_plan_forced();
 
 // The forced plan, else the tuned one (tuned.h), else choose_plan, costed once per problem and device and remembered. Safe
 // to call from several threads.

@@ -2,7 +2,10 @@
 
 #include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "fields.h"
@@ -58,6 +61,16 @@ struct ReadField {
     }
 };
 
+// The plan divides by these.
+void require_positive(std::initializer_list<std::pair<const char*, int64_t>> values, const char* what) {
+    for (const auto& [name, value] : values) {
+        if (value < 1) {
+            throw std::invalid_argument(std::string(what) + " has " + name + "=" + std::to_string(value) +
+                                        ", at least 1 is allowed");
+        }
+    }
+}
+
 }  // namespace
 
 DType find_dtype(const std::string& name) {
@@ -85,6 +98,26 @@ ConvProblem problem_from(const py::dict& given) {
     ConvProblem problem;
     for_each_problem_field(problem, read);
     read.expect_nothing_more();
+    const ConvProblem& p = problem;
+    require_positive({{"n", p.n},
+                      {"c", p.c},
+                      {"h", p.h},
+                      {"w", p.w},
+                      {"k", p.k},
+                      {"r", p.r},
+                      {"s", p.s},
+                      {"groups", p.groups},
+                      {"stride_h", p.stride_h},
+                      {"stride_w", p.stride_w},
+                      {"dil_h", p.dil_h},
+                      {"dil_w", p.dil_w},
+                      {"an output height", p.p()},
+                      {"an output width", p.q()}},
+                     read.what);
+    if (p.c % p.groups != 0 || p.k % p.groups != 0) {
+        throw std::invalid_argument("a convolution problem has groups=" + std::to_string(p.groups) +
+                                    ", which must divide c=" + std::to_string(p.c) + " and k=" + std::to_string(p.k));
+    }
     return problem;
 }
 
@@ -94,6 +127,7 @@ DeviceInfo device_from(const py::dict& given) {
     DeviceInfo device;
     for_each_device_field(device, read);
     read.expect_nothing_more();
+    require_positive({{"multiprocessors", device.multiprocessors}}, read.what);
     return device;
 }
 

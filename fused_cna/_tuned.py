@@ -54,7 +54,7 @@ def cuda_target(index: int) -> Target:
 def plans_for(device: Device) -> dict[ProblemKey, TunedPlan]:
     """The tuned plans for a device: those set in this process, over those of the files."""
     plans = plan_file.plans_for(device)
-    for known, own in _own.items():
+    for known, own in list(_own.items()):
         if device.stands_for(known):
             plans.update(own)
     return plans

@@ -287,11 +287,11 @@ def forced_plan(name: str) -> Iterator[None]:
         ImportError: the compiled extension is not available; says why.
     """
     extension = _extension.module()
-    extension.force_plan(name)
+    before = extension.force_plan(name)
     try:
         yield
     finally:
-        extension.force_plan("")
+        extension.force_plan(before)
 
 
 def _target(device: str | torch.device | None, x: Tensor | None) -> _tuned.Target:

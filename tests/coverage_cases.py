@@ -36,7 +36,7 @@ from tests.test_grouped_kernel import GROUPED, grouped_plans, spread
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
 from tests.test_small_m_kernel import FEW_PIXELS
 from tests.test_small_m_kernel import plans_of as small_m_plans
-from tests.test_stem_kernel import CHUNKED, STEMS, stem_plans
+from tests.test_stem_kernel import ALMOST_UNITS, CHUNKED, MANY_TILES, STEMS, stem_plans, strided_problem
 
 BEYOND_INT = 2**31
 
@@ -176,7 +176,8 @@ def every_strip_tile() -> None:
     for pair in ((1, 2), (2, 1)):
         list_plans(half.expand(1, 8, 9, 9), half.expand(8, 1, 3, 3), groups=8, dilation=pair)
         list_plans(half.expand(1, 8, 9, 9), half.expand(8, 1, 3, 3), groups=8, stride=pair)
-    list_plans(half.expand(1, 8, 400, 9), half.expand(8, 1, 399, 3), groups=8)
+    for height in (120, 399):
+        list_plans(half.expand(1, 8, 400, 9), half.expand(8, 1, height, 3), groups=8)
     list_plans(half.expand(2**31, 8, 1, 1), half.expand(8, 1, 3, 3), groups=8, padding=(1, 1))
     list_plans(half.expand(2**30, 256, 1, 1), half.expand(256, 1, 3, 3), groups=256, padding=(1, 1))
 
@@ -210,9 +211,15 @@ def every_stem() -> None:
             problem = integer_problem(shape, dtype)
             for plan in stem_plans(problem):
                 check(problem, plan=plan, allow_tf32=True)
-    for shape in CHUNKED:
+    for name in ALMOST_UNITS:
+        check(strided_problem(name, torch.float16), plan="stem")
+    for shape in (*CHUNKED, MANY_TILES):
         check(integer_problem(shape, torch.float16), plan="stem", device="L4")
+    many_tiles = integer_problem(MANY_TILES, torch.float16)
+    check(many_tiles, plan="stem 64x32x16", device="L4")
     half = torch.zeros((), dtype=torch.float16)
+    list_plans(half.float().expand(1, 3, 8, 8), half.float().expand(8, 3, 3, 3))
+    list_plans(half.expand(0, 3, 8, 8), half.expand(8, 3, 3, 3))
     list_plans(half.expand(1, 3, 8, 3000), half.expand(8, 3, 1, 2500))
     list_plans(half.expand(1, 3, 1 << 30, 4), half.expand(8, 3, 3, 3), padding=(1, 1))
     list_plans(half.expand(1 << 10, 3, 1 << 11, 1 << 11), half.expand(8, 3, 1, 1))
@@ -229,6 +236,8 @@ def every_answer_of_the_plan() -> None:
     list_plans(half.expand(8, 64, 9, 9), half.expand(64, 64, 1, 1), device="L4")
     list_plans(half.expand(1, 8, 2, 40), half.expand(8, 8, 1, 33))
     refused(lambda: list_plans(half.expand(1, 8, BEYOND_INT, 1), weight), "padded input height")
+    refused(lambda: list_plans(half.expand(1, 8, 2, 2), weight, stride=(1, BEYOND_INT)), "the stride is")
+    refused(lambda: list_plans(half.expand(1, 8, 2, 2), weight, dilation=(BEYOND_INT, 1)), "the dilation is")
     refused(lambda: list_plans(half.expand(1 << 20, 8, 1 << 15, 1 << 15), weight), "split the batch")
     problem = integer_problem(shape_named("odd_channels"), torch.float16)
     refused(lambda: problem.call(conv_norm_act, plan="direct 1x2x3"), "no plan")

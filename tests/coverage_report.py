@@ -111,6 +111,14 @@ ARGUED: dict[str, dict[str, str]] = {
         "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
         'return "split_k has no instantiation of this dtype";': NO_SUCH_DTYPE,
     },
+    "csrc/kernels/stem.cu": {
+        "...);": NO_SUCH_TILE,
+        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
+        'return "stem has no instantiation of this dtype";': NO_SUCH_DTYPE,
+    },
+    "csrc/plans/stem.cpp": {
+        "if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE,
+    },
     "csrc/plan.cpp": {
         "if (device.compute_major < 8) {": NO_OLD_DEVICE,
         (

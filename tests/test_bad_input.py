@@ -114,7 +114,7 @@ def test_refused_where_a_gradient_is_wanted() -> None:
     for bad in BAD:
         problem = bad.problem
         problem = problem.replace(
-            norm_bias=None if problem.norm_bias is None else problem.norm_bias.requires_grad_()
+            norm_bias=None if problem.norm_bias is None else problem.norm_bias.clone().requires_grad_()
         )
         problem = problem.replace(x=problem.x.clone().requires_grad_())
         for run in (run_front, run_operator):

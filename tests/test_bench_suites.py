@@ -263,7 +263,7 @@ class TestPlans:
         kernels = [plan_of(row(large, 32, name), CPU, "")[0] for name in ("tf32", "fp32")]
         assert kernels[0] is not None
         assert kernels[1] is not None
-        assert kernels[1].kernel == "direct" != kernels[0].kernel
+        assert kernels[1].kernel == "implicit_gemm_tf32x3" != kernels[0].kernel
 
     def test_no_plan_has_a_reason(self) -> None:
         chosen, reason = plan_of(row(), torch.device("cuda"), "NVIDIA L40S")

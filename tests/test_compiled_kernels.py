@@ -89,8 +89,8 @@ MMA = {
 
 COPIES = {
     16: r"LDGSTS\.E\.BYPASS\.LTC128B\.128",
-    8: r"LDGSTS\.E\.LTC128B\.64",
-    4: r"LDGSTS\.E\.LTC128B",
+    8: r"LDGSTS\.E(\.LTC128B)?\.64",
+    4: r"LDGSTS\.E(\.LTC128B)?",
 }
 """The opcode of cp.async by its bytes."""
 

@@ -102,7 +102,7 @@ def depthwise_plans(problem: Problem, device: str = "H100") -> list[str]:
         name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups")
     }
     names = list_plans(problem.x, problem.weight, device=device, **options)
-    return [name for name in names if name.startswith("depthwise")]
+    return [name for name in names if name.startswith("depthwise ")]
 
 
 def version(plan: str) -> str:
@@ -253,13 +253,15 @@ def illegal(problem: ConvProblem, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
-def test_the_plan_takes_it_for_every_depthwise_layer_of_real_networks(dtype: torch.dtype) -> None:
+def test_the_plan_takes_it_for_the_depthwise_layers_of_real_networks(dtype: torch.dtype) -> None:
     layers = [p for _, p in real_layers() if p.groups == p.c > 1]
     assert len(layers) > 700
     for problem in layers:
         problem = dataclasses.replace(problem, dtype=dtype)
-        chosen = explain(problem).candidates[0]
-        assert chosen["kernel"] == "depthwise", problem
+        candidates = explain(problem).candidates
+        # where products are the bound tensor cores are faster, and few pixels have a kernel of their own
+        assert candidates[0]["kernel"] in ("depthwise", "depthwise_toeplitz", "small_m"), problem
+        chosen = next(c for c in candidates if c["kernel"] == "depthwise" and not c["illegal"])
         own = problem.r == problem.s and problem.r in (3, 5, 7) and problem.dilation == (1, 1)
         own = own and problem.k == problem.c and problem.stride in ((1, 1), (2, 2))
         assert ("any filter" not in chosen["name"]) == own, problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Iterator
@@ -224,6 +225,41 @@ def test_what_is_not_finite_reaches_its_own_outputs_alone_through_splits_too(ker
     for plan in by_split.values():
         actual = problem.call(conv_norm_act, plan=plan)
         assert torch.equal(actual.nan_to_num(12345.0), expected.nan_to_num(12345.0)), plan
+
+
+TAILS = ConvShape("tails", 2, 64, 5, 5, 40, 1, 1, "rows and channels that fill no tile")
+
+
+@every_kernel
+@pytest.mark.parametrize(
+    ("operand", "at"), [("x", (0, 3, 2, 2)), ("x", (1, 63, 4, 4)), ("weight", (7, 3, 0, 0))]
+)
+@pytest.mark.parametrize("split", [1, 2])
+def test_what_is_not_finite_leads_no_access_outside(
+    kernel: str, operand: str, at: tuple[int, ...], split: int
+) -> None:
+    """The rows and channels of a tile that the output lacks hold zeros, and zero times infinity is none."""
+    shape = TAILS if split == 1 else dataclasses.replace(TAILS, c=128)
+    problem = channels_last(integer_problem(shape, torch.float32, Wanted(norm="none")))
+    given = getattr(problem, operand).clone()
+    given[at] = math.inf
+    problem = problem.replace(**{operand: given})
+    expected = torch.nn.functional.conv2d(problem.x, problem.weight, problem.bias)
+    plans = [plan for plan in plans_of(problem, kernel) if f" 64x64x16 split {split} " in plan]
+    assert plans
+    for plan in plans:
+        actual = problem.call(conv_norm_act, plan=plan, sanitized=True)
+        assert torch.equal(actual.nan_to_num(12345.0), expected.nan_to_num(12345.0)), plan
+
+
+@every_kernel
+def test_padding_times_an_infinite_weight_is_no_number(kernel: str) -> None:
+    """As with every other kernel and with PyTorch: what a plan computes must not depend on the plan."""
+    x, w = torch.ones(1, 64, 4, 4), torch.ones(32, 64, 3, 3)
+    w[:, 0, 0, 0] = math.inf
+    expected = conv_norm_act(x, w, padding=1, plan="direct")
+    assert expected[0, 0, 0].isnan().all()
+    assert torch.equal(conv_norm_act(x, w, padding=1, plan=kernel).nan_to_num(1.0), expected.nan_to_num(1.0))
 
 
 @pytest.fixture

@@ -144,9 +144,12 @@ def test_chunks_are_exact(shape: ConvShape, dtype: torch.dtype) -> None:
         assert torch.equal(run_simulated(problem, plan, device="L4"), expected_rounded(problem)), plan
 
 
+MANY_TILES = ConvShape("many_tiles", 3, 3, 145, 160, 9, 3, 3, "more tiles than blocks", (2, 2), (1, 1))
+
+
 @dtypes
 def test_a_block_makes_many_tiles_one_after_the_other(dtype: torch.dtype) -> None:
-    shape = ConvShape("many_tiles", 3, 3, 145, 160, 9, 3, 3, "more tiles than blocks run", (2, 2), (1, 1))
+    shape = MANY_TILES
     problem = integer_problem(shape, dtype, Wanted("relu"))
     question = ConvProblem(3, 3, 145, 160, 9, 3, 3, stride=2, padding=1, dtype=dtype)
     name, blocks = next(
@@ -199,6 +202,35 @@ def test_operands_in_any_layout(run: Run, shape: ConvShape, layout: Layout, dtyp
 def channels_last_but(problem: Problem, layout: Layout) -> Problem:
     """A channels_last output with x in the layout."""
     return problem.replace(x=layout(problem.x), weight=channels_last(problem.weight))
+
+
+ALMOST_UNITS = {
+    "images": ((2, 3, 8, 16), (385, 128, 16, 1)),
+    "channels": ((2, 3, 8, 16), (400, 129, 16, 1)),
+    "rows": ((2, 3, 8, 16), (448, 144, 17, 1)),
+    "columns": ((2, 3, 8, 16), (768, 256, 32, 2)),
+    "rows of pixels": ((2, 3, 8, 16), (416, 1, 52, 3)),
+    "pixels apart": ((2, 3, 8, 16), (768, 1, 96, 4)),
+    "pixels that overlap": ((2, 3, 8, 16), (448, 2, 56, 3)),
+    "one image": ((1, 3, 8, 16), (5, 128, 16, 1)),
+    "one row": ((2, 3, 1, 16), (48, 16, 5, 1)),
+    "one row of pixels": ((2, 3, 1, 16), (48, 1, 5, 3)),
+}
+"""Sizes and strides of x that allow wide loads but for one stride, some of which nothing steps along."""
+
+
+def strided_problem(name: str, dtype: torch.dtype) -> Problem:
+    size, strides = ALMOST_UNITS[name]
+    shape = ConvShape(name, *size, 8, 1 if size[2] == 1 else 3, 3, "", (2, 2), (0, 1))
+    memory = integer_problem(ConvShape("memory", 1, 1, 1, 2048, 1, 1, 1, ""), dtype).x.flatten()
+    return integer_problem(shape, dtype).replace(x=memory.as_strided(size, strides))
+
+
+@dtypes
+@pytest.mark.parametrize("name", ALMOST_UNITS)
+def test_strides_beside_those_of_wide_loads(run: Run, name: str, dtype: torch.dtype) -> None:
+    problem = strided_problem(name, dtype)
+    assert torch.equal(run(problem, "stem"), expected_rounded(problem))
 
 
 @dtypes

@@ -95,6 +95,25 @@ def test_problems_of_another_shape_are_refused(path: Path) -> None:
     assert "unknown field 'colour'" in why
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": 0}, "groups=0, at least 1"),
+        ({"stride_h": 0}, "stride_h=0, at least 1"),
+        ({"groups": 3}, "groups=3, which must divide c="),
+        ({"r": 1000}, "an output height=-"),
+    ],
+)
+def test_problems_that_are_no_convolution_are_refused(change: dict[str, Any], message: str) -> None:
+    """The plan divides by such numbers, and a file may hold anything."""
+    problem = dict(tuned(8).problem) | change
+    with pytest.raises(ValueError, match=message):
+        planner().set_tuned_plan(problem, planner().device("H100"), "direct 64x64x32")
+    device = planner().device("H100") | {"multiprocessors": 0}
+    with pytest.raises(ValueError, match="multiprocessors=0"):
+        planner().set_tuned_plan(dict(tuned(8).problem), device, "direct 64x64x32")
+
+
 @pytest.fixture
 def compiled() -> Iterator[Any]:
     """The extension, whose tuned plans are those of this test alone."""
@@ -161,6 +180,14 @@ def test_an_error_while_loading_reaches_the_caller_and_is_tried_again(compiled: 
     for _ in range(2):
         with pytest.raises(ValueError, match="no plans today"):
             compiled._load_plans_once(105)
+
+
+def test_a_forced_plan_within_another_gives_way_to_it_again(compiled: Any) -> None:
+    with fused_cna.forced_plan("direct"):
+        with fused_cna.forced_plan("implicit_gemm_sm80"):
+            assert compiled.force_plan("implicit_gemm_sm80") == "implicit_gemm_sm80"
+        assert compiled.force_plan("direct") == "direct"
+    assert compiled.force_plan("") == ""
 
 
 def test_plans_set_in_this_process_come_first_and_are_forgotten(path: Path, compiled: Any) -> None:

@@ -27,14 +27,14 @@ __device__ float exact_sum(const ImplicitGemmArgs& args, const GemmBlock& block,
         const int tap = step / args.channel_steps, first_c = step % args.channel_steps * Traits::k;
         const int r = tap / args.x.s, s = tap % args.x.s;
         const int h = first_h + r * args.x.dil_h, w = first_w + s * args.x.dil_w;
-        if (h < 0 || h >= args.x.h || w < 0 || w >= args.x.w) continue;
+        const bool inside = h >= 0 && h < args.x.h && w >= 0 && w < args.x.w;
         const T* x = static_cast<const T*>(args.conv.x) + pixel.n * of_x.n + h * of_x.h + w * of_x.w +
                      static_cast<int64_t>(block.group) * args.c_per_group;
         const T* weight = static_cast<const T*>(args.conv.weight) + (block.first_channel(args) + column) * of_weight.k +
                           r * of_weight.r + s * of_weight.s;
         float chunk = 0;
         for (int c = first_c; c < first_c + Traits::k && c < args.c_per_group; ++c) {
-            chunk = fmaf(device::to_float(x[c]), device::to_float(weight[c]), chunk);
+            chunk = fmaf(inside ? device::to_float(x[c]) : 0.0f, device::to_float(weight[c]), chunk);
         }
         sum += chunk;
     }
@@ -42,14 +42,17 @@ __device__ float exact_sum(const ImplicitGemmArgs& args, const GemmBlock& block,
 }
 
 // Looks through rows of sums that the whole block sees, `pitch` floats apart; row_of_tile(i) is the tile's row of the i-th.
+// Rows and columns that the output does not have may hold what is not finite too, where zeros meet an infinity.
 template <class Traits, class RowOfTile>
 __device__ __forceinline__ void repair_sums(const ImplicitGemmArgs& args, const GemmBlock& block, float* sums, int64_t pitch,
                                             int rows, const RowOfTile& row_of_tile) {
+    const int rows_of_output = args.x.output.n * args.x.output.p * args.x.output.q - block.first_row;
 #pragma unroll 1
     for (int i = device::thread_x(); i < rows * Traits::n; i += Traits::threads) {
-        const int row = i / Traits::n, column = i % Traits::n;
-        float& sum = sums[row * pitch + column];
-        if (!(fabsf(sum) < INFINITY)) sum = exact_sum<Traits>(args, block, row_of_tile(row), column);
+        const int row = row_of_tile(i / Traits::n), column = i % Traits::n;
+        float& sum = sums[i / Traits::n * pitch + column];
+        const bool exists = row < rows_of_output && column < block.columns;
+        if (exists && !(fabsf(sum) < INFINITY)) sum = exact_sum<Traits>(args, block, row, column);
     }
 }
 

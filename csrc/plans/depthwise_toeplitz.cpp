@@ -74,6 +74,9 @@ std::string unfit(const ConvProblem& problem, const DeviceInfo& device) {
         return "the filter is " + std::to_string(problem.s) + " wide, it takes widths from 2 to " +
                std::to_string(StripMemory::widest_filter);
     }
+    // no higher filter's table fits any device's shared memory
+    if (constexpr int64_t highest = 128; problem.r > highest)
+        return with_numbers("the filter has", problem.r, " rows", highest);
     if (constexpr int64_t most_images = int_limit - StripTile::most_strips; problem.n > most_images) {
         return with_numbers("it counts", problem.n, " images", most_images);
     }

@@ -18,6 +18,10 @@ std::string with_numbers(const char* text, int64_t given, const char* unit, int6
 // Why no kernel on tensor cores or with cp.async can run on the device; empty where they can.
 std::string too_old(const DeviceInfo& device);
 
+// Why a kernel whose blocks make rectangles of output pixels cannot count in 32 bits; empty where it can. A rectangle may
+// reach beyond the output, by no more than the output's own size.
+std::string too_far(const ConvProblem& problem);
+
 // Each appends its kernel's candidates for the problem, those that cannot run it with the reason.
 void add_direct(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);
 void add_depthwise_toeplitz(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all);

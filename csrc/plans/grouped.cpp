@@ -59,7 +59,7 @@ std::string why_none(const ConvProblem& problem, const DeviceInfo& device) {
         return "a group's " + std::to_string(problem.c_per_group()) +
                " channels allow loads of 2 bytes, cp.async copies at least 4";
     }
-    return "";
+    return too_far(problem);
 }
 
 // Why this tile does not; empty where it may.

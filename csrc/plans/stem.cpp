@@ -25,7 +25,6 @@ constexpr double weight_instructions = 12;      // of packing one word of one ch
 constexpr double tile_instructions = 200;       // of a warp, beside all these
 constexpr double mma_latency = 70;              // gather and first products of a lone warp's step
 constexpr int64_t most_words_of_a_chunk = 128;  // where a filter is taken in chunks at all
-constexpr int64_t coordinate_limit = 1ll << 30;
 
 int64_t resident_blocks(const StemTile& tile, const StemGeometry& geometry, const DeviceInfo& device) {
     return resident_blocks(tile.threads(), geometry.shared_bytes, tile.blocks_per_multiprocessor, device);
@@ -138,10 +137,7 @@ std::string why_not(const ConvProblem& problem, const DeviceInfo& device) {
     if (problem.gemm_k() == 0) return "there is nothing to multiply";
     if (problem.dtype == DType::float32 && !problem.allow_tf32)
         return "float32 is to be exact, its tensor cores round to tf32";
-    // A rectangle may reach beyond the output, by no more than the output's own size.
-    const int64_t reach = std::max((2 * problem.p() - 1) * problem.stride_h + problem.dil_h * problem.r,
-                                   (2 * problem.q() - 1) * problem.stride_w + problem.dil_w * problem.s);
-    if (reach > coordinate_limit) return with_numbers("it counts to", reach, " rows or columns", coordinate_limit);
+    if (!too_far(problem).empty()) return too_far(problem);
     const int64_t most_tiles = problem.n * problem.p() * problem.q();
     if (most_tiles > int_limit) return with_numbers("it may need", most_tiles, " tiles", int_limit);
     return "";
