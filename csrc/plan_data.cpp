@@ -110,10 +110,9 @@ ConvProblem problem_from(const py::dict& given) {
                       {"stride_h", p.stride_h},
                       {"stride_w", p.stride_w},
                       {"dil_h", p.dil_h},
-                      {"dil_w", p.dil_w},
-                      {"an output height", p.p()},
-                      {"an output width", p.q()}},
+                      {"dil_w", p.dil_w}},
                      read.what);
+    require_positive({{"an output height", p.p()}, {"an output width", p.q()}}, read.what);
     if (p.c % p.groups != 0 || p.k % p.groups != 0) {
         throw std::invalid_argument("a convolution problem has groups=" + std::to_string(p.groups) +
                                     ", which must divide c=" + std::to_string(p.c) + " and k=" + std::to_string(p.k));

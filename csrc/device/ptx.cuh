@@ -96,8 +96,8 @@ FUSED_CNA_MULTIPLY_ADD(bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FUSED_CNA_MULTIPLY_ADD(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef FUSED_CNA_MULTIPLY_ADD
 
-// cvt.rna.tf32.f32 on the bits of a float: to 10 bits of fraction, ties away from zero. The lower 13 bits are not part of the
-// result, and not zero.
+// cvt.rna.tf32.f32 on the bits of a float: to 10 bits of fraction, ties away from zero. The lower 13 bits are not part of
+// the result, and not zero.
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
     uint32_t rounded;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
