@@ -32,6 +32,9 @@ from tests.simt.conv import _geometry
 from tests.test_depthwise_toeplitz_kernel import SHAPES as TOEPLITZ_SHAPES
 from tests.test_depthwise_toeplitz_kernel import placed_value
 from tests.test_depthwise_toeplitz_kernel import plans_of as toeplitz_plans
+from tests.test_float32_kernels import KERNELS as FLOAT32
+from tests.test_float32_kernels import TAILS
+from tests.test_float32_kernels import plans_of as float32_plans
 from tests.test_grouped_kernel import GROUPED, grouped_plans, spread
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
 from tests.test_small_m_kernel import FEW_PIXELS
@@ -155,6 +158,26 @@ def every_layout() -> None:
     check(pointwise.replace(stride=(1, 2)))
 
 
+def every_float32_kernel() -> None:
+    for shape in LARGER:
+        problem = dense(integer_problem(shape, torch.float32, Wanted(residual_order="add_act")))
+        for plan in {
+            without_split(plan): plan for kernel in FLOAT32 for plan in float32_plans(problem, kernel)
+        }.values():
+            check(problem, plan=plan)
+    # sums that are not finite: of rows and channels that the output lacks too, over padding, through splits
+    for shape, at in ((TAILS, (0, 3, 2, 2)), (LARGER[1], (0, 150, 3, 3)), (LARGER[7], (0, 33, 7, 6))):
+        problem = dense(integer_problem(shape, torch.float32, Wanted(norm="none")))
+        for operand, place in (("x", at), ("weight", (7, 3, 0, 0))):
+            given = getattr(problem, operand).clone()
+            given[place] = float("inf")
+            infinite = problem.replace(**{operand: given})
+            expected = infinite.call(conv_norm_act, plan="direct").isfinite()
+            for plan in float32_plans(infinite, FLOAT32[1]):
+                result = infinite.call(conv_norm_act, plan=plan)
+                assert torch.equal(result.isfinite(), expected), plan
+
+
 def every_strip_tile() -> None:
     for shape in TOEPLITZ_SHAPES:
         for dtype in (torch.float16, torch.bfloat16):
@@ -260,6 +283,7 @@ def main() -> None:
     every_instantiation()
     every_plan_of_small_m()
     every_strip_tile()
+    every_float32_kernel()
     every_depthwise()
     every_stem()
 

@@ -41,12 +41,6 @@ MULTI_LINE = "gcov counts this statement on its following lines, which were reac
 
 # By file, the text of a line, without the space around it, or the name of a function that nothing called.
 ARGUED: dict[str, dict[str, str]] = {
-    "csrc/cost.cpp": {
-        (
-            "const double step = std::max({tile.m * tile.n * k / rate, (operand_bytes + "
-            "fragment_bytes) / shared_bytes_per_cycle,"
-        ): MULTI_LINE,
-    },
     "csrc/kernels/activation.cuh": {
         "switch (activation) {": "the switch names every Activation",
     },
@@ -119,12 +113,30 @@ ARGUED: dict[str, dict[str, str]] = {
     "csrc/plans/stem.cpp": {
         "if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE,
     },
-    "csrc/plan.cpp": {
-        "if (device.compute_major < 8) {": NO_OLD_DEVICE,
+    "csrc/kernels/implicit_gemm.cuh": {
         (
-            'candidate.illegal = "it needs compute capability 8.0, the device has " + '
+            "store_tile<typename Traits::Value, Traits::slice_rows, Traits::n, "
+            "Traits::slice_pitch, Traits::threads>("
+        ): MULTI_LINE,
+    },
+    "csrc/plans/implicit_gemm.cpp": {
+        (
+            "const double step = std::max({tile.m * tile.n * k / rate, (operand_bytes + "
+            "fragment_bytes) / shared_bytes_per_cycle,"
+        ): MULTI_LINE,
+        "if (!too_old(device).empty()) {": NO_OLD_DEVICE,
+        "candidate.illegal = too_old(device);": NO_OLD_DEVICE,
+    },
+    "csrc/plan.cpp": {
+        'if (device.compute_major >= 8) return "";': NO_OLD_DEVICE,
+        (
+            'return "it needs compute capability 8.0, the device has " + '
             'std::to_string(device.compute_major) + "." +'
         ): NO_OLD_DEVICE,
+        (
+            'return reach > limit ? with_numbers("it counts to", reach, " rows or columns", limit) : "";'
+        ): EXCEPTIONS,
+        "is_plan_forced": OPS_ONLY,
         "std::to_string(device.compute_minor);": NO_OLD_DEVICE,
         (
             'message += found == all.end() ? "; there are:" : ": " + found->illegal + "; legal are:";'
