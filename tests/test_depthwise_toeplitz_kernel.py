@@ -309,7 +309,8 @@ def reason(problem: ConvProblem, device: str = "H100") -> str:
         ({"s": 11, "padding": (3, 5)}, "11 wide, it takes widths from 2 to 9"),
         ({"s": 1, "padding": (3, 0)}, "1 wide"),
         ({"c": 27, "k": 27, "groups": 27}, "27 channels allow loads of 2 bytes"),
-        ({"h": 400, "r": 399, "padding": (198, 3)}, "bytes of shared memory, at most 232448"),
+        ({"h": 400, "r": 399, "padding": (198, 3)}, "399 rows, at most 128 rows"),
+        ({"h": 400, "r": 120, "padding": (60, 3)}, "bytes of shared memory, at most 232448"),
     ],
 )
 def test_why_it_is_out(changes: dict[str, Any], words: str) -> None:
