@@ -39,7 +39,8 @@ def fuse(
     training mode, with options of ``forward`` other than their defaults, or after a module was exchanged or
     hooked or an attribute set, it runs as it was written. Nothing derived from a parameter is kept (but see ``freeze``).
 
-    A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
+    Weights of blocks are laid out in channels_last where the network's code cannot tell, and so are then the
+    results. A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
     convolutions that share a weight or a norm with different groups, have hooks or parametrizations, or
     compute their weight; :func:`report` says which, and why.
 
@@ -147,6 +148,9 @@ class _Fuser:
         try:
             check_class(type(network))
             traced = trace(network)
+            live = [type(module).__name__ for module in traced.entered if module in self._training]
+            if live:
+                raise NotTraceableError(f"its {live[0]} is in training mode")
             pass_through(traced, self._training)
             matches = match(traced.graph, traced.modules, lambda a, b: None)
             if matches.aliasing.overwrites_values():
