@@ -1,4 +1,4 @@
-"""Networks written to break `fused_cna.fuse`: the same answers as the original, and fused where it is safe."""
+"""Networks written to break `fused_cna.fuse`: the original's answers, and fused where that is safe."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ def fuse(case: Case, network: nn.Module, way: str) -> nn.Module | None:
     try:
         return fused_cna.fuse(network)
     except fused_cna.FusionError as error:
-        if case.traceable and (case.fused or case.unfused):
+        if (case.traceable and (case.fused or case.unfused)) or "example_inputs" not in str(error):
             raise
-        assert "example_inputs" in str(error)
         return None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fused_cna
 from tests.fusion_cases import CASES, DRAWS, Group, Snapshot, assert_same
-from tests.fusion_cases.residuals import Bottleneck
+from tests.fusion_cases.sums import Bottleneck
 
 
 def group() -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fused_cna
 from tests.fusion_cases import DRAWS, Group, assert_same, randomise
-from tests.fusion_cases.residuals import Bottleneck
+from tests.fusion_cases.sums import Bottleneck
 
 PLACES = [
     "",

@@ -1,4 +1,4 @@
-"""What happens to a fused network after `fused_cna.fuse`: training, checkpoints, copies, changes, and back."""
+"""What happens to a network after `fused_cna.fuse`: training, checkpoints, changes, and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fused_cna
 from tests.fusion_cases import CASES, DRAWS, Group, Snapshot, assert_same, compare, randomise
-from tests.fusion_cases.residuals import Bottleneck
+from tests.fusion_cases.sums import Bottleneck
 
 TOLERANCE = 1e-10
 

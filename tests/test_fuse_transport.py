@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fused_cna
 from tests.conftest import needs_gpu
 from tests.fusion_cases import CASES, DRAWS, assert_same
-from tests.fusion_cases.residuals import Bottleneck
+from tests.fusion_cases.sums import Bottleneck
 
 TOLERANCE = 1e-10
 # Classes of these are importable, so that they pickle: one that FX traces whole, and one that it does not.

@@ -8,9 +8,12 @@ from tests.fusion_cases import (
     convolutions,
     mutation,
     norms,
+    order,
     padding,
     residuals,
     sharing,
+    state,
+    sums,
 )
 from tests.fusion_cases.case import CASES, DRAWS, WHOLE, Case, Draw, Group, TwoGroups, conv, randomise
 from tests.fusion_cases.compare import (
@@ -45,9 +48,12 @@ __all__ = [
     "gradients",
     "mutation",
     "norms",
+    "order",
     "padding",
     "randomise",
     "residuals",
     "sharing",
+    "state",
     "storages",
+    "sums",
 ]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -117,7 +116,7 @@ class Features(NamedTuple):
     high: Tensor
 
 
-Plain = namedtuple("Plain", ["first", "second"])  # noqa: PYI024
+Plain = namedtuple("Plain", ["first", "second"])
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fusion_cases.case import ADDED, NORMED, WHOLE, Group, TwoGroups, add, case, conv, two_images
+from tests.fusion_cases.case import ADDED, NORMED, WHOLE, Group, TwoGroups, add, case, conv
 
 SHARED = r"(?i)twice|more than once|times|shared?|several|elsewhere|again|two|other|also|places"
 
