@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fused_cna
 from tests.fusion_cases import CASES, Case, Snapshot, assert_different, compare
@@ -45,7 +45,8 @@ def test_same_answers(case: Case, way: str) -> None:
     before.check(network)
     if fused is None:
         return
-    assert isinstance(fused, type(network))
+    # Every graph module has a class of its own.
+    assert isinstance(fused, fx.GraphModule if isinstance(network, fx.GraphModule) else type(network))
     assert list(fused.state_dict()) == list(network.state_dict())
     compare(case, fused, case.build())
 
@@ -59,7 +60,6 @@ def check_report(case: Case, fused: nn.Module) -> None:
             assert record.fused, f"{name} was not fused: {record.reason}"
             found = [part for part in record.parts.split(" + ") if part != "pad"]
             assert found == parts.split(" + "), f"{name}: {record.parts} instead of {parts}"
-            assert not record.reason
     for name, reason in case.unfused.items():
         records = [layer for layer in layers if layer.name == name]
         assert records, f"{name} is not in the report, which has {[layer.name for layer in layers]}"

@@ -74,8 +74,6 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "rrelu": (nn.RReLU, ""),
     "threshold": (partial(nn.Threshold, 0.1, 0.5), ""),
     "glu": (partial(nn.GLU, 1), ""),
-    "subclass": (Negated, ""),
-    "subclass_of_hardtanh": (Halved, ""),
 }
 for _name, (_make, _part) in MODULES.items():
     add(
@@ -83,6 +81,9 @@ for _name, (_make, _part) in MODULES.items():
         lambda make=_make: WithModule(make),
         fused={"conv": f"{NORMED} + {_part}" if _part else NORMED},
     )
+
+add("act_module_subclass", lambda: WithModule(Negated))
+add("act_module_subclass_of_hardtanh", lambda: WithModule(Halved))
 
 FUNCTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "relu": (F.relu, "relu"),
@@ -121,7 +122,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "negated": (lambda z: F.relu(-z), ""),
     "softmax": (lambda z: z.softmax(1), ""),
     "selu": (F.selu, ""),
-    "prelu": (lambda z: F.prelu(z, torch.full((1,), 0.3, dtype=torch.float64)), ""),
+    "prelu": (lambda z: F.prelu(z, z.new_full((1,), 0.3)), ""),
     "relu_of_a_slice": (lambda z: F.relu(z[:, 1:]), ""),
     "abs": (abs, ""),
 }

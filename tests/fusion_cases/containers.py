@@ -291,7 +291,7 @@ TIMM: dict[str, tuple[Callable[[Any], nn.Module], dict[str, str]]] = {
         lambda layers: nn.Sequential(
             conv(), layers.BatchNormAct2d(4), layers.SqueezeExcite(4, rd_channels=2)
         ),
-        {"0": WHOLE, "2.conv_reduce": "conv + relu", "2.conv_expand": "conv + sigmoid"},
+        {"0": WHOLE, "2.fc1": "conv + relu", "2.fc2": "conv + sigmoid"},
     ),
     "group_norm_act": (lambda layers: WithNorm(layers.GroupNormAct(4, 2)), {}),
     "batch_norm_act_with_drop": (
@@ -316,13 +316,14 @@ TIMM: dict[str, tuple[Callable[[Any], nn.Module], dict[str, str]]] = {
         {"conv": WHOLE},
     ),
 }
+# torch's own hardsigmoid has a derivative of float32 precision, timm's has not.
+TIMM_OPTIONS: dict[str, dict[str, Any]] = {
+    "hard_sigmoid": {"tolerance": 1e-8},
+    "std_conv": {"unfused": {"conv": ""}},
+    "scaled_std_conv_same": {"unfused": {"conv": ""}},
+}
 for _name, (_make, _fused) in TIMM.items():
-    add(
-        f"timm_{_name}",
-        of("timm.layers", _make),
-        fused=_fused,
-        **({"unfused": {"conv": ""}} if "std_conv" in _name else {}),
-    )
+    add(f"timm_{_name}", of("timm.layers", _make), fused=_fused, **TIMM_OPTIONS.get(_name, {}))
 add(
     "timm_batch_norm_act_in_training_mode",
     of("timm.layers", TIMM["batch_norm_act"][0]),

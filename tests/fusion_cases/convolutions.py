@@ -74,7 +74,7 @@ for _class in (Standardised, Rescaled, Called):
     add(
         f"conv_{_class.__name__.lower()}",
         partial(WithConv, partial(_class, 4, 4, 3, padding=1)),
-        unfused={"conv": rf"{_class.__name__}|(?i)forward|subclass|own|class"},
+        unfused={"conv": rf"(?i){_class.__name__}|forward|subclass|own|class"},
     )
 add("conv_initialised", partial(WithConv, partial(Initialised, 4, 4, 3, padding=1)))
 
@@ -103,7 +103,8 @@ PARAMETRIZED: dict[str, Any] = {
 
 def parametrized(change: Any, part: str) -> nn.Module:
     network = WithConv()
-    change(getattr(network, part))
+    with torch.no_grad():  # otherwise some leave a weight behind that no copy can be made of
+        change(getattr(network, part))
     return network
 
 

@@ -83,7 +83,7 @@ class AddInPlaceOnTheNorm(Group):
         return self.act(z)
 
 
-@case(fused={"conv": ADDED})
+@case()
 class AddInPlaceMethodOnTheNorm(Group):
     """The same as a method, its result dropped."""
 

@@ -197,6 +197,11 @@ class BeforeTheActivation(Between):
         return self.act(self.between(self.norm(self.conv(x))))
 
 
+def drops(network: Any) -> None:
+    """Dropout in training mode; which values fall depends on the order they have in memory."""
+    network.to(memory_format=torch.channels_last).between.train()
+
+
 class Flip(nn.Module):
     """Channels in reverse order."""
 
@@ -225,11 +230,11 @@ for _name, _make in {"conv_and_norm": Between, "norm_and_activation": BeforeTheA
         add(
             f"{_label}_in_training_mode",
             lambda make=_make, module=_module: make(module(0.5)),
-            prepare=lambda network: network.between.train(),
+            prepare=drops,
         )
 
 
-@case()
+@case(prepare=lambda network: network.to(memory_format=torch.channels_last))
 class FunctionalDropout(Group):
     """`F.dropout` is in training mode unless told otherwise: random even in an eval network."""
 

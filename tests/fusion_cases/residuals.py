@@ -77,12 +77,23 @@ NO_RESIDUALS: dict[str, Callable[[Any, Any], Any]] = {
     "with_one_dimension_more": lambda z, x: (z + x[None])[0],
     "in_place_broadcast": lambda z, x: z.add_(x.amax((2, 3), keepdim=True)),
 }
+# Which of these broadcast shows in the shapes alone, which a trace does not know.
+BROADCASTS = {
+    "scalar_tensor",
+    "per_channel_and_image",
+    "of_one_image",
+    "of_one_channel",
+    "of_one_row",
+    "without_batch",
+    "with_one_dimension_more",
+    "in_place_broadcast",
+}
 for _form, _sum_of in NO_RESIDUALS.items():
     add(
         f"no_residual_{_form}",
         lambda sum_of=_sum_of: Adds(sum_of),
-        # Here the shapes depend on the batch, so that FX cannot trace it.
-        **({"traceable": False} if _form == "of_one_image" else {"fused": {"conv": NORMED}}),
+        traceable=_form != "of_one_image",
+        fused={} if _form in BROADCASTS else {"conv": NORMED},
     )
 
 

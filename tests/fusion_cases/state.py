@@ -179,15 +179,6 @@ class Recurrent(Group):
 
 
 @case()
-class GlobalState(Group):
-    """What the result depends on is outside the network, and changes from call to call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        factor = int(torch.initial_seed() % 7)
-        return self.act(self.norm(self.conv(x))) * factor
-
-
-@case()
 class Warns(Group):
     """Python that has no part in the result."""
 
