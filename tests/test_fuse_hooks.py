@@ -42,9 +42,7 @@ Records = list[Any]
 
 def record_forward(module: nn.Module, records: Records) -> Any:
     def hook(module: nn.Module, arguments: tuple[Any, ...], result: Tensor) -> None:
-        records.append(
-            (type(module).__name__, [x.detach().clone() for x in arguments], result.detach().clone())
-        )
+        records.append([x.detach().clone() for x in (*arguments, result)])
 
     return module.register_forward_hook(hook)
 

@@ -93,7 +93,30 @@ def test_names(name: str, freeze: bool) -> None:
     assert len(list(fused.parameters())) == len(list(plain.parameters()))
     if name in NETWORKS:
         assert [key for key, _ in fused.named_parameters()] == [key for key, _ in plain.named_parameters()]
+    if name in NETWORKS and not freeze:
         assert [key for key, _ in fused.named_buffers()] == [key for key, _ in plain.named_buffers()]
+
+
+def test_a_sequence_stays_one() -> None:
+    """What was added is none of its layers, in no mode and by no way of asking."""
+    plain = CASES["bottlenecks"].build()
+    fused = fused_cna.fuse(plain)
+    assert len(fused) == len(plain)
+    assert [type(layer) for layer in fused] == [type(layer) for layer in plain]
+    assert fused[-1] is fused.get_submodule("1")
+    with torch.no_grad():
+        assert_same(fused[:1](image()), plain[:1](image()), TOLERANCE)
+        assert_same(fused[1:](fused[:1](image())), plain(image()), TOLERANCE)
+        both = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+        for network in (fused, plain):
+            network.append(nn.Tanh())
+        assert_same(fused[2](both), plain[2](both), TOLERANCE)
+        assert_same(fused(image()), plain(image()), TOLERANCE)
+        for network in (fused, plain):
+            del network[0]
+        assert len(fused) == len(plain) == 2
+        x = torch.randn(1, 6, 5, 5, dtype=torch.float64)
+        assert_same(fused(x), plain(x), TOLERANCE)
 
 
 @every_network

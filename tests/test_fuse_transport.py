@@ -166,7 +166,9 @@ def test_data_parallel_replicas(name: str) -> None:
         for key, child in module._modules.items():
             replica._modules[key] = None if child is None else replicas[child]
         for key, value in module._parameters.items():
-            if value is not None:
+            if value is None:
+                replica._parameters[key] = None
+            else:
                 setattr(replica, key, tensors[id(value)])
         for key, value in module._buffers.items():
             replica._buffers[key] = None if value is None else tensors.get(id(value), value)
