@@ -157,7 +157,7 @@ def test_what_no_copy_can_be_made_of_can_be_fused_in_place() -> None:
 
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 def test_lazy_modules_get_their_sizes_from_the_first_call() -> None:
-    network = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU()).eval()
+    network = nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
     fused = fused_cna.fuse(network)
     results = []
     for each in (network, fused):
