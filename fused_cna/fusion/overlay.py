@@ -198,4 +198,4 @@ def lay_over(network: nn.Module, overlay: Overlay) -> None:
 def take_off(network: FusedNetwork) -> None:
     """Undo :func:`lay_over`."""
     del network.__dict__[NAME]
-    network.__class__ = network.plain_class
+    network.__class__ = network.plain_class  # type: ignore[assignment]
