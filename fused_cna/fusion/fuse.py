@@ -147,11 +147,8 @@ class _Fuser:
             return
         try:
             check_class(type(network))
-            traced = trace(network)
-            live = [type(module).__name__ for module in traced.entered if module in self._training]
-            if live:
-                raise NotTraceableError(f"its {live[0]} is in training mode")
-            pass_through(traced, self._training)
+            traced = trace(network, self._training)
+            pass_through(traced)
             matches = match(traced.graph, traced.modules, lambda a, b: None)
             if matches.aliasing.overwrites_values():
                 raise NotTraceableError("its forward overwrites a parameter or buffer")
