@@ -186,7 +186,7 @@ def trace(network: nn.Module) -> Trace:
         raise NotTraceableError("it is scripted")
     tracer = Tracer()
     inputs = required_inputs(kind.forward)
-    before = _SideEffects(network)
+    before = SideEffects(network)
     try:
         with torch.no_grad():
             graph = tracer.trace(network)
@@ -207,7 +207,7 @@ def trace(network: nn.Module) -> Trace:
     return Trace(graph, inputs, modules, tracer.entered)
 
 
-class _SideEffects:
+class SideEffects:
     """What running Python code leaves behind besides its result: attributes, and random numbers drawn."""
 
     def __init__(self, network: nn.Module) -> None:
