@@ -11,11 +11,11 @@ from fused_cna.fusion import checks
 from fused_cna.fusion.building import build_overlay
 from fused_cna.fusion.calls import Norm, kind_of
 from fused_cna.fusion.matching import Matches, match
-from fused_cna.fusion.overlay import NAME as OVERLAY
-from fused_cna.fusion.overlay import FusedNetwork, lay_over, take_off
+from fused_cna.fusion.overlay import FusedNetwork, check_class, lay_over, take_off
 from fused_cna.fusion.records import NAME as RECORD
-from fused_cna.fusion.records import FusionRecord, LayerRecord, parts_of
+from fused_cna.fusion.records import FusionError, FusionRecord, LayerRecord, parts_of
 from fused_cna.fusion.symbolic import NotTraceableError, Trace, pass_through, trace
+from fused_cna.modules import ConvNormAct, fused_epilogue
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -34,15 +34,14 @@ def fuse(
     Equivalent to ``copy.deepcopy(model)``: it computes the same, has the same class (a subclass of it), the
     same modules and names, and loads and gives the same ``state_dict``. In eval mode, called with tensors, it
     runs as a graph whose groups of convolution, batch norm, residual addition and activation are
-    :class:`ConvNormAct` blocks that share the modules of the network. In training mode, with options of
-    ``forward`` other than their defaults, or after a module was exchanged or hooked, it runs as it was
-    written. Nothing derived from a parameter is kept (but see ``freeze``).
+    :class:`ConvNormAct` blocks that share the modules of the network. (They are in its attribute
+    ``fused_cna_overlay``, not among its modules, so code that walks these sees what it always saw.) In
+    training mode, with options of ``forward`` other than their defaults, or after a module was exchanged or
+    hooked or an attribute set, it runs as it was written. Nothing derived from a parameter is kept (but see ``freeze``).
 
     A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
     convolutions that share a weight or a norm with different groups, have hooks or parametrizations, or
     compute their weight; :func:`report` says which, and why.
-
-    Attributes of modules that steer ``forward``, such as a dropout rate, count as they were when fused.
 
     Args:
         model: any network, on any device, in any mode; in training mode it is fused for when it will be in
@@ -66,7 +65,7 @@ def fuse(
     """
     checks.check_network(model)
     inputs = checks.as_arguments(example_inputs, needed_for="verify=True" if verify else "")
-    network = model if inplace else copy.deepcopy(model)
+    network = model if inplace else _copy(model)
     unfuse(network, inplace=True)
     modes = [(module, module.training) for module in network.modules()]
     fuser = _Fuser(freeze, {module for module, training in modes if training and not model.training})
@@ -109,7 +108,9 @@ def unfuse(model: Network, *, inplace: bool = False) -> Network:
         model: a fused network; any other is returned as it is.
         inplace: change and return ``model`` itself instead of a copy of it.
     """
-    network = model if inplace else copy.deepcopy(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse() takes an nn.Module, but got {type(model).__name__}")
+    network = model if inplace else _copy(model)
     record = network.__dict__.pop(RECORD, None)
     if record is not None and record.swaps:
         from fused_cna.fusion import swapping
@@ -135,17 +136,27 @@ class _Fuser:
         if network in self._seen or not _has_convs(network):
             return
         self._seen.add(network)
+        if isinstance(network, ConvNormAct):
+            norm, act, _ = fused_epilogue(network, False)
+            words = ("conv", "norm" if norm else "", "" if act == "identity" else act)
+            self._note(f"{path}.conv", " + ".join(filter(None, words)), "", missed=False)
+            return
         if kind_of(network) is not None:
             self._note(path, "conv", "Python code that cannot be followed takes its result", missed=True)
             return
         try:
+            check_class(type(network))
             traced = trace(network)
+            pass_through(traced, self._training)
+            matches = match(traced.graph, traced.modules, lambda a, b: None)
+            if matches.aliasing.overwrites_values():
+                raise NotTraceableError("its forward overwrites a parameter or buffer")
         except NotTraceableError as error:
             self.record.untraceable[path] = str(error)
             for name, child in network.named_children():
                 self.fuse(child, f"{path}.{name}".lstrip("."))
             return
-        self._overlay(network, path, traced)
+        self._overlay(network, path, traced, matches)
         for name, leaf in traced.modules.items():
             if kind_of(leaf) is None:
                 self.fuse(leaf, f"{path}.{name}".lstrip("."))
@@ -153,9 +164,7 @@ class _Fuser:
     def _note(self, name: str, parts: str, reason: str, missed: bool) -> None:
         self.record.layers.append(LayerRecord(name.strip("."), parts, reason, missed))
 
-    def _overlay(self, network: nn.Module, path: str, traced: Trace) -> None:
-        pass_through(traced, self._training)
-        matches = match(traced.graph, traced.modules, lambda a, b: None)
+    def _overlay(self, network: nn.Module, path: str, traced: Trace, matches: Matches) -> None:
         self._leave_training(matches)
         for group in matches.groups:
             name = f"{path}.{_name_of(group.conv)}"
@@ -174,6 +183,16 @@ class _Fuser:
                 group.leave("its norm is in training mode")
 
 
+def _copy(model: Network) -> Network:
+    try:
+        return copy.deepcopy(model)
+    # Modules may refuse to be copied in any way they like.
+    except Exception as error:
+        raise FusionError(
+            f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to change it itself"
+        ) from error
+
+
 def _name_of(node: Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 
@@ -187,13 +206,7 @@ def _note_the_idle(network: nn.Module, record: FusionRecord) -> None:
     noted = {layer.name for layer in record.layers}
     shared = {id(network.get_submodule(name)) for name in noted if _is_path(network, name)}
     for name, module in network.named_modules():
-        in_overlay = OVERLAY in name.split(".")
-        if (
-            isinstance(module, nn.Conv2d)
-            and not in_overlay
-            and name not in noted
-            and id(module) not in shared
-        ):
+        if isinstance(module, nn.Conv2d) and name not in noted and id(module) not in shared:
             record.layers.append(LayerRecord(name, "conv", "it does not run in eval mode"))
 
 

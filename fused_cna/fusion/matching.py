@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -56,7 +56,8 @@ class Matches:
 
     groups: list[Group]
     calls: dict[Node, Call]
-    refused: dict[Node, str] = field(default_factory=dict)
+    refused: dict[Node, str]
+    aliasing: Aliasing
 
 
 def match(
@@ -84,7 +85,7 @@ def match(
     refused = {
         node: call.reason for node, call in calls.items() if isinstance(call, Refused) and call.kind is Conv
     }
-    return Matches(groups, calls, refused)
+    return Matches(groups, calls, refused, finder.aliasing)
 
 
 class _Finder:
@@ -138,7 +139,11 @@ class _Finder:
     def _take_norm(self, group: Group) -> Node:
         following = self._following(group.conv)
         call = self.calls.get(following) if following is not None else None
-        if isinstance(call, Norm):
+        if isinstance(call, Norm) and following is not None:
+            for value in (call.weight, call.bias, call.mean, call.var):
+                if isinstance(value, Node) and self.aliasing.changed_between(value, group.conv, following):
+                    group.reason, group.missed = "its norm is changed after the convolution has run", True
+                    return group.conv
             group.norm = self._take(following)
             return group.norm
         return group.conv

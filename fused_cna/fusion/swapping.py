@@ -1,6 +1,5 @@
 """Fusing what is left in Python code that cannot be followed, by what one run of it shows."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,25 +77,19 @@ def undo(network: nn.Module, swaps: list[Swap]) -> None:
 
 def _paths_of_parts(network: nn.Module) -> dict[nn.Module, list[str]]:
     """The modules that could be parts of groups, with their paths; not those that are in fused blocks."""
+    overlays = [module.__dict__[OVERLAY] for module in network.modules() if OVERLAY in module.__dict__]
     taken = {
         part
-        for module in network.modules()
-        if isinstance(module, (ConvNormAct, FrozenConv))
-        for part in module.modules()
+        for owner in (network, *overlays)
+        for block in owner.modules()
+        if isinstance(block, (ConvNormAct, FrozenConv))
+        for part in block.modules()
     }
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in _named_modules(network, "", set()):
+    for path, module in network.named_modules(remove_duplicate=False):
         if module not in taken and kind_of(module) is not None:
             paths.setdefault(module, []).append(path)
     return paths
-
-
-def _named_modules(network: nn.Module, path: str, above: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by all of their paths, but those through an overlay."""
-    yield path, network
-    for name, child in network._modules.items():
-        if child is not None and name != OVERLAY and child not in above:
-            yield from _named_modules(child, f"{path}.{name}".lstrip("."), {*above, network})
 
 
 def _keep_what_can_be_swapped(group: Group, matches: Matches) -> None:
