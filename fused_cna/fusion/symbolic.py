@@ -258,7 +258,7 @@ def trace(network: nn.Module, live: Collection[nn.Module] = ()) -> Trace:
 
 
 def _run(network: nn.Module, live: Collection[nn.Module], *, gradients: bool) -> tuple[fx.Graph, Tracer]:
-    before = _SideEffects(network)
+    before = SideEffects(network)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             tracer = Tracer(live)
@@ -273,7 +273,7 @@ def _run(network: nn.Module, live: Collection[nn.Module], *, gradients: bool) ->
     return graph, tracer
 
 
-class _SideEffects:
+class SideEffects:
     """What running Python code leaves behind besides its result: attributes, and random numbers drawn."""
 
     def __init__(self, network: nn.Module) -> None:
