@@ -1,17 +1,20 @@
 """Where the fused blocks of a network begin and end, and what the plain network computes between."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fused_cna import _accuracy, activation, layers
 from fused_cna.fusion.comparing import ROUNDOFF
 from fused_cna.fusion.frozen import FrozenConv
 from fused_cna.fusion.overlay import NAME as OVERLAY
+from fused_cna.fusion.overlay import FusedNetwork
 from fused_cna.modules import ConvNormAct
+from fused_cna.ops import conv_norm_act
 from fused_cna.plan import allows_tf32
 
 # A snapshot rounds its weights once more than the three steps do.
@@ -23,6 +26,13 @@ _FLOAT64_CONSTANT = 64.0
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The first argument of a module's call."""
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def bound(y: Tensor, eager_error: float) -> float:
+    """The relative error that every fused result keeps to, given that of one operation after another."""
+    if y.dtype == torch.float64:
+        return max(1.05 * eager_error, _FLOAT64_CONSTANT * ROUNDOFF[y.dtype])
+    return _accuracy.error_bound(y.dtype, y.is_cuda and allows_tf32(), eager_error)
 
 
 class Block:
@@ -65,11 +75,7 @@ class Block:
 
     def bound(self, y: Tensor, eager_error: float) -> float:
         """The relative error that the result may have."""
-        if y.dtype == torch.float64:
-            bound = max(1.05 * eager_error, _FLOAT64_CONSTANT * ROUNDOFF[y.dtype])
-        else:
-            bound = _accuracy.error_bound(y.dtype, y.is_cuda and allows_tf32(), eager_error)
-        return _OF_SNAPSHOTS * bound if self.is_snapshot else bound
+        return bound(y, eager_error) * (_OF_SNAPSHOTS if self.is_snapshot else 1.0)
 
     def computes(self, residual: Any) -> str:
         """What a call computes, with or without a residual, in the words of a record; "" where they lack."""
@@ -93,24 +99,32 @@ def live_block(module: nn.Module) -> Any:
     return module.__dict__["live"] if isinstance(module, FrozenConv) else module
 
 
+def modules_of_blocks(fused: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The fused blocks of a network, and the names of their convolutions as far as the blocks know."""
+    for path, module in fused.named_modules():
+        if isinstance(module, ConvNormAct):
+            yield path, module
+        if isinstance(module, FusedNetwork):
+            for _, block in module.__dict__[OVERLAY].blocks():
+                yield block.group_name, block
+
+
 def find_blocks(fused: nn.Module, plain: nn.Module) -> list[Block]:
     """The blocks of a fused network, whose formulas are those of ``plain``, of the same dtype."""
     homes = _Homes(fused, plain)
     return [
-        Block(homes.name_of(path, module), module, homes.parts_of(path, module))
-        for path, module in fused.named_modules()
-        if isinstance(module, (ConvNormAct, FrozenConv))
+        Block(name := homes.name_of(path), module, homes.parts_of(name, module))
+        for path, module in modules_of_blocks(fused)
     ]
 
 
 def convs_outside(fused: nn.Module) -> dict[str, nn.Conv2d]:
     """The convolutions of a fused network that are in no block, by name."""
-    blocks = [live_block(m) for m in fused.modules() if isinstance(m, (ConvNormAct, FrozenConv))]
-    inside = {id(block.conv) for block in blocks}
+    inside = {id(live_block(module).conv) for _, module in modules_of_blocks(fused)}
     return {
         name: module
         for name, module in fused.named_modules()
-        if isinstance(module, nn.Conv2d) and id(module) not in inside and OVERLAY not in name.split(".")
+        if isinstance(module, nn.Conv2d) and id(module) not in inside
     }
 
 
@@ -119,9 +133,7 @@ class _Homes:
 
     def __init__(self, fused: nn.Module, plain: nn.Module) -> None:
         self._plain = dict(plain.named_modules(remove_duplicate=False))
-        self._paths = {
-            id(module): path for path, module in fused.named_modules() if OVERLAY not in path.split(".")
-        }
+        self._paths = {id(module): path for path, module in fused.named_modules()}
         # The names of parameters outlast modules that were exchanged.
         self._owners = {
             tensor.data_ptr(): key.rpartition(".")[0]
@@ -129,14 +141,13 @@ class _Homes:
             if key.endswith(".running_mean")
         }
 
-    def name_of(self, path: str, module: nn.Module) -> str:
-        name = getattr(module, "group_name", path)
-        inner = f"{name}.conv".strip(".")
-        return inner if isinstance(self._plain.get(inner), nn.Conv2d) else name
+    def name_of(self, path: str) -> str:
+        inner = f"{path}.conv".strip(".")
+        return inner if isinstance(self._plain.get(inner), nn.Conv2d) else path
 
-    def parts_of(self, path: str, module: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def parts_of(self, name: str, module: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
         live = live_block(module)
-        conv = self._plain.get(self.name_of(path, module))
+        conv = self._plain.get(name)
         return (
             conv if isinstance(conv, nn.Conv2d) else live.conv,
             self._home(live.norm, getattr(live.norm, "running_mean", None)),
@@ -161,3 +172,38 @@ def watch_convs(
             note(name, input_of(args, kwargs))
 
         conv.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def watch_calls(fused: nn.Module, note: Callable[[str, Tensor, Tensor, Tensor], None]) -> None:
+    """Have ``note`` called for each fused call that is no block.
+
+    With the name of its weight, its result, that of one operation after another, and that in float64.
+    """
+    for path, module in fused.named_modules():
+        if not isinstance(module, FusedNetwork):
+            continue
+        overlay = module.__dict__[OVERLAY]
+        values = [node for node in overlay.graph.graph.nodes if node.op == "placeholder"][
+            len(overlay.inputs) :
+        ]
+        names = dict(zip(values, overlay.values, strict=True))
+        for node in overlay.graph.graph.nodes:
+            if node.target is conv_norm_act:
+                weight = names.get(node.args[1], node.name)
+                node.target = _watched(f"{path}.{weight}".strip("."), note)
+        overlay.graph.recompile()
+
+
+def _watched(name: str, note: Callable[[str, Tensor, Tensor, Tensor], None]) -> Callable[..., Tensor]:
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = conv_norm_act(x, *args, **kwargs)
+        # Where a gradient is wanted, one operation runs after another.
+        with torch.enable_grad():
+            eager = conv_norm_act(x.detach().requires_grad_(), *args, **kwargs).detach()
+        wide_args, wide_kwargs = tree_map(
+            lambda leaf: leaf.double() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+        )
+        note(name, y, eager, conv_norm_act(x.double(), *wide_args, **wide_kwargs))
+        return y
+
+    return call

@@ -26,7 +26,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from fused_cna.fusion import comparing
-from fused_cna.fusion.boundaries import Block, convs_outside, find_blocks, input_of, watch_convs
+from fused_cna.fusion.boundaries import (
+    Block,
+    bound,
+    convs_outside,
+    find_blocks,
+    input_of,
+    modules_of_blocks,
+    watch_calls,
+    watch_convs,
+)
 from fused_cna.fusion.frozen import FrozenConv
 from fused_cna.fusion.records import NAME as RECORD
 from fused_cna.fusion.records import FusionError
@@ -74,7 +83,7 @@ def _dtype_of(network: nn.Module) -> torch.dtype:
 
 
 def _is_frozen(fused: nn.Module) -> bool:
-    return any(isinstance(module, FrozenConv) for module in fused.modules())
+    return any(isinstance(module, FrozenConv) for _, module in modules_of_blocks(fused))
 
 
 def _copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -213,6 +222,7 @@ class _Comparison:
         for block in self._blocks:
             self._watch(block)
         watch_convs(self._fused, self._check_input, convs_outside(self._fused))
+        watch_calls(self._fused, self._check_call)
         try:
             return _call(self._fused, self._inputs, self._dtype)
         except Exception as error:
@@ -237,13 +247,19 @@ class _Comparison:
         if recorded and computed and recorded != computed:
             self._note(f"{block.name} is to compute {recorded}, but computes {computed}")
         exact = block.exactly(x, residual)
-        error = comparing.error(y, exact)
-        if error > 0:
-            allowed = block.bound(y, comparing.error(block.eagerly(x, residual), exact))
-            if error > allowed:
-                parts = recorded or computed
-                self._note(f"{block.name} ({parts}) does not compute its formula: {_numbers(error, allowed)}")
+        allowed = block.bound(y, comparing.error(block.eagerly(x, residual), exact))
+        self._check_result(f"{block.name} ({recorded or computed})", y, exact, allowed)
         self._made.append((weakref.ref(y), block.name))
+
+    def _check_call(self, name: str, y: Tensor, eager: Tensor, exact: Tensor) -> None:
+        name = f"the convolution by {name}"
+        self._check_result(name, y, exact, bound(y, comparing.error(eager, exact)))
+        self._made.append((weakref.ref(y), name))
+
+    def _check_result(self, name: str, y: Tensor, exact: Tensor, allowed: float) -> None:
+        error = comparing.error(y, exact)
+        if error > allowed:
+            self._note(f"{name} does not compute its formula: {_numbers(error, allowed)}")
 
     def _check_input(self, name: str, x: Any) -> None:
         known = self._own_errors.get(name)
