@@ -139,7 +139,11 @@ class _Finder:
     def _take_norm(self, group: Group) -> Node:
         following = self._following(group.conv)
         call = self.calls.get(following) if following is not None else None
-        if isinstance(call, Norm):
+        if isinstance(call, Norm) and following is not None:
+            for value in (call.weight, call.bias, call.mean, call.var):
+                if isinstance(value, Node) and self.aliasing.changed_between(value, group.conv, following):
+                    group.reason, group.missed = "its norm is changed after the convolution has run", True
+                    return group.conv
             group.norm = self._take(following)
             return group.norm
         return group.conv
