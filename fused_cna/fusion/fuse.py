@@ -67,22 +67,9 @@ def fuse(
     checks.check_network(model)
     inputs = checks.as_arguments(example_inputs, needed_for="verify=True" if verify else "")
     network = model if inplace else _copy(model)
-    unfuse(network, inplace=True)
-    modes = [(module, module.training) for module in network.modules()]
-    fuser = _Fuser(freeze, {module for module, training in modes if training and not model.training})
     try:
-        network.eval()
-        fuser.fuse(network, "")
-        record = fuser.record
-        if record.untraceable and inputs is not None:
-            from fused_cna.fusion import swapping
-
-            swapping.swap_observed(network, inputs, record)
-        _note_the_idle(network, record)
-        network.__dict__[RECORD] = record
+        record = fuse_in_place(network, inputs, freeze=freeze)
         checks.check_record(record, network, has_inputs=inputs is not None, strict=strict)
-        for module, training in modes:
-            module.training = training
         if verify and inputs is not None:
             from fused_cna.fusion.verification import verify_fused
 
@@ -90,9 +77,6 @@ def fuse(
     except BaseException:
         unfuse(network, inplace=True)
         raise
-    finally:
-        for module, training in modes:
-            module.training = training
     if model.training:
         warnings.warn(
             f"{type(model).__name__} is in training mode: it was fused for eval mode, and runs as it was "
@@ -100,6 +84,26 @@ def fuse(
             stacklevel=2,
         )
     return network
+
+
+def fuse_in_place(network: nn.Module, inputs: tuple[Any, ...] | None, *, freeze: bool) -> FusionRecord:
+    """Fuse what can be fused of a network, and leave the record of it there. Its modes stay as they are."""
+    unfuse(network, inplace=True)
+    modes = [(module, module.training) for module in network.modules()]
+    fuser = _Fuser(freeze, {module for module, training in modes if training and not network.training})
+    record = network.__dict__[RECORD] = fuser.record
+    try:
+        network.eval()
+        fuser.fuse(network, "")
+        if record.untraceable and inputs is not None:
+            from fused_cna.fusion import swapping
+
+            swapping.swap_observed(network, inputs, record)
+    finally:
+        for module, training in modes:
+            module.training = training
+    _note_the_idle(network, record)
+    return record
 
 
 def unfuse(model: Network, *, inplace: bool = False) -> Network:
