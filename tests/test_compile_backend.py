@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import os
 import re
 import subprocess
@@ -665,6 +666,75 @@ def test_on_a_gpu_the_graph_calls_the_operator() -> None:
     assert result.is_cuda
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_function")
     assert calls == {torch.ops.fused_cna.conv_norm_act.default: 2}
+
+
+class WrittenOut(nn.Module):
+    """A frozen batch norm as torchvision and timm write it, and variants that are none."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 8, 3)
+        self.eps = 1e-3
+        for name, value in (("weight", 0.5), ("bias", -0.5), ("mean", -0.3), ("var", 0.5)):
+            self.register_buffer(name, torch.rand(8, dtype=dtype) + value)
+
+    def vectors(self) -> list[Tensor]:
+        return [one.reshape(1, -1, 1, 1) for one in (self.weight, self.bias, self.mean, self.var)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = self.vectors()
+        scale = weight * (var + self.eps).rsqrt()
+        return F.relu(self.conv(x) * scale + (bias - mean * scale))
+
+
+class OtherScale(WrittenOut):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = self.vectors()
+        scale, other = weight * (var + self.eps).rsqrt(), bias * (var + self.eps).rsqrt()
+        return F.relu(self.conv(x) * scale + (bias - mean * other))
+
+
+class VectorOverwritten(WrittenOut):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = self.vectors()
+        scale = weight * (var + self.eps).rsqrt()
+        self.weight.mul_(1)
+        return F.relu(self.conv(x) * scale + (bias - mean * scale))
+
+
+class UsedTwice(WrittenOut):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = self.vectors()
+        scale = weight * (var + self.eps).rsqrt()
+        y = self.conv(x)
+        return F.relu(y * scale + (bias - mean * scale)) + y
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}])
+def test_a_norm_that_is_written_out(options: dict[str, Any], graphs: Graphs) -> None:
+    check(WrittenOut().eval(), graphs, image(), **options)
+    assert graphs.parts == ["norm + relu"]
+    (graph_module,) = graphs.made
+    assert not any(node.target in ("reshape", "rsqrt", operator.mul) for node in graph_module.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "network", [OtherScale(), VectorOverwritten(), UsedTwice(), WrittenOut(torch.float64)], ids=repr
+)
+def test_what_looks_like_a_norm_that_is_written_out(network: nn.Module, graphs: Graphs) -> None:
+    check(network.eval(), graphs, image())
+    assert graphs.parts == []
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_frozen_norms(name: str, graphs: Graphs) -> None:
+    library = pytest.importorskip(name)
+    norm = library.ops.FrozenBatchNorm2d if name == "torchvision" else library.layers.FrozenBatchNormAct2d
+    network = nn.Sequential(nn.Conv2d(6, 8, 3), norm(8), nn.ReLU()).eval()
+    network[1].running_var.uniform_(0.5, 2)
+    network[1].running_mean.uniform_(-0.3, 0.3)
+    check(network, graphs, image(), fullgraph=True)
+    assert graphs.parts == ["norm + relu"]
 
 
 @pytest.mark.parametrize(

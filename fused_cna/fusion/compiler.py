@@ -21,6 +21,7 @@ from fused_cna.fusion.calls import Norm, Refused, call_of
 from fused_cna.fusion.matching import Group, Matches, match, values_of
 from fused_cna.fusion.records import parts_of
 from fused_cna.fusion.rewriting import Rewriter
+from fused_cna.fusion.written_out import gather_norms
 
 NAME = "fused_cna"
 """The backend's name for ``torch.compile``, which finds it by its entry point."""
@@ -77,6 +78,7 @@ def compile_graph(
 def fuse_graph(graph_module: fx.GraphModule) -> Matches:
     """Fuse the groups of a graph that Dynamo captured, in place; returns what was found."""
     graph = graph_module.graph
+    gather_norms(graph, _is_norm)
     _settle_numbers(graph)
     matches = match(graph, dict(graph_module.named_modules()), _same_shape)
     obstacles = _Obstacles(graph, matches)
@@ -91,6 +93,15 @@ def fuse_graph(graph_module: fx.GraphModule) -> Matches:
             rewriter.emit_call(group)
     graph_module.recompile()
     return matches
+
+
+def _is_norm(total: Node, x: Node, vectors: Sequence[Node]) -> bool:
+    """Whether ``F.batch_norm`` makes what is written out, and no gradient is wanted of it."""
+    result = _tensor(total)
+    if result is None or result.requires_grad or result.dim() != 4 or not _same_shape(total, x):
+        return False
+    held = [_tensor(vector) for vector in vectors]
+    return all(one is not None and one.dim() == 1 and one.dtype == result.dtype for one in held)
 
 
 def _settle_numbers(graph: fx.Graph) -> None:
