@@ -306,7 +306,7 @@ class FrozenConv(nn.Module):
             isinstance(residual, Tensor)
             and residual.dtype == x.dtype
             and residual.device == x.device
-            and residual.shape == (*x.shape[:-3], *self._output_shape(x))
+            and residual.shape == (*x.shape[:-3], *self._output_shape(x, self._around()))
         )
 
     def _run(self, x: Tensor, residual: Tensor | None, identity: bool = False) -> Tensor:
@@ -374,17 +374,21 @@ class FrozenConv(nn.Module):
         z = _convolve(convolution, "identity", ())
         return activation.apply(z.add_(residual), act, act_params, inplace=True)
 
-    def _output_shape(self, x: Tensor) -> tuple[int, int, int]:
-        """[K, P, Q] for an input that ``zero_pad`` is around already."""
-        weight, padding = self.weight, self.padding
+    def _around(self) -> Sequence[int]:
+        """What is around the image: (height, width) on both sides, or (top, bottom, left, right)."""
+        if self.border is None:
+            return self.padding
+        left, right, top, bottom = self.border[0]
+        return top, bottom, left, right
+
+    def _output_shape(self, x: Tensor, padding: Sequence[int]) -> tuple[int, int, int]:
+        """[K, P, Q] of the result."""
+        weight = self.weight
         around = (
             (padding[0] + padding[1], padding[2] + padding[3])
             if len(padding) == 4
             else (2 * padding[0], 2 * padding[1])
         )
-        if self.border is not None:
-            left, right, top, bottom = self.border[0]
-            around = (top + bottom, left + right)
         sizes = [
             (x.shape[i - 2] + around[i] - self.dilation[i] * (weight.shape[2 + i] - 1) - 1) // self.stride[i]
             + 1
