@@ -92,7 +92,9 @@ def _keeps_images_apart(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if (node.op == "call_function" and node.target is torch.mean) or node.target == "mean":
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return dims in ([2, 3], (2, 3), [-2, -1], (-2, -1), [-1, -2], (-1, -2))
-    return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS)
+    if node.op == "call_method":
+        return node.target in _METHODS
+    return node.op == "call_function" and node.target in _FUNCTIONS
 
 
 def images_per_part(graph_module: fx.GraphModule, x: Tensor) -> int:
