@@ -105,7 +105,7 @@ def _reasons(report: "FusionReport") -> list[str]:
     lines = ["left alone, or fused with less than it seems:"]
     for kind, layers in sorted(by_kind.items(), key=lambda item: -len(item[1])):
         seeming = sum(layer.looks_fusible for layer in layers)
-        hint = f" ({seeming} of them as if they could be fused)" if seeming else ""
+        hint = f" ({seeming} look{'s' * (seeming == 1)} fusible)" if seeming else ""
         lines += _wrapped(f"{len(layers):5}  {kind}{hint}", " " * 7)
         named = [_described(row) for row in _rows(layers, kept=1)]
         if len(named) > _NAMES_PER_REASON:

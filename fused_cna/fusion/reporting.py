@@ -163,6 +163,7 @@ def report(
 
     >>> print(report(torchvision.models.resnet50()))
     """
+    checks.check_module(model, "report")
     inputs = checks.as_arguments(example_inputs, needed_for="")
     if device is not None and inputs is None:
         raise ValueError(f"device={device!r} is what to plan for, which needs example_inputs")
