@@ -40,7 +40,8 @@ def fuse(
     hooked or an attribute set, it runs as it was written. Nothing derived from a parameter is kept (but see
     ``freeze``).
 
-    A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
+    Weights of blocks are laid out in channels_last where the network's code cannot tell, and so are then the
+    results. A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
     convolutions that share a weight or a norm with different groups, have hooks or parametrizations, or
     compute their weight; :func:`report` says which, and why.
 
@@ -151,8 +152,8 @@ class _Fuser:
             return
         try:
             check_class(type(network))
-            traced = trace(network)
-            pass_through(traced, self._training)
+            traced = trace(network, self._training)
+            pass_through(traced)
             matches = match(traced.graph, traced.modules, lambda a, b: None)
             if matches.aliasing.overwrites_values():
                 raise NotTraceableError("its forward overwrites a parameter or buffer")

@@ -74,7 +74,7 @@ def block_of(group: Group, matches: Matches, name: str) -> FusedBlock | None:
         FusedBlock.from_modules(
             group.call.module,
             norm.module if isinstance(norm, Norm) else None,
-            _act_module(act) if isinstance(act, Act) else None,
+            act_module(act) if isinstance(act, Act) else None,
             residual_order=group.residual_order,
         ),
     )
@@ -84,7 +84,7 @@ def block_of(group: Group, matches: Matches, name: str) -> FusedBlock | None:
     return block.eval()
 
 
-def _act_module(act: Act) -> nn.Module:
+def act_module(act: Act) -> nn.Module:
     if act.module is not None:
         return act.module
     row = ACTIVATIONS[act.name]
