@@ -77,6 +77,8 @@ def _becomes_a_block(group: Group, freeze: bool) -> bool:
 def _frozen(block: nn.Module) -> nn.Module:
     frozen = FrozenConv.from_block(block)  # type: ignore[arg-type]
     frozen.group_name = block.group_name  # type: ignore[assignment]
+    # What the snapshot is verified against, and no child of it: the block's parameters are the network's.
+    frozen.__dict__["live"] = block
     return frozen
 
 

@@ -39,7 +39,8 @@ def fuse(
     training mode, with options of ``forward`` other than their defaults, or after a module was exchanged or
     hooked or an attribute set, it runs as it was written. Nothing derived from a parameter is kept (but see ``freeze``).
 
-    A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
+    Weights of blocks are laid out in channels_last where the network's code cannot tell, and so are then the
+    results. A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
     convolutions that share a weight or a norm with different groups, have hooks or parametrizations, or
     compute their weight; :func:`report` says which, and why.
 
@@ -66,22 +67,9 @@ def fuse(
     checks.check_network(model)
     inputs = checks.as_arguments(example_inputs, needed_for="verify=True" if verify else "")
     network = model if inplace else _copy(model)
-    unfuse(network, inplace=True)
-    modes = [(module, module.training) for module in network.modules()]
-    fuser = _Fuser(freeze, {module for module, training in modes if training and not model.training})
     try:
-        network.eval()
-        fuser.fuse(network, "")
-        record = fuser.record
-        if record.untraceable and inputs is not None:
-            from fused_cna.fusion import swapping
-
-            swapping.swap_observed(network, inputs, record)
-        _note_the_idle(network, record)
-        network.__dict__[RECORD] = record
+        record = fuse_in_place(network, inputs, freeze=freeze)
         checks.check_record(record, network, has_inputs=inputs is not None, strict=strict)
-        for module, training in modes:
-            module.training = training
         if verify and inputs is not None:
             from fused_cna.fusion.verification import verify_fused
 
@@ -89,9 +77,6 @@ def fuse(
     except BaseException:
         unfuse(network, inplace=True)
         raise
-    finally:
-        for module, training in modes:
-            module.training = training
     if model.training:
         warnings.warn(
             f"{type(model).__name__} is in training mode: it was fused for eval mode, and runs as it was "
@@ -99,6 +84,26 @@ def fuse(
             stacklevel=2,
         )
     return network
+
+
+def fuse_in_place(network: nn.Module, inputs: tuple[Any, ...] | None, *, freeze: bool) -> FusionRecord:
+    """Fuse what can be fused of a network, and leave the record of it there. Its modes stay as they are."""
+    unfuse(network, inplace=True)
+    modes = [(module, module.training) for module in network.modules()]
+    fuser = _Fuser(freeze, {module for module, training in modes if training and not network.training})
+    record = network.__dict__[RECORD] = fuser.record
+    try:
+        network.eval()
+        fuser.fuse(network, "")
+        if record.untraceable and inputs is not None:
+            from fused_cna.fusion import swapping
+
+            swapping.swap_observed(network, inputs, record)
+    finally:
+        for module, training in modes:
+            module.training = training
+    _note_the_idle(network, record)
+    return record
 
 
 def unfuse(model: Network, *, inplace: bool = False) -> Network:
@@ -146,8 +151,8 @@ class _Fuser:
             return
         try:
             check_class(type(network))
-            traced = trace(network)
-            pass_through(traced, self._training)
+            traced = trace(network, self._training)
+            pass_through(traced)
             matches = match(traced.graph, traced.modules, lambda a, b: None)
             if matches.aliasing.overwrites_values():
                 raise NotTraceableError("its forward overwrites a parameter or buffer")

@@ -54,6 +54,7 @@ class Overlay(nn.Module):
         self.values = tuple(values)
         self._places = list(places)
         self._entered = list(entered)
+        self._children = [(module, len(module._modules)) for module in self._entered]
         self._attributes = [
             (vars(module), name, value)
             for module in self._entered
@@ -78,14 +79,16 @@ class Overlay(nn.Module):
         for owner, name, module in self._places:
             if owner.get(name) is not module:
                 return False
-        for module in self._entered:
-            if (
-                module.training
-                or module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-            ):
+        for attributes, name, value in self._attributes:
+            now = attributes.get(name, _GONE)
+            if now is not value and (type(now) not in _PLAIN or now != value):
                 return False
+        for module, count in self._children:
+            if module.training or len(module._modules) != count:
+                return False
+        # Those of the network itself run before and after its forward, as always.
+        if any(map(layers.has_hooks, self._entered[1:])):
+            return False
         return not layers.has_global_hooks()
 
     def forward(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -94,9 +97,8 @@ class Overlay(nn.Module):
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The fused blocks by the name of their convolution."""
-        return [
-            (name, module) for name, module in self.graph.named_modules() if hasattr(module, "group_name")
-        ]
+        modules = self.graph.modules()
+        return [(str(module.group_name), module) for module in modules if hasattr(module, "group_name")]
 
     def move(self, fn: Callable[..., Any]) -> None:
         """Apply what moves or casts the network to what blocks hold for themselves."""
