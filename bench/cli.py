@@ -108,7 +108,8 @@ def _add_what_to_measure(made: argparse.ArgumentParser) -> None:
         type=_list_of(_positive_integer),
         metavar="NUMBERS",
         help=f"images at a time, each 1 or more, with commas (default: for layers {ALL_BATCHES} on a GPU "
-        "and 1 on a CPU; for networks 32 and 4; jobs other than layers take the first)",
+        f"and 1 on a CPU; for models {GPU_TEXT} on a GPU and {CPU_TEXT} on a CPU, see below; for pipeline "
+        "32 and 4). pipeline takes the first",
     )
     made.add_argument(
         "--suite",

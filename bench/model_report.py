@@ -119,30 +119,21 @@ def _fused_text(one: ModelResult) -> str:
 
 
 def _print_gaps(console: Console, result: ModelsResult) -> None:
-    """What is not in the numbers, by reason, and what is to be known about them."""
+    """What is not in the numbers, and what is to be known about them: each reason with all it is true of."""
     if result.resumed:
         console.print(f"{result.resumed} networks were measured in the run that this one resumes")
-    for what, pairs in (
-        ("left out", list(result.left_out.items())),
-        (
-            "left out",
-            [(_route_name(one, e.route), e.left_out) for one in result.results for e in one.entries],
-        ),
-        (
-            "not timed",
-            [(_route_name(one, e.route), e.refused) for one in result.results for e in one.entries],
-        ),
-        (
-            "note",
-            [(_route_name(one, e.route), n) for one in result.results for e in one.entries for n in e.notes],
-        ),
-    ):
-        for reason in dict.fromkeys(reason for _, reason in pairs if reason):
-            names = ", ".join(name for name, given in pairs if given == reason)
-            console.print(f"{what}: {names}: {reason}", highlight=False, soft_wrap=True)
-    sources = {one.images for one in result.results}
-    console.print(f"images: {', '.join(sorted(sources))}", highlight=False) if sources else None
-
-
-def _route_name(one: ModelResult, route: str) -> str:
-    return f"{one.name} {route}"
+    said = [("left out", reason, name) for name, reason in result.left_out.items()]
+    for one in result.results:
+        for entry in one.entries:
+            kinds = (
+                ("left out", entry.left_out),
+                ("not timed", entry.refused),
+                ("not in a CUDA graph", entry.no_graph),
+                *(("note", note) for note in entry.notes),
+            )
+            said += [(kind, reason, f"{one.name} {entry.route}") for kind, reason in kinds if reason]
+    for kind, reason in dict.fromkeys((kind, reason) for kind, reason, _ in said):
+        names = ", ".join(name for *why, name in said if why == [kind, reason])
+        console.print(f"{kind}: {names}: {reason}", highlight=False, soft_wrap=True)
+    for source in dict.fromkeys(one.images for one in result.results):
+        console.print(f"images: {source}", highlight=False)

@@ -10,6 +10,7 @@ from bench.checks import allowed_for_networks, allowed_for_rivals
 from bench.layer_result import Entry
 from bench.model_cases import GOALS, Case
 from bench.model_routes import EAGER, FROZEN, FUSED, INDUCTOR_FROZEN
+from bench.report import ratio_text
 from bench.stats import Summary, paired_ratio, summarize, verdict
 from bench.summary import LAUNCHES
 
@@ -20,8 +21,9 @@ class ModelEntry(Entry):
 
     `agreement` is the part of images, or pixels or anchors, with the class that float64 gives them;
     `setup_seconds` what fusing or compiling took; `speedups` the time of the reference, by way of launching,
-    over this route's, paired by round; `left_out` why it was not tried, `refused` why it was not timed;
-    `fused_calls` how many of `conv_calls` a fused network fuses; `notes` warnings.
+    over this route's, paired by round; `left_out` why it was not tried, `refused` why it was not timed,
+    `no_graph` why not in a CUDA graph; `fused_calls` how many of `conv_calls` a fused network fuses; `notes`
+    warnings.
     """
 
     agreement: float | None = None
@@ -29,6 +31,7 @@ class ModelEntry(Entry):
     fused_calls: int | None = None
     conv_calls: int | None = None
     left_out: str | None = None
+    no_graph: str | None = None
     notes: list[str] = field(default_factory=list)
     speedups: dict[str, Summary] = field(default_factory=dict)
 
@@ -124,6 +127,8 @@ def judge(entries: Sequence[ModelEntry], dtype: torch.dtype) -> str | None:
                 failures += [f"{entry.route}: {entry.refused}"] if entry.ours else []
         elif entry.ours and entry.refused is not None:
             failures.append(f"{entry.route} did not run: {entry.refused}")
+        if entry.ours and entry.no_graph is not None:
+            failures.append(f"{entry.route} was not captured in a CUDA graph: {entry.no_graph}")
     return "; ".join(failures) or None
 
 
@@ -190,7 +195,7 @@ def _never_slower(goal: str, ratios: dict[str, Summary]) -> GoalOutcome:
         return GoalOutcome(goal, None, "")
     slower = [f"{name} {one.median:.2f}x" for name, one in ratios.items() if verdict(one) == "slower"]
     least = min(ratios, key=lambda name: ratios[name].median)
-    said = f"slower on {', '.join(slower)}" if slower else f"least on {least}, {ratios[least].median:.2f}x"
+    said = f"slower on {', '.join(slower)}" if slower else f"least on {least}, {ratio_text(ratios[least])}"
     return GoalOutcome(goal, not slower, f"{said}, of {len(ratios)} measured")
 
 

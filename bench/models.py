@@ -21,7 +21,7 @@ from bench.model_cases import (
     why_not_installed,
 )
 from bench.model_result import ModelEntry, ModelResult, ModelsResult, compare, judge
-from bench.model_routes import ModelRoute, routes_for
+from bench.model_routes import Call, ModelRoute, routes_for
 from bench.setting import Setting
 from bench.timing import InputSets, Work, captured, interleaved, rotating, stopwatch_for
 from fused_cna.fusion import records
@@ -202,12 +202,23 @@ def _checked(
         entry.agreement = _agreement(outputs, expected, case.model.classes)
         works = {"launched": rotating(call, input_sets)}
         if input_sets[0][0].is_cuda:
-            graph = captured(call, input_sets)
-            graph.first_output.fill_(POISON)
-            graph.graph.replay()
-            entry.error = max(entry.error, _error(graph.first_output, expected[0]))
-            works["graph"] = graph.work
+            works |= _capture(entry, call, input_sets, expected[0])
     return works
+
+
+def _capture(entry: ModelEntry, call: Call, input_sets: InputSets, expected: Tensor) -> dict[str, Work]:
+    """The route in a CUDA graph, its first output checked; nothing where it cannot be captured."""
+    try:
+        graph = captured(call, input_sets)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        entry.no_graph = _first_line(error)
+        return {}
+    graph.first_output.fill_(POISON)
+    graph.graph.replay()
+    entry.error = max(entry.error or 0.0, _error(graph.first_output, expected))
+    return {"graph": graph.work}
 
 
 def calls_of(call: nn.Module) -> tuple[int, int] | tuple[None, None]:

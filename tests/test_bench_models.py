@@ -33,6 +33,7 @@ from bench.model_routes import (
     routes_for,
 )
 from bench.setting import Budget
+from bench.timing import CapturedCalls, Work
 from tests.bench_cases import FakeClock, setting
 
 GPU = torch.device("cuda", 0)
@@ -260,6 +261,44 @@ class TestRoutes:
         assert "reuses: wrong result" in str(made.failure)
 
 
+class FakeGraph:
+    """Runs its calls when it is replayed, as a CUDA graph does."""
+
+    def __init__(self, output: Tensor, replayed: Tensor) -> None:
+        self.output, self.replayed = output, replayed
+
+    def replay(self) -> None:
+        self.output.copy_(self.replayed)
+
+
+class TestCapture:
+    def capture(
+        self, monkeypatch: pytest.MonkeyPatch, replayed: Tensor
+    ) -> tuple[ModelEntry, dict[str, Work]]:
+        output = torch.ones(1, 4)
+        graph: Any = FakeGraph(output, replayed)
+        calls = CapturedCalls(graph, output, Work(graph.replay, 2))
+        monkeypatch.setattr(models, "captured", lambda call, sets: calls)
+        made = entry(FUSED, error=1e-9)
+        return made, models._capture(made, lambda x: x, [], torch.ones(1, 4).double())
+
+    def test_what_a_graph_writes_is_checked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made, works = self.capture(monkeypatch, torch.ones(1, 4))
+        assert (made.error, works["graph"].calls) == (1e-9, 2)
+        made, _ = self.capture(monkeypatch, torch.tensor([[1.0, 1.0, 1.0, 3.0]]))
+        assert made.error == 1.0
+
+    def test_what_cannot_be_captured_is_timed_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        monkeypatch.setattr(models, "captured", refuse)
+        made = entry(FUSED)
+        assert models._capture(made, lambda x: x, [], torch.ones(1)) == {}
+        assert made.no_graph == "RuntimeError: operation not permitted when stream is capturing"
+        assert made.refused is None
+
+
 class TestJudge:
     def test_a_dropped_norm_is_a_failure(self, tiny: None) -> None:
         made = models.measure(TINY, (EagerChannelsLast(), DropsNorms()), NOISE, setting())
@@ -275,6 +314,12 @@ class TestJudge:
     def test_ours_that_did_not_run_is_a_failure(self) -> None:
         broken = entry(FUSED, ours=True, error=None, refused="FusionError: no")
         assert judge([entry(EAGER[1], 2.0), broken], torch.float32) == "fused did not run: FusionError: no"
+
+    def test_only_ours_has_to_run_in_a_cuda_graph(self) -> None:
+        rival = entry("torch.compile", 1.0, no_graph="RuntimeError: no")
+        assert judge([rival], torch.float32) is None
+        ours = entry(FUSED, 1.0, ours=True, no_graph="RuntimeError: no")
+        assert judge([ours], torch.float32) == "fused was not captured in a CUDA graph: RuntimeError: no"
 
     def test_not_finite_anywhere(self) -> None:
         whole = torch.ones(9, 4)
@@ -336,7 +381,7 @@ class TestGoals:
         outcomes = goals_reached([result_with_goal(goal, 3.0, 3.5, 5.9) for goal in GOALS])
         assert [one.reached for one in outcomes] == [True] * 5
         assert [one.measured for one in outcomes[:3]] == ["2.00x"] * 3
-        assert "1.17x, of 3 measured" in outcomes[3].measured
+        assert "1.17 (1.17-1.17), of 3 measured" in outcomes[3].measured
 
     def test_not_reached(self) -> None:
         outcomes = goals_reached([result_with_goal(goal, 5.0, 4.0, 7.0) for goal in GOALS])
