@@ -1,4 +1,4 @@
-"""Which nodes of a graph may share memory, and which overwrite it: what may be computed later, and what not."""
+"""Which nodes of a graph may share memory, and which overwrite it: what may be computed later."""
 
 import operator
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, Node
 
 from fused_cna import layers
@@ -23,6 +24,12 @@ _FRESH_FUNCTIONS = {
     torch.stack,
     torch.matmul,
     torch.mean,
+    torch.conv2d,
+    torch.conv_transpose2d,
+    F.batch_norm,
+    F.conv2d,
+    F.conv_transpose2d,
+    F.group_norm,
     F.linear,
     F.interpolate,
     F.softmax,
@@ -43,6 +50,7 @@ _FRESH_MODULES = (
     nn.Softmax,
     nn.Upsample,
 )
+_LAYOUT_DECIDES = {"contiguous", "reshape", "view", "flatten", "to", torch.reshape, torch.flatten}
 _INPLACE_OPERATORS = {
     getattr(operator, name)
     for name in (
@@ -50,6 +58,9 @@ _INPLACE_OPERATORS = {
         *("iand", "ior", "ixor", "ilshift", "irshift", "setitem"),
     )
 }
+
+# Keywords that make a function overwrite its input or running statistics.
+_OVERWRITING_FLAGS = ("inplace", "training", "use_input_stats")
 
 
 class Aliasing:
@@ -60,11 +71,15 @@ class Aliasing:
         self._modules = modules
         self._order = {node: index for index, node in enumerate(graph.nodes)}
         self._root: dict[Node, Node] = {}
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
         for node in graph.nodes:
             self._root[node] = node
             if not self._makes_fresh_memory(node):
                 for source in node.all_input_nodes:
                     self._root[self._find(source)] = self._find(node)
+        for node in inputs:
+            # The caller may hand in views of one tensor.
+            self._root[self._find(node)] = self._find(inputs[0])
         self._mutations = [(node, self._overwritten(node)) for node in graph.nodes]
         self._mutations = [(node, roots) for node, roots in self._mutations if roots]
 
@@ -87,8 +102,28 @@ class Aliasing:
                 return node
         return None
 
+    def overwrites_values(self) -> bool:
+        """Whether a parameter or buffer is overwritten, which modules may read at any time."""
+        held = [node for node in self._order if node.op == "get_attr"]
+        return any(
+            self.may_alias(node, one)
+            for _, overwritten in self._mutations
+            for one in overwritten
+            for node in held
+        )
+
+    def depends_on_layout(self) -> bool:
+        """Whether something is overwritten that shares memory with something else in some layouts only."""
+        return any(
+            self.may_alias(node, one)
+            for _, overwritten in self._mutations
+            for one in overwritten
+            for node in self._order
+            if node.target in _LAYOUT_DECIDES
+        )
+
     def is_forgotten(self, value: Node, last: Node) -> bool:
-        """Whether nobody but ``last`` can read the memory of ``value`` once ``last`` runs, the caller included."""
+        """Whether nobody but ``last``, nor the caller, can read the memory of ``value`` once it runs."""
         result = {last}
         for node, index in self._order.items():
             if node is last or not self.may_alias(node, value):
@@ -149,7 +184,15 @@ def _leaves_inputs_alone(module: nn.Module) -> bool:
 
 def _may_overwrite(node: Node) -> bool:
     target: Any = node.target
-    if target in _INPLACE_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace", False) is not False:
+    if isinstance(target, HigherOrderOperator):
+        return True
+    if isinstance(target, OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, OpOverload):
+        return bool(target._schema.is_mutable)
+    if target in _INPLACE_OPERATORS or "out" in node.kwargs:
+        return True
+    if any(node.kwargs.get(flag, False) is not False for flag in _OVERWRITING_FLAGS):
         return True
     name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None) or ""
     if name.endswith("_") and not name.endswith("__"):

@@ -18,7 +18,9 @@ def check_network(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         what = (
-            f"the class {model.__name__}; make an instance of it" if isinstance(model, type) else repr(model)
+            f"the class {model.__name__}; make an instance of it"
+            if isinstance(model, type)
+            else f"a {type(model).__name__}"
         )
         raise TypeError(f"fuse() takes an nn.Module, but got {what}")
     for name, module in model.named_modules():
@@ -36,7 +38,8 @@ def check_network(model: object) -> None:
     for device, name in devices.items():
         if device.type == "meta":
             raise FusionError(
-                f"{name} is on the meta device and has no values; load them first (to_empty(), load_state_dict())"
+                f"{name} is on the meta device and has no values; load them first, with to_empty() and "
+                "load_state_dict()"
             )
     if len(devices) > 1:
         places = ", ".join(f"{name} on {device}" for device, name in devices.items())

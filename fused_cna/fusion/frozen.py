@@ -32,15 +32,25 @@ _ONEDNN_ACTIVATIONS: dict[str, tuple[str, tuple[float, ...], str]] = {
 # The activations that oneDNN's convolution can apply after adding a residual.
 _ONEDNN_ADD_ACTIVATIONS = {"identity": None, "relu": "relu"}
 
-_ONEDNN_OPERATORS = ("_convolution_pointwise", "_reorder_convolution_weight")
+_ONEDNN_OPERATORS = (
+    "_convolution_pointwise",
+    "_convolution_pointwise_",
+    "_reorder_convolution_weight",
+    "_get_mkldnn_serialized_md",
+)
+
+
+# A weight packed for another shape of input is right, but repacked inside every call, which costs more than
+# the convolution. Shapes that want the same layout share one packed weight.
+_MOST_SHAPES = 16
 
 
 class _Packed(NamedTuple):
-    """A weight in oneDNN's own layout."""
+    """A weight in the layouts that oneDNN wants for the shapes of input seen last."""
 
     source: Tensor
-    """The dense weight it was made of: moving a module or casting it puts another in its place."""
-    weight: Tensor
+    """The dense weight they were made of: moving a module or casting it puts another in its place."""
+    by_shape: dict[torch.Size, Tensor]
 
 
 def _has_onednn() -> bool:
@@ -67,7 +77,9 @@ _ONEDNN_DTYPES = _onednn_dtypes()
 if _ONEDNN_DTYPES:
     _convolution = torch.ops.mkldnn._convolution_pointwise.default
     _convolution_add = torch.ops.mkldnn._convolution_pointwise.binary
+    _convolution_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
     _reorder = torch.ops.mkldnn._reorder_convolution_weight.default
+    _layout = torch.ops.mkldnn._get_mkldnn_serialized_md.default
 
 
 def fold(
@@ -111,7 +123,7 @@ def fold(
         return dense.copy_(folded), shift.to(weight.dtype, copy=True)
 
 
-def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
+def is_plain(tensor: Any, dtype: torch.dtype) -> bool:
     """Whether an operator without derivative, batching rule or fake kernel may see the tensor.
 
     Subclasses, among them the fake tensors of a compiler, are not plain.
@@ -125,7 +137,7 @@ def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def _is_plain_call() -> bool:
+def is_plain_call() -> bool:
     """Whether nothing observes or transforms the operators that run now, so that any of them may run."""
     return (
         not torch.compiler.is_compiling()
@@ -186,6 +198,8 @@ class FrozenConv(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    overwrites_residual: bool
+    """Whether the sum may be computed in the memory of the residual, which saves the memory for another."""
     _packed: _Packed | None
 
     def __init__(
@@ -211,6 +225,7 @@ class FrozenConv(nn.Module):
         self.residual_order = residual_order
         self.act_name, self.act_params = act if isinstance(act, tuple) else ("identity", ())
         self.act = None if isinstance(act, tuple) else act
+        self.overwrites_residual = False
         self._packed = None
         self.eval()
 
@@ -230,8 +245,11 @@ class FrozenConv(nn.Module):
         if obstacle:
             raise ValueError(f"cannot freeze this ConvNormAct: {obstacle}")
         conv, norm, act = parts
-        vectors, described, order = layers.epilogue(norm, act, block.residual_order)  # type: ignore[misc]
-        weight, bias = fold(conv.weight, conv.bias, *vectors)
+        # An inference tensor could not be saved for the gradient of x later.
+        with torch.inference_mode(False):
+            vectors, described, order = layers.epilogue(norm, act, block.residual_order)  # type: ignore[misc]
+            weight, bias = fold(conv.weight, conv.bias, *vectors)
+            act = copy.deepcopy(act) if described is None else described
         stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
         padding, border = explicit_padding(conv.padding, weight.shape[2:], stride, dilation), None
         if conv.padding_mode != "zeros":
@@ -246,7 +264,7 @@ class FrozenConv(nn.Module):
             border=border,
             zero_pad=block.zero_pad,
             pads_same=layers.pads_same(conv),
-            act=copy.deepcopy(act) if described is None else described,
+            act=act,
             residual_order=order,
         )
 
@@ -297,7 +315,7 @@ class FrozenConv(nn.Module):
             isinstance(residual, Tensor)
             and residual.dtype == x.dtype
             and residual.device == x.device
-            and residual.shape == (*x.shape[:-3], *self._output_shape(x))
+            and residual.shape == (*x.shape[:-3], *self._output_shape(x, self._around()))
         )
 
     def _run(self, x: Tensor, residual: Tensor | None, identity: bool = False) -> Tensor:
@@ -307,24 +325,43 @@ class FrozenConv(nn.Module):
             x = F.pad(x, *self.border)
         weight: Any = self._buffers["weight"]
         if (
-            _is_plain(x, weight.dtype)
+            is_plain(x, weight.dtype)
             and x.dim() == 4
-            and (residual is None or _is_plain(residual, weight.dtype))
-            and _is_plain_call()
+            and (residual is None or is_plain(residual, weight.dtype))
+            and is_plain_call()
         ):
-            packed = self._packed
-            if packed is None or packed.source is not weight:
-                packed = self._packed = self._pack(weight, x)
-            if packed is not None:
-                return self._run_onednn(x, packed.weight, residual, *act)
+            packed_weight = self._packed_weight(weight, x)
+            if packed_weight is not None:
+                return self._run_onednn(x, packed_weight, residual, *act)
         return self._run_operator(x, weight, residual, *act)
 
-    def _pack(self, weight: Tensor, x: Tensor) -> _Packed | None:
-        if not _is_plain(weight, x.dtype) or x.dtype not in _ONEDNN_DTYPES or weight.numel() == 0:
+    def _packed_weight(self, weight: Tensor, x: Tensor) -> Tensor | None:
+        """The weight packed for the shape of ``x``; None where oneDNN does not take the two.
+
+        Threads may pack the same at once: what they share is replaced whole, never written to.
+        """
+        packed = self._packed
+        by_shape = packed.by_shape if packed is not None and packed.source is weight else {}
+        if x.shape in by_shape:
+            return by_shape[x.shape]
+        padded, padding = eager._pad(x, self.padding) if len(self.padding) == 4 else (x, self.padding)
+        if (
+            not is_plain(weight, x.dtype)
+            or x.dtype not in _ONEDNN_DTYPES
+            or x.shape[1] != weight.shape[1] * self.groups
+            or min(x.shape) == 0
+            or min(self._output_shape(padded, padding)) <= 0
+        ):
             return None
-        x, padding = eager._pad(x, self.padding) if len(self.padding) == 4 else (x, self.padding)
-        packed = _reorder(weight, padding, self.stride, self.dilation, self.groups, x.shape)
-        return _Packed(weight, packed)
+        fresh = _reorder(weight, padding, self.stride, self.dilation, self.groups, padded.shape)
+        layout = _layout(fresh)
+        for other in by_shape.values():
+            if torch.equal(_layout(other), layout):
+                fresh = other
+                break
+        kept = list(by_shape.items())[-(_MOST_SHAPES - 1) :]
+        self._packed = _Packed(weight, {**dict(kept), x.shape: fresh})
+        return fresh
 
     def _run_onednn(
         self, x: Tensor, weight: Tensor, residual: Tensor | None, act: str, act_params: Sequence[float]
@@ -340,23 +377,28 @@ class FrozenConv(nn.Module):
             y = _convolve(convolution, act, act_params)
             return y.add_(residual)
         if act in _ONEDNN_ADD_ACTIVATIONS and self.groups == 1:
-            return _convolution_add(
-                x, residual, *convolution[1:], "add", 1.0, _ONEDNN_ADD_ACTIVATIONS[act], (), ""
-            )
+            post = ("add", 1.0, _ONEDNN_ADD_ACTIVATIONS[act], (), "")
+            if self.overwrites_residual and residual.is_contiguous(memory_format=torch.channels_last):
+                return _convolution_add_(residual, *convolution, *post)
+            return _convolution_add(x, residual, *convolution[1:], *post)
         z = _convolve(convolution, "identity", ())
         return activation.apply(z.add_(residual), act, act_params, inplace=True)
 
-    def _output_shape(self, x: Tensor) -> tuple[int, int, int]:
-        """[K, P, Q] for an input that ``zero_pad`` is around already."""
-        weight, padding = self.weight, self.padding
+    def _around(self) -> Sequence[int]:
+        """What is around the image: (height, width) on both sides, or (top, bottom, left, right)."""
+        if self.border is None:
+            return self.padding
+        left, right, top, bottom = self.border[0]
+        return top, bottom, left, right
+
+    def _output_shape(self, x: Tensor, padding: Sequence[int]) -> tuple[int, int, int]:
+        """[K, P, Q] of the result."""
+        weight = self.weight
         around = (
             (padding[0] + padding[1], padding[2] + padding[3])
             if len(padding) == 4
             else (2 * padding[0], 2 * padding[1])
         )
-        if self.border is not None:
-            left, right, top, bottom = self.border[0]
-            around = (top + bottom, left + right)
         sizes = [
             (x.shape[i - 2] + around[i] - self.dilation[i] * (weight.shape[2 + i] - 1) - 1) // self.stride[i]
             + 1

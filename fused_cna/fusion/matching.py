@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.fx import Graph, Node
 
 from fused_cna.fusion.aliasing import Aliasing
-from fused_cna.fusion.calls import Act, Add, Call, Conv, Norm, Pad, Refused, call_of
+from fused_cna.fusion.calls import Act, Add, Call, Conv, Norm, Pad, Refused, Value, call_of
 
 SameShape = Callable[[Node, Node], bool | None]
 """Whether two nodes are tensors of one shape, dtype and device; None where only the call will show."""
@@ -40,6 +40,11 @@ class Group:
         tail = (self.add, self.act) if self.residual_order == "add_act" else (self.act, self.add)
         return [node for node in (self.pad, self.conv, self.norm, *tail) if node is not None]
 
+    def leave(self, reason: str) -> None:
+        """Take the group apart, although it looks as if it could be fused."""
+        self.pad = self.norm = self.add = self.act = self.residual = None
+        self.reason, self.missed = reason, True
+
     @property
     def is_fused(self) -> bool:
         return any((self.norm, self.add, self.act))
@@ -51,7 +56,8 @@ class Matches:
 
     groups: list[Group]
     calls: dict[Node, Call]
-    refused: dict[Node, str] = field(default_factory=dict)
+    refused: dict[Node, str]
+    aliasing: Aliasing
 
 
 def match(
@@ -68,7 +74,7 @@ def match(
         residuals: whether additions can be taken in.
     """
     calls = {node: call for node in graph.nodes if (call := call_of(node, modules)) is not None}
-    finder = _Finder(calls, Aliasing(graph, calls, modules), same_shape, residuals)
+    finder = _Finder(calls, modules, Aliasing(graph, calls, modules), same_shape, residuals)
     apart: dict[Node, str] = {}
     while True:
         groups = finder.find(apart)
@@ -79,14 +85,20 @@ def match(
     refused = {
         node: call.reason for node, call in calls.items() if isinstance(call, Refused) and call.kind is Conv
     }
-    return Matches(groups, calls, refused)
+    return Matches(groups, calls, refused, finder.aliasing)
 
 
 class _Finder:
     def __init__(
-        self, calls: dict[Node, Call], aliasing: Aliasing, same_shape: SameShape, residuals: bool
+        self,
+        calls: dict[Node, Call],
+        modules: dict[str, nn.Module],
+        aliasing: Aliasing,
+        same_shape: SameShape,
+        residuals: bool,
     ) -> None:
         self.calls = calls
+        self.modules = modules
         self.aliasing = aliasing
         self.same_shape = same_shape
         self.residuals = residuals
@@ -103,6 +115,9 @@ class _Finder:
                 group.reason, group.missed = apart[node], True
             else:
                 self._extend(group)
+            changed = self._changed_value(group) if group.is_fused else None
+            if changed is not None:
+                group.leave(f"a parameter may be overwritten within it, by {changed.name}")
             if group.is_fused:
                 self._take_pad(group)
             groups.append(group)
@@ -133,7 +148,11 @@ class _Finder:
     def _take_norm(self, group: Group) -> Node:
         following = self._following(group.conv)
         call = self.calls.get(following) if following is not None else None
-        if isinstance(call, Norm):
+        if isinstance(call, Norm) and following is not None:
+            for value in (call.weight, call.bias, call.mean, call.var):
+                if isinstance(value, Node) and self.aliasing.changed_between(value, group.conv, following):
+                    group.reason, group.missed = "its norm is changed after the convolution has run", True
+                    return group.conv
             group.norm = self._take(following)
             return group.norm
         return group.conv
@@ -180,6 +199,15 @@ class _Finder:
             return f"the input of the convolution may be overwritten before the addition, by {changed.name}"
         return ""
 
+    def _changed_value(self, group: Group) -> Node | None:
+        """A node that may overwrite a parameter of the group while it runs."""
+        first, *_, last = group.nodes
+        for value in values_of(group, self.calls):
+            changed = self.aliasing.changed_between(value, first, last) if isinstance(value, Node) else None
+            if changed is not None:
+                return changed
+        return None
+
     def _take_pad(self, group: Group) -> None:
         """Zeros around the input join the convolution where nothing else sees them."""
         pad = group.call.x
@@ -196,17 +224,30 @@ class _Finder:
             return "its result is not used", False
         if len(users) > 1:
             parts = [user for user in users if isinstance(self.calls.get(user), Norm)]
-            return f"its result goes to {len(users)} places: {_names(users)}", bool(parts)
+            return f"its result goes to {len(users)} places: {_names(users, self.modules)}", bool(parts)
         call = self.calls.get(users[0])
         if isinstance(call, Refused) and call.kind in (Norm, Act):
             return f"what follows is left alone: {call.reason}", call.kind is Norm
         if isinstance(call, Add):
             return group.reason or "the addition after it belongs to another convolution", group.missed
-        return f"nothing that could be fused follows: its result goes to {_names(users)}", False
+        return f"nothing that could be fused follows: its result goes to {_names(users, self.modules)}", False
 
 
-def _names(nodes: Iterable[Node]) -> str:
-    return ", ".join("the output" if node.op == "output" else node.name for node in nodes)
+def values_of(group: Group, calls: dict[Node, Call]) -> list[Value]:
+    """The parameters and buffers of a group, without those that are None."""
+    norm = calls.get(group.norm) if group.norm is not None else None
+    vectors = [norm.weight, norm.bias, norm.mean, norm.var] if isinstance(norm, Norm) else []
+    return [value for value in (group.call.weight, group.call.bias, *vectors) if value is not None]
+
+
+def _names(nodes: Iterable[Node], modules: dict[str, nn.Module]) -> str:
+    return ", ".join(_name(node, modules) for node in nodes)
+
+
+def _name(node: Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return f"{node.target} ({type(modules[str(node.target)]).__name__})"
+    return "the output" if node.op == "output" else node.name
 
 
 def _shared(groups: list[Group], calls: dict[Node, Call]) -> dict[Node, str]:

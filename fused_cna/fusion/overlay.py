@@ -1,40 +1,48 @@
 """A network that runs as a graph of fused blocks where it can, and as its own Python code everywhere else.
 
-The network keeps its modules, names, class and methods; what is added is one hidden child, the overlay, whose
+The network keeps its modules, names, class and methods; what is added is one attribute, the overlay, whose
 blocks share the network's own modules. So nothing can go stale, and taking the overlay away undoes it all.
+The overlay is none of the network's children, so that code which walks these sees what it always saw.
 """
 
 import copyreg
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fused_cna import layers
+from fused_cna.fusion.symbolic import NotTraceableError
 
 NAME = "fused_cna_overlay"
-"""The name of the overlay among the children of a network."""
+"""The attribute of a network that holds its overlay."""
+
+
+_GONE = object()
+# Attributes that may be another object of the same value, as after pickling.
+_PLAIN = (bool, int, float, str, tuple)
 
 
 class Overlay(nn.Module):
     """The graph of fused blocks over a network, and what has to hold for it to be what the network computes.
 
-    It owns nothing: it has no part in ``state_dict``, and moves with the network's own modules.
+    It owns nothing, except for the tensors of snapshots.
 
     Args:
         graph: takes the inputs, then the values of ``values``.
         inputs: the names of the arguments of the network's ``forward`` that the graph takes.
         values: paths of the parameters and buffers, from the network on, that the graph takes.
         places: modules that the graph stands for: where each is kept, by what name, and which it is.
-        entered: modules whose ``forward`` is part of the graph.
+        entered: modules whose ``forward`` is part of the graph, the network first.
     """
 
     def __init__(
         self,
-        graph: fx.GraphModule,
+        graph: nn.Module,
         inputs: Sequence[str],
         values: Sequence[str],
         places: Sequence[tuple[dict[str, Any], str, nn.Module]],
@@ -46,7 +54,13 @@ class Overlay(nn.Module):
         self.values = tuple(values)
         self._places = list(places)
         self._entered = list(entered)
-        self.register_load_state_dict_post_hook(_expect_nothing)
+        self._children = [(module, len(module._modules)) for module in self._entered]
+        self._attributes = [
+            (vars(module), name, value)
+            for module in self._entered
+            for name, value in vars(module).items()
+            if not name.startswith("_") and name != "training"
+        ]
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The graph's inputs for a call of the network; None where the call is none that was traced."""
@@ -61,18 +75,20 @@ class Overlay(nn.Module):
 
     @torch.compiler.assume_constant_result
     def holds(self) -> bool:
-        """Whether the network still is what was traced: no module exchanged, hooked or put in training mode."""
+        """Whether the network still is what was traced: nothing exchanged, hooked or put in training mode."""
         for owner, name, module in self._places:
             if owner.get(name) is not module:
                 return False
-        for module in self._entered:
-            if (
-                module.training
-                or module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-            ):
+        for attributes, name, value in self._attributes:
+            now = attributes.get(name, _GONE)
+            if now is not value and (type(now) not in _PLAIN or now != value):
                 return False
+        for module, count in self._children:
+            if module.training or len(module._modules) != count:
+                return False
+        # Those of the network itself run before and after its forward, as always.
+        if any(map(layers.has_hooks, self._entered[1:])):
+            return False
         return not layers.has_global_hooks()
 
     def forward(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -81,30 +97,20 @@ class Overlay(nn.Module):
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The fused blocks by the name of their convolution."""
-        return [
-            (name, module) for name, module in self.graph.named_modules() if hasattr(module, "group_name")
-        ]
+        modules = self.graph.modules()
+        return [(str(module.group_name), module) for module in modules if hasattr(module, "group_name")]
 
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing: the network's own modules hold all parameters."""
-        return {} if destination is None else destination
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Overlay":
-        """Only what blocks hold for themselves: the rest is the network's, and moves with it."""
+    def move(self, fn: Callable[..., Any]) -> None:
+        """Apply what moves or casts the network to what blocks hold for themselves."""
         for module in self.graph.modules():
             if getattr(module, "is_snapshot", False):
-                module._apply(fn, recurse)
-        return self
+                module._apply(fn)
 
     def extra_repr(self) -> str:
-        return f"{len(self.blocks())} fused blocks over the modules above"
+        return f"{len(self.blocks())} fused blocks"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def _expect_nothing(overlay: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if f"{NAME}." not in key]
 
 
 class FusedNetwork(nn.Module):
@@ -113,12 +119,25 @@ class FusedNetwork(nn.Module):
     plain_class: type[nn.Module]
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        overlay: Any = self._modules[NAME]
-        if not self.training and overlay.holds():
+        # A class that makes more of its own kind, as a slice of nn.Sequential is made, makes plain ones.
+        overlay: Any = self.__dict__.get(NAME)
+        if overlay is not None and not self.training and overlay.holds():
             inputs = overlay.bind(args, kwargs)
             if inputs is not None:
                 return overlay(self, inputs)
         return self.plain_class.forward(self, *args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "FusedNetwork":
+        super()._apply(fn, recurse)
+        if NAME in self.__dict__:
+            self.__dict__[NAME].move(fn)
+        return self
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """A replica has modules of its own, which the overlay does not know: it runs as it was written."""
+        replica = super()._replicate_for_data_parallel()
+        take_off(replica)  # type: ignore[arg-type]
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = self.plain_class
@@ -132,10 +151,8 @@ class FusedNetwork(nn.Module):
 
 def _pickles_itself(kind: type) -> bool:
     """Whether a class has its own way of being copied and pickled, as graph modules have."""
-    return (
-        hasattr(kind, "__deepcopy__")
-        or kind.__reduce_ex__ is not object.__reduce_ex__
-        or kind.__reduce__ is not object.__reduce__
+    return hasattr(kind, "__deepcopy__") or any(
+        "__reduce_ex__" in base.__dict__ or "__reduce__" in base.__dict__ for base in kind.__mro__[:-1]
     )
 
 
@@ -144,13 +161,25 @@ def _new(plain: type[nn.Module]) -> nn.Module:
 
 
 def _as_fused(network: nn.Module) -> nn.Module:
-    if NAME in network._modules:
+    if NAME in network.__dict__:
         network.__class__ = fused_class(type(network))
     return network
 
 
-@functools.cache
+_classes: weakref.WeakKeyDictionary[type, weakref.ref[type[FusedNetwork]]] = weakref.WeakKeyDictionary()
+
+
 def fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
+    """The class of the fused networks of a class, made once."""
+    reference = _classes.get(plain)
+    kind = None if reference is None else reference()
+    if kind is None:
+        kind = _make_fused_class(plain)
+        _classes[plain] = weakref.ref(kind)
+    return kind
+
+
+def _make_fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
     """The class of the fused networks of a class: a subclass, with the same signature of ``forward``."""
 
     @functools.wraps(plain.forward)
@@ -158,18 +187,30 @@ def fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
         return self._run(args, kwargs)
 
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    kind = type(f"Fused{plain.__name__}", (FusedNetwork, plain), {**names, "forward": forward})
-    kind.plain_class = plain  # type: ignore[attr-defined]
-    return kind
+    attributes = {**names, "forward": forward, "plain_class": plain}
+    return type(f"Fused{plain.__name__}", (FusedNetwork, plain), attributes)  # type: ignore[return-value]
+
+
+def check_class(plain: type[nn.Module]) -> None:
+    """Refuse a class that cannot be subclassed with no more than a name.
+
+    Raises:
+        NotTraceableError: it cannot.
+    """
+    try:
+        fused_class(plain)
+    # A class may refuse subclasses in any way it likes.
+    except Exception as error:
+        raise NotTraceableError(f"its class cannot have a subclass: {error}") from error
 
 
 def lay_over(network: nn.Module, overlay: Overlay) -> None:
     """Turn a network into its fused self, in place."""
-    network.add_module(NAME, overlay.train(network.training))
+    network.__dict__[NAME] = overlay.eval()
     network.__class__ = fused_class(type(network))
 
 
 def take_off(network: FusedNetwork) -> None:
     """Undo :func:`lay_over`."""
-    del network._modules[NAME]
-    network.__class__ = network.plain_class
+    network.__dict__.pop(NAME, None)
+    network.__class__ = network.plain_class  # type: ignore[assignment]

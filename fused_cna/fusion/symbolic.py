@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from fused_cna import layers
 from fused_cna.fusion.calls import kind_of
+from fused_cna.modules import ConvNormAct
 
 
 class NotTraceableError(Exception):
@@ -62,7 +63,39 @@ def _set_item(self: Proxy, key: Any, value: Any) -> None:
     self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
-_TensorProxy.__setitem__ = _set_item  # type: ignore[attr-defined]
+setattr(_TensorProxy, "__setitem__", _set_item)  # noqa: B010
+
+
+class _HeldProxy(_TensorProxy):
+    """A parameter or buffer, whose shape is part of the network."""
+
+    held: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.held.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.held.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.held.shape if dim is None else self.held.shape[dim]
+
+    def dim(self) -> int:
+        return self.held.ndim
+
+    def numel(self) -> int:
+        return self.held.numel()
+
+
+def _modes() -> tuple[bool, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
 
 
 def required_inputs(function: Callable[..., Any]) -> list[str]:
@@ -89,12 +122,12 @@ def required_inputs(function: Callable[..., Any]) -> list[str]:
 class Tracer(fx.Tracer):
     """Follows what is not a leaf: torch's own modules, parts of groups, and what is called with hooks."""
 
-    proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
+    def __init__(self, live: Collection[nn.Module] = ()) -> None:
         timm = sys.modules.get("timm.layers._fx")
         functions = [] if timm is None else [f for f in timm.get_notrace_functions() if callable(f)]
-        super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)
+        super().__init__(autowrap_functions=tuple(functions))
+        self._live = live
+        self._modes = _modes()
         self._leaf_classes = () if timm is None else tuple(timm.get_notrace_modules())
         self.entered: list[nn.Module] = []
 
@@ -103,9 +136,29 @@ class Tracer(fx.Tracer):
             kind_of(m) is not None
             or layers.has_hooks(m)
             or parametrize.is_parametrized(m)
-            or isinstance(m, (*self._leaf_classes, torch.jit.ScriptModule))
+            or m in self._live
+            or isinstance(m, (*self._leaf_classes, ConvNormAct, torch.jit.ScriptModule))
             or super().is_leaf_module(m, module_qualified_name)
         )
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise TraceError("it switches gradients or autocast on or off")
+        return super().create_node(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are values that the graph takes, whatever they hold now."""
+        if not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        for name, held in (*self.root.named_parameters(), *self.root.named_buffers()):
+            if held is attr_val:
+                if name not in parameter_proxy_cache:
+                    proxy = _HeldProxy(self.create_node("get_attr", name, (), {}), self)
+                    proxy.node.meta["is_tensor"] = True
+                    proxy.held = attr_val
+                    parameter_proxy_cache[name] = proxy
+                return parameter_proxy_cache[name]
+        return attr_val
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         is_leaf = self.is_leaf_module(m, self.path_of_module(m))
@@ -155,26 +208,31 @@ class Trace:
     """The leaves that it calls, by path."""
     entered: list[nn.Module]
     """The modules whose ``forward`` became part of the graph, the network itself excluded."""
+    live: Collection[nn.Module]
+    """Modules that are in training mode although the network is not, and so run as they are."""
 
 
 # What returns its input in eval mode.
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
-def pass_through(traced: Trace, training: Collection[nn.Module]) -> None:
-    """Take modules out of the graph that hand their input on in eval mode; not those in ``training``."""
+def pass_through(traced: Trace) -> None:
+    """Take modules out of the graph that hand their input on in eval mode."""
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or len(node.all_input_nodes) != 1 or len(node.args) != 1:
             continue
         module = traced.modules[str(node.target)]
-        if type(module) in _PASSING and not layers.has_hooks(module) and module not in training:
+        if type(module) in _PASSING and not layers.has_hooks(module) and module not in traced.live:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
             traced.entered.append(module)
 
 
-def trace(network: nn.Module) -> Trace:
+def trace(network: nn.Module, live: Collection[nn.Module] = ()) -> Trace:
     """The graph of a network as it runs in eval mode with its options at their defaults.
+
+    Args:
+        live: modules that are leaves whatever they are, because they will be in training mode.
 
     Raises:
         NotTraceableError: the network cannot be followed, with the reason.
@@ -184,11 +242,26 @@ def trace(network: nn.Module) -> Trace:
         raise NotTraceableError("it has a forward of its own")
     if isinstance(network, torch.jit.ScriptModule):
         raise NotTraceableError("it is scripted")
-    tracer = Tracer()
     inputs = required_inputs(kind.forward)
-    before = _SideEffects(network)
+    graph, tracer = _run(network, live, gradients=True)
+    without_gradients, _ = _run(network, live, gradients=False)
+    if str(graph) != str(without_gradients):
+        raise NotTraceableError("it computes something else where gradients are off")
+    for node in graph.nodes:
+        node.meta.pop("is_tensor", None)
+    modules = {
+        str(node.target): network.get_submodule(str(node.target))
+        for node in graph.nodes
+        if node.op == "call_module"
+    }
+    return Trace(graph, inputs, modules, tracer.entered, live)
+
+
+def _run(network: nn.Module, live: Collection[nn.Module], *, gradients: bool) -> tuple[fx.Graph, Tracer]:
+    before = SideEffects(network)
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            tracer = Tracer(live)
             graph = tracer.trace(network)
     # Code that is not made for tracing fails in any way it likes.
     except Exception as error:
@@ -197,17 +270,10 @@ def trace(network: nn.Module) -> Trace:
         effect = before.undo()
     if effect:
         raise NotTraceableError(effect)
-    for node in graph.nodes:
-        node.meta.pop("is_tensor", None)
-    modules = {
-        str(node.target): network.get_submodule(str(node.target))
-        for node in graph.nodes
-        if node.op == "call_module"
-    }
-    return Trace(graph, inputs, modules, tracer.entered)
+    return graph, tracer
 
 
-class _SideEffects:
+class SideEffects:
     """What running Python code leaves behind besides its result: attributes, and random numbers drawn."""
 
     def __init__(self, network: nn.Module) -> None:
