@@ -5,6 +5,8 @@ from fused_cna._device_timer import WrongResultError
 from fused_cna._extension import build_info
 from fused_cna._version import __version__
 from fused_cna.config import FusionFallbackWarning, PlanFileWarning
+from fused_cna.fusion.fuse import fuse, unfuse
+from fused_cna.fusion.records import FusionError
 from fused_cna.modules import ConvNormAct
 from fused_cna.ops import conv_norm_act
 from fused_cna.plan import ConvProblem, Explanation, explain, forced_plan
@@ -15,6 +17,7 @@ __all__ = [
     "ConvNormAct",
     "ConvProblem",
     "Explanation",
+    "FusionError",
     "FusionFallbackWarning",
     "PlanFileError",
     "PlanFileWarning",
@@ -27,5 +30,7 @@ __all__ = [
     "conv_norm_act",
     "explain",
     "forced_plan",
+    "fuse",
     "tune",
+    "unfuse",
 ]

@@ -19,6 +19,16 @@ class Activation(NamedTuple):
     """The attributes of the module that are its ``act_params``, in order."""
     matches: Callable[[Any], bool] | None = None
     """Tells apart activations that share a class, by the module's present attributes."""
+    others: tuple[str, ...] = ()
+    """More classes that compute it, by module and name: their libraries need not be installed."""
+
+
+_TIMM = "timm.layers.activations."
+_TIMM_ME = "timm.layers.activations_me."
+
+
+def _is_relu6(act: Any) -> bool:
+    return bool(act.min_val == 0 and act.max_val == 6)
 
 
 def _identity(x: Tensor, inplace: bool) -> Tensor:
@@ -44,17 +54,29 @@ def _tanh(x: Tensor, inplace: bool) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(nn.Identity, _identity),
     "relu": Activation(nn.ReLU, F.relu),
-    "relu6": Activation(nn.ReLU6, F.relu6, matches=lambda act: act.min_val == 0 and act.max_val == 6),
+    "relu6": Activation(
+        nn.ReLU6, F.relu6, matches=_is_relu6, others=("torch.nn.modules.activation.Hardtanh",)
+    ),
     "leaky_relu": Activation(nn.LeakyReLU, F.leaky_relu, params=("negative_slope",)),
     "elu": Activation(nn.ELU, F.elu, params=("alpha",)),
-    "silu": Activation(nn.SiLU, F.silu),
+    "silu": Activation(nn.SiLU, F.silu, others=(_TIMM + "Swish", _TIMM_ME + "SwishMe")),
     "gelu": Activation(nn.GELU, _gelu, matches=lambda act: act.approximate == "none"),
     "gelu_tanh": Activation(nn.GELU, _gelu_tanh, matches=lambda act: act.approximate == "tanh"),
-    "hardswish": Activation(nn.Hardswish, F.hardswish),
-    "hardsigmoid": Activation(nn.Hardsigmoid, F.hardsigmoid),
-    "sigmoid": Activation(nn.Sigmoid, _sigmoid),
-    "tanh": Activation(nn.Tanh, _tanh),
-    "mish": Activation(nn.Mish, F.mish),
+    "hardswish": Activation(
+        nn.Hardswish, F.hardswish, others=(_TIMM + "HardSwish", _TIMM_ME + "HardSwishMe")
+    ),
+    "hardsigmoid": Activation(
+        nn.Hardsigmoid, F.hardsigmoid, others=(_TIMM + "HardSigmoid", _TIMM_ME + "HardSigmoidMe")
+    ),
+    "sigmoid": Activation(nn.Sigmoid, _sigmoid, others=(_TIMM + "Sigmoid",)),
+    "tanh": Activation(nn.Tanh, _tanh, others=(_TIMM + "Tanh",)),
+    "mish": Activation(nn.Mish, F.mish, others=(_TIMM + "Mish", _TIMM_ME + "MishMe")),
+}
+
+# timm's GELU modules have no `approximate`: which one it is, the class says.
+_BY_NAME = {name: act for act, row in ACTIVATIONS.items() for name in row.others} | {
+    _TIMM + "GELU": "gelu",
+    _TIMM + "GELUTanh": "gelu_tanh",
 }
 
 _BY_MODULE: dict[type[nn.Module], list[tuple[str, Activation]]] = {}
@@ -64,10 +86,16 @@ for _name, _row in ACTIVATIONS.items():
 
 def describe(act: nn.Module) -> tuple[str, tuple[float, ...]] | None:
     """The operator's ``act`` and ``act_params`` for a module as it is now; None if it is not in the table."""
-    for name, row in _BY_MODULE.get(type(act), ()):
-        if row.matches is None or row.matches(act):
-            return name, tuple([getattr(act, param) for param in row.params]) if row.params else ()
-    return None
+    kind = type(act)
+    if kind in _BY_MODULE:
+        for name, row in _BY_MODULE[kind]:
+            if row.matches is None or row.matches(act):
+                return name, tuple([getattr(act, param) for param in row.params]) if row.params else ()
+        return None
+    other = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    if other is None or (other == "relu6" and not _is_relu6(act)):
+        return None
+    return other, ()
 
 
 def apply(x: Tensor, act: str, act_params: Sequence[float], inplace: bool = False) -> Tensor:

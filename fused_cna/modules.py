@@ -7,47 +7,16 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
-from torch.nn.utils import parametrize
 
-from fused_cna import activation, eager, ops
+from fused_cna import eager, layers, ops
 from fused_cna._checks import RESIDUAL_ORDERS, check_residual_order, explicit_padding, pair, unsqueeze
-
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_NO_NORM = (None, None, None, None, 0.0)
 
 # What a norm or activation set to None after construction stands for.
 _NOTHING = nn.Identity().eval()
 
+_NO_PAD = (0, 0, 0, 0)
+
 _suggested_inference_mode = False
-
-
-def _class_of(module: nn.Module) -> type:
-    """The class whose ``forward`` runs: parametrizing a module gives it a class of its own."""
-    kind = type(module)
-    if kind is not nn.Conv2d and kind not in _NORMS and parametrize.is_parametrized(module):
-        return parametrize.type_before_parametrizations(module)
-    return kind
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more, or something else, than the ``forward`` of its class."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks
-        or module_hooks._global_backward_pre_hooks
-    )
 
 
 def _conv_tensors(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
@@ -58,36 +27,17 @@ def _conv_tensors(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     return conv.weight, conv.bias
 
 
-def _norm_vectors(norm: Any) -> tuple[Any, ...] | None:
-    """The operator's norm arguments: norm_weight to eps; None where the norm has to run itself."""
-    kind = _class_of(norm)
-    if kind not in _NORMS:
-        return _NO_NORM if kind is nn.Identity else None
-    parameters, buffers = norm._parameters, norm._buffers
-    if (
-        "weight" in parameters
-        and "bias" in parameters
-        and "running_mean" in buffers
-        and "running_var" in buffers
-    ):
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, var = buffers["running_mean"], buffers["running_var"]
-    else:
-        weight, bias, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    return None if mean is None or var is None else (weight, bias, mean, var, norm.eps)
-
-
 def fused_epilogue(module: "ConvNormAct", with_residual: bool) -> tuple[bool, str, str | None]:
     """What is fused with the convolution: whether a norm, which activation, and in which order a residual."""
-    norm = _norm_vectors(module.norm)
-    act = activation.describe(module.act) if norm is not None else None
-    fuses_residual = (
-        with_residual and norm is not None and (act is not None or module.residual_order == "add_act")
-    )
+    fusible = layers.epilogue(module.norm, module.act, module.residual_order)
+    if fusible is None:
+        return False, "identity", None
+    vectors, act, order = fusible
+    fuses_residual = with_residual and (act is not None or order == "add_act")
     return (
-        norm is not None and norm is not _NO_NORM,
+        vectors is not layers.NO_NORM,
         "identity" if act is None else act[0],
-        module.residual_order if fuses_residual else None,
+        order if fuses_residual else None,
     )
 
 
@@ -165,6 +115,8 @@ class ConvNormAct(nn.Module):
     norm: nn.Module
     act: nn.Module
     residual_order: str
+    zero_pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Zeros around x besides those of ``conv``: (top, bottom, left, right); some may be negative, and crop."""
 
     def __init__(
         self,
@@ -281,16 +233,24 @@ class ConvNormAct(nn.Module):
         if (
             self.training
             or norm.training
-            or _has_hooks(conv)
-            or _has_hooks(norm)
-            or _has_hooks(act)
-            or _has_global_hooks()
-            or (type(conv) is not nn.Conv2d and _class_of(conv) is not nn.Conv2d)
+            or layers.has_hooks(conv)
+            or layers.has_hooks(norm)
+            or layers.has_hooks(act)
+            or layers.has_global_hooks()
+            or (type(conv) is not nn.Conv2d and not layers.is_conv(conv))
+            or (norm._modules and any(map(layers.has_hooks, norm._modules.values())))
         ):
             return self._run_submodules(x, residual, conv, norm, act)
         return self._run_fused(x, residual, conv, norm, act, out)
 
+    def _pad(self, x: Tensor) -> Tensor:
+        if not any(self.zero_pad):
+            return x
+        top, bottom, left, right = self.zero_pad
+        return F.pad(x, (left, right, top, bottom))
+
     def _run_submodules(self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any) -> Tensor:
+        x = self._pad(x)
         return self._finish(norm(conv(x)), residual, act)
 
     def _finish(self, z: Tensor, residual: Tensor | None, act: Any) -> Tensor:
@@ -314,24 +274,42 @@ class ConvNormAct(nn.Module):
         weight, bias = _conv_tensors(conv)
         stride, dilation = _as_pair(conv.stride, "stride"), _as_pair(conv.dilation, "dilation")
         padding = conv.padding
+        if self.zero_pad != _NO_PAD:
+            x, padding = self._pad_before(x, padding, conv)
         if conv.padding_mode != "zeros":
             x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
             padding = (0, 0)
-        elif type(padding) is not tuple or len(padding) != 2:
+        elif type(conv) is not nn.Conv2d and layers.pads_same(conv):
+            padding = layers.same_padding(x.shape[2:], weight.shape[2:], stride, dilation)
+        elif type(padding) is not tuple or len(padding) not in (2, 4):
             padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
         convolution = (stride, padding, dilation, conv.groups)
 
-        vectors = _norm_vectors(norm)
-        order = self.residual_order
-        if vectors is not None:
-            described = activation.describe(act)
-            if described is not None:
-                arguments = (x, weight, bias, *vectors, *convolution, *described, residual, order)
-                return run(*arguments) if out is None else ops.run_into(out, arguments, kernel=kernel)
-            if order == "add_act":
-                return act(run(x, weight, bias, *vectors, *convolution, "identity", (), residual, order))
-        z = run(x, weight, bias, *(vectors or _NO_NORM), *convolution, "identity", (), None, order)
-        return self._finish(z if vectors is not None else norm(z), residual, act)
+        fusible = layers.epilogue(norm, act, self.residual_order)
+        if fusible is None:
+            z = run(x, weight, bias, *layers.NO_NORM, *convolution, "identity", (), None, "add_act")
+            return self._finish(norm(z), residual, act)
+        vectors, described, order = fusible
+        if described is not None:
+            arguments = (x, weight, bias, *vectors, *convolution, *described, residual, order)
+            return run(*arguments) if out is None else ops.run_into(out, arguments, kernel=kernel)
+        if order == "add_act":
+            return act(run(x, weight, bias, *vectors, *convolution, "identity", (), residual, order))
+        z = run(x, weight, bias, *vectors, *convolution, "identity", (), None, order)
+        return self._finish(z, residual, act)
+
+    def _pad_before(self, x: Tensor, padding: Any, conv: Any) -> tuple[Tensor, Any]:
+        """``zero_pad`` as more padding of the convolution where that is of zeros too, else around ``x``."""
+        if (
+            min(self.zero_pad) < 0
+            or conv.padding_mode != "zeros"
+            or isinstance(padding, str)
+            or layers.pads_same(conv)
+        ):
+            return self._pad(x), padding
+        top, bottom, left, right = self.zero_pad
+        height, width = _as_pair(padding, "padding")
+        return x, (top + height, bottom + height, left + width, right + width)
 
     def _suggest_inference_mode(self, x: Tensor, residual: Tensor | None) -> None:
         global _suggested_inference_mode

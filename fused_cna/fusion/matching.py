@@ -1,0 +1,256 @@
+"""The groups of a graph: each convolution, and what follows it, as far as one fused call can compute it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, Node
+
+from fused_cna.fusion.aliasing import Aliasing
+from fused_cna.fusion.calls import Act, Add, Call, Conv, Norm, Pad, Refused, call_of
+
+SameShape = Callable[[Node, Node], bool | None]
+"""Whether two nodes are tensors of one shape, dtype and device; None where only the call will show."""
+
+
+@dataclass
+class Group:
+    """A convolution with what is computed in the same call; without parts, why there are none."""
+
+    conv: Node
+    call: Conv
+    pad: Node | None = None
+    norm: Node | None = None
+    add: Node | None = None
+    act: Node | None = None
+    residual: Node | None = None
+    residual_order: str = "add_act"
+    reason: str = ""
+    """Why nothing, or less than it seems, is fused."""
+    missed: bool = False
+    """Whether it looked as if more could have been fused."""
+    missed_add: Node | None = None
+    """The addition that could not be taken in."""
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Its nodes in the order in which they run."""
+        tail = (self.add, self.act) if self.residual_order == "add_act" else (self.act, self.add)
+        return [node for node in (self.pad, self.conv, self.norm, *tail) if node is not None]
+
+    @property
+    def is_fused(self) -> bool:
+        return any((self.norm, self.add, self.act))
+
+
+@dataclass
+class Matches:
+    """All convolutions of a graph in their order, and those that are left alone."""
+
+    groups: list[Group]
+    calls: dict[Node, Call]
+    refused: dict[Node, str] = field(default_factory=dict)
+
+
+def match(
+    graph: Graph, modules: dict[str, nn.Module], same_shape: SameShape, *, residuals: bool = True
+) -> Matches:
+    """Find the groups.
+
+    A convolution takes in what follows as long as nothing else takes its result. The later of two
+    convolutions that are added takes the addition, as then the other is there already. A convolution or a
+    norm that runs more than once is fused only if all runs are of the same group.
+
+    Args:
+        modules: the targets of the graph's ``call_module`` nodes.
+        residuals: whether additions can be taken in.
+    """
+    calls = {node: call for node in graph.nodes if (call := call_of(node, modules)) is not None}
+    finder = _Finder(calls, Aliasing(graph, calls, modules), same_shape, residuals)
+    apart: dict[Node, str] = {}
+    while True:
+        groups = finder.find(apart)
+        shared = _shared(groups, calls)
+        if not shared:
+            break
+        apart.update(shared)
+    refused = {
+        node: call.reason for node, call in calls.items() if isinstance(call, Refused) and call.kind is Conv
+    }
+    return Matches(groups, calls, refused)
+
+
+class _Finder:
+    def __init__(
+        self, calls: dict[Node, Call], aliasing: Aliasing, same_shape: SameShape, residuals: bool
+    ) -> None:
+        self.calls = calls
+        self.aliasing = aliasing
+        self.same_shape = same_shape
+        self.residuals = residuals
+        self.convs = [(node, call) for node, call in calls.items() if isinstance(call, Conv)]
+        self.taken: set[Node] = set()
+
+    def find(self, apart: dict[Node, str]) -> list[Group]:
+        """The groups in the order of the graph; convolutions in ``apart`` stay alone."""
+        self.taken = set()
+        groups = []
+        for node, call in reversed(self.convs):
+            group = Group(node, call)
+            if node in apart:
+                group.reason, group.missed = apart[node], True
+            else:
+                self._extend(group)
+            if group.is_fused:
+                self._take_pad(group)
+            groups.append(group)
+        for group in groups:
+            # The other operand may have been able to take it.
+            if group.missed_add in self.taken:
+                group.reason, group.missed = "", False
+        return groups[::-1]
+
+    def _extend(self, group: Group) -> None:
+        last = self._take_norm(group)
+        last = self._take_add(group, last, "add_act")
+        following = self._following(last)
+        call = self.calls.get(following) if following is not None else None
+        if isinstance(call, Act) and not self._has_own_activation(group):
+            group.act = last = self._take(following)
+            if group.add is None:
+                last = self._take_add(group, last, "act_add")
+        if not group.is_fused:
+            group.reason, missed = self._why_nothing(group)
+            group.missed = group.missed or missed
+
+    def _take(self, node: Node | None) -> Node:
+        assert node is not None
+        self.taken.add(node)
+        return node
+
+    def _take_norm(self, group: Group) -> Node:
+        following = self._following(group.conv)
+        call = self.calls.get(following) if following is not None else None
+        if isinstance(call, Norm):
+            group.norm = self._take(following)
+            return group.norm
+        return group.conv
+
+    def _has_own_activation(self, group: Group) -> bool:
+        call = self.calls.get(group.norm) if group.norm is not None else None
+        return isinstance(call, Norm) and call.act != "identity"
+
+    def _following(self, node: Node) -> Node | None:
+        """The only node that takes the result, if it takes it once and no one has claimed it."""
+        if len(node.users) != 1:
+            return None
+        (user,) = node.users
+        return user if user.all_input_nodes.count(node) == 1 and user not in self.taken else None
+
+    def _take_add(self, group: Group, last: Node, order: str) -> Node:
+        add = self._following(last)
+        call = self.calls.get(add) if add is not None else None
+        if not self.residuals or add is None or not isinstance(call, Add):
+            return last
+        residual = call.b if call.a is last else call.a
+        reason = self._why_not_added(group, add, call, last, residual)
+        if reason:
+            group.reason, group.missed, group.missed_add = (
+                f"{reason}, so the addition is not fused",
+                True,
+                add,
+            )
+            return last
+        if order == "add_act" and self._has_own_activation(group):
+            order = "act_add"
+        group.add, group.residual, group.residual_order = self._take(add), residual, order
+        return add
+
+    def _why_not_added(self, group: Group, add: Node, call: Add, last: Node, residual: Node) -> str:
+        if residual.op == "get_attr":
+            return "what is added is a parameter"
+        if self.same_shape(last, residual) is False:
+            return "what is added has another shape, dtype or device"
+        if call.overwritten is residual and not self.aliasing.is_forgotten(residual, add):
+            return "the addition overwrites a tensor that is seen elsewhere"
+        changed = self.aliasing.changed_between(group.call.x, group.conv, add)
+        if changed is not None:
+            return f"the input of the convolution may be overwritten before the addition, by {changed.name}"
+        return ""
+
+    def _take_pad(self, group: Group) -> None:
+        """Zeros around the input join the convolution where nothing else sees them."""
+        pad = group.call.x
+        call = self.calls.get(pad)
+        if group.call.module is None or not isinstance(call, Pad) or len(pad.users) != 1:
+            return
+        if self.aliasing.changed_between(call.x, pad, group.add or group.conv) is None:
+            group.pad = pad
+
+    def _why_nothing(self, group: Group) -> tuple[str, bool]:
+        """The reason in words, and whether it looks as if something could have been fused."""
+        users = list(group.conv.users)
+        if not users:
+            return "its result is not used", False
+        if len(users) > 1:
+            parts = [user for user in users if isinstance(self.calls.get(user), Norm)]
+            return f"its result goes to {len(users)} places: {_names(users)}", bool(parts)
+        call = self.calls.get(users[0])
+        if isinstance(call, Refused) and call.kind in (Norm, Act):
+            return f"what follows is left alone: {call.reason}", call.kind is Norm
+        if isinstance(call, Add):
+            return group.reason or "the addition after it belongs to another convolution", group.missed
+        return f"nothing that could be fused follows: its result goes to {_names(users)}", False
+
+
+def _names(nodes: Iterable[Node]) -> str:
+    return ", ".join("the output" if node.op == "output" else node.name for node in nodes)
+
+
+def _shared(groups: list[Group], calls: dict[Node, Call]) -> dict[Node, str]:
+    """Fused convolutions that share a module or a weight with other groups than their own, and why not."""
+    signatures: dict[Any, set[Any]] = {}
+    for group in groups:
+        for key in _keys(group, calls):
+            signatures.setdefault(key, set()).add(_signature(group, calls))
+    norm_uses = Counter(id(call.module or call.mean) for call in calls.values() if isinstance(call, Norm))
+    fused_norms = Counter(
+        id(norm.module or norm.mean)
+        for group in groups
+        if isinstance(norm := calls.get(group.norm), Norm)  # type: ignore[arg-type]
+    )
+    shared: dict[Node, str] = {}
+    for group in groups:
+        if not group.is_fused:
+            continue
+        conv_key, *norm_key = _keys(group, calls)
+        if len(signatures[conv_key]) > 1:
+            shared[group.conv] = "its weight is used more than once, with different things after it"
+        elif norm_key and (
+            len(signatures[norm_key[0]]) > 1 or norm_uses[norm_key[0][1]] > fused_norms[norm_key[0][1]]
+        ):
+            shared[group.conv] = "its norm is used more than once, after different things"
+    return shared
+
+
+def _keys(group: Group, calls: dict[Node, Call]) -> list[tuple[str, int]]:
+    """What must not be shared with a different group: the weight and the norm."""
+    keys = [("weight", id(group.call.weight))]
+    norm = calls.get(group.norm) if group.norm is not None else None
+    if isinstance(norm, Norm):
+        keys.append(("norm", id(norm.module or norm.mean)))
+    return keys
+
+
+def _signature(group: Group, calls: dict[Node, Call]) -> tuple[Any, ...]:
+    norm, act = (None if node is None else calls[node] for node in (group.norm, group.act))
+    pad = calls[group.pad] if group.pad is not None else None
+    return (
+        id(group.call.module or group.call.weight),
+        id(norm.module or norm.mean) if isinstance(norm, Norm) else None,
+        (act.name, act.params) if isinstance(act, Act) else None,
+        pad.amounts if isinstance(pad, Pad) else None,
+        group.residual_order if group.add is not None else None,
+    )

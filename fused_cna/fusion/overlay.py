@@ -1,0 +1,175 @@
+"""A network that runs as a graph of fused blocks where it can, and as its own Python code everywhere else.
+
+The network keeps its modules, names, class and methods; what is added is one hidden child, the overlay, whose
+blocks share the network's own modules. So nothing can go stale, and taking the overlay away undoes it all.
+"""
+
+import copyreg
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fused_cna import layers
+
+NAME = "fused_cna_overlay"
+"""The name of the overlay among the children of a network."""
+
+
+class Overlay(nn.Module):
+    """The graph of fused blocks over a network, and what has to hold for it to be what the network computes.
+
+    It owns nothing: it has no part in ``state_dict``, and moves with the network's own modules.
+
+    Args:
+        graph: takes the inputs, then the values of ``values``.
+        inputs: the names of the arguments of the network's ``forward`` that the graph takes.
+        values: paths of the parameters and buffers, from the network on, that the graph takes.
+        places: modules that the graph stands for: where each is kept, by what name, and which it is.
+        entered: modules whose ``forward`` is part of the graph.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        inputs: Sequence[str],
+        values: Sequence[str],
+        places: Sequence[tuple[dict[str, Any], str, nn.Module]],
+        entered: Sequence[nn.Module],
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.inputs = tuple(inputs)
+        self.values = tuple(values)
+        self._places = list(places)
+        self._entered = list(entered)
+        self.register_load_state_dict_post_hook(_expect_nothing)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The graph's inputs for a call of the network; None where the call is none that was traced."""
+        if kwargs:
+            names = self.inputs[len(args) :]
+            if len(kwargs) != len(names) or not all(name in kwargs for name in names):
+                return None
+            args += tuple(kwargs[name] for name in names)
+        if len(args) != len(self.inputs) or not all(isinstance(x, Tensor) for x in args):
+            return None
+        return args
+
+    @torch.compiler.assume_constant_result
+    def holds(self) -> bool:
+        """Whether the network still is what was traced: no module exchanged, hooked or put in training mode."""
+        for owner, name, module in self._places:
+            if owner.get(name) is not module:
+                return False
+        for module in self._entered:
+            if (
+                module.training
+                or module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+            ):
+                return False
+        return not layers.has_global_hooks()
+
+    def forward(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """What ``network`` returns for ``inputs`` as :meth:`bind` gives them."""
+        return self.graph(*inputs, *[operator.attrgetter(path)(network) for path in self.values])
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """The fused blocks by the name of their convolution."""
+        return [
+            (name, module) for name, module in self.graph.named_modules() if hasattr(module, "group_name")
+        ]
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Nothing: the network's own modules hold all parameters."""
+        return {} if destination is None else destination
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Overlay":
+        """Only what blocks hold for themselves: the rest is the network's, and moves with it."""
+        for module in self.graph.modules():
+            if getattr(module, "is_snapshot", False):
+                module._apply(fn, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{len(self.blocks())} fused blocks over the modules above"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _expect_nothing(overlay: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if f"{NAME}." not in key]
+
+
+class FusedNetwork(nn.Module):
+    """What the class of a fused network is besides the class that it was."""
+
+    plain_class: type[nn.Module]
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        overlay: Any = self._modules[NAME]
+        if not self.training and overlay.holds():
+            inputs = overlay.bind(args, kwargs)
+            if inputs is not None:
+                return overlay(self, inputs)
+        return self.plain_class.forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = self.plain_class
+        if _pickles_itself(plain):
+            clone = object.__new__(plain)
+            clone.__dict__ = self.__dict__
+            return _as_fused, (clone,)
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _new, (plain,), state
+
+
+def _pickles_itself(kind: type) -> bool:
+    """Whether a class has its own way of being copied and pickled, as graph modules have."""
+    return (
+        hasattr(kind, "__deepcopy__")
+        or kind.__reduce_ex__ is not object.__reduce_ex__
+        or kind.__reduce__ is not object.__reduce__
+    )
+
+
+def _new(plain: type[nn.Module]) -> nn.Module:
+    return copyreg.__newobj__(fused_class(plain))  # type: ignore[attr-defined]
+
+
+def _as_fused(network: nn.Module) -> nn.Module:
+    if NAME in network._modules:
+        network.__class__ = fused_class(type(network))
+    return network
+
+
+@functools.cache
+def fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
+    """The class of the fused networks of a class: a subclass, with the same signature of ``forward``."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs)
+
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    kind = type(f"Fused{plain.__name__}", (FusedNetwork, plain), {**names, "forward": forward})
+    kind.plain_class = plain  # type: ignore[attr-defined]
+    return kind
+
+
+def lay_over(network: nn.Module, overlay: Overlay) -> None:
+    """Turn a network into its fused self, in place."""
+    network.add_module(NAME, overlay.train(network.training))
+    network.__class__ = fused_class(type(network))
+
+
+def take_off(network: FusedNetwork) -> None:
+    """Undo :func:`lay_over`."""
+    del network._modules[NAME]
+    network.__class__ = network.plain_class

@@ -1,0 +1,266 @@
+"""The graph of a network by ``torch.fx``: one symbolic run of its ``forward``, in eval mode.
+
+What FX would bake in unseen is refused here: options of ``forward`` keep their defaults, in-place operators
+stay in place, and constants that the code makes are no part of a graph.
+"""
+
+import copy
+import inspect
+import operator
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import Proxy, TraceError
+from torch.nn.utils import parametrize
+
+from fused_cna import layers
+from fused_cna.fusion.calls import kind_of
+
+
+class NotTraceableError(Exception):
+    """FX cannot follow the network; the message says why."""
+
+
+class _TensorProxy(Proxy):
+    """A proxy that passes for a tensor where it is asked, and whose in-place operators stay in place."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Tensor if self.node.meta.get("is_tensor", False) else type(self)
+
+
+def _inplace(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+):
+    setattr(_TensorProxy, f"__{_name}__", _inplace(getattr(operator, _name)))
+
+
+def _set_item(self: Proxy, key: Any, value: Any) -> None:
+    self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+_TensorProxy.__setitem__ = _set_item  # type: ignore[attr-defined]
+
+
+def required_inputs(function: Callable[..., Any]) -> list[str]:
+    """The arguments of a ``forward`` that have to be given, by name.
+
+    Raises:
+        NotTraceableError: there are none, or some can only be given by keyword.
+    """
+    names = []
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            raise NotTraceableError(f"its forward needs {parameter.name} by keyword")
+        names.append(parameter.name)
+    if not names:
+        raise NotTraceableError("its forward takes no input by name")
+    return names
+
+
+class Tracer(fx.Tracer):
+    """Follows what is not a leaf: torch's own modules, parts of groups, and what is called with hooks."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        timm = sys.modules.get("timm.layers._fx")
+        functions = [] if timm is None else [f for f in timm.get_notrace_functions() if callable(f)]
+        super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)
+        self._leaf_classes = () if timm is None else tuple(timm.get_notrace_modules())
+        self.entered: list[nn.Module] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            kind_of(m) is not None
+            or layers.has_hooks(m)
+            or parametrize.is_parametrized(m)
+            or isinstance(m, (*self._leaf_classes, torch.jit.ScriptModule))
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        is_leaf = self.is_leaf_module(m, self.path_of_module(m))
+        if not is_leaf:
+            self.entered.append(m)
+        result = super().call_module(m, forward, args, kwargs)
+        if is_leaf and kind_of(m) is not None and isinstance(result, Proxy):
+            result.node.meta["is_tensor"] = True
+        return result
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in required_inputs(root_fn)]
+        for x in inputs:
+            x.node.meta["is_tensor"] = True
+        return root_fn, [self.root, *inputs]
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        if node.op == "get_attr":
+            node.meta["is_tensor"] = True
+        return _TensorProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), Proxy):
+            return a.node
+        if type(a) is OrderedDict:
+            items = [(self.create_arg(key), self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        if isinstance(a, dict) and type(a) is not dict:
+            raise TraceError(f"it makes a {type(a).__name__}")
+        if isinstance(a, torch.Tensor) and not self._is_held(a):
+            raise TraceError("its code makes a tensor, which would become a constant")
+        return super().create_arg(a)
+
+    def _is_held(self, tensor: torch.Tensor) -> bool:
+        held = (*self.root.parameters(), *self.root.buffers())
+        return any(tensor is one for one in held)
+
+
+@dataclass
+class Trace:
+    """A traced network."""
+
+    graph: fx.Graph
+    inputs: list[str]
+    """The names of the arguments that the graph takes."""
+    modules: dict[str, nn.Module]
+    """The leaves that it calls, by path."""
+    entered: list[nn.Module]
+    """The modules whose ``forward`` became part of the graph, the network itself excluded."""
+
+
+# What returns its input in eval mode.
+_PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def pass_through(traced: Trace, training: Collection[nn.Module]) -> None:
+    """Take modules out of the graph that hand their input on in eval mode; not those in ``training``."""
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or len(node.all_input_nodes) != 1 or len(node.args) != 1:
+            continue
+        module = traced.modules[str(node.target)]
+        if type(module) in _PASSING and not layers.has_hooks(module) and module not in training:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+            traced.entered.append(module)
+
+
+def trace(network: nn.Module) -> Trace:
+    """The graph of a network as it runs in eval mode with its options at their defaults.
+
+    Raises:
+        NotTraceableError: the network cannot be followed, with the reason.
+    """
+    kind = type(network)
+    if "forward" in network.__dict__:
+        raise NotTraceableError("it has a forward of its own")
+    if isinstance(network, torch.jit.ScriptModule):
+        raise NotTraceableError("it is scripted")
+    tracer = Tracer()
+    inputs = required_inputs(kind.forward)
+    before = _SideEffects(network)
+    try:
+        with torch.no_grad():
+            graph = tracer.trace(network)
+    # Code that is not made for tracing fails in any way it likes.
+    except Exception as error:
+        raise NotTraceableError(_in_words(error)) from error
+    finally:
+        effect = before.undo()
+    if effect:
+        raise NotTraceableError(effect)
+    for node in graph.nodes:
+        node.meta.pop("is_tensor", None)
+    modules = {
+        str(node.target): network.get_submodule(str(node.target))
+        for node in graph.nodes
+        if node.op == "call_module"
+    }
+    return Trace(graph, inputs, modules, tracer.entered)
+
+
+class _SideEffects:
+    """What running Python code leaves behind besides its result: attributes, and random numbers drawn."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._attributes = [(module, _copy_of(vars(module))) for module in network.modules()]
+        self._random = (random.getstate(), torch.get_rng_state())
+
+    def undo(self) -> str:
+        """Put attributes back as they were; which effect there was, in words, empty for none."""
+        effect = ""
+        state, torch_state = self._random
+        if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
+            effect = "its forward draws random numbers"
+        for module, before in self._attributes:
+            if not _same(vars(module), before):
+                effect = f"its forward changes attributes of {type(module).__name__}"
+                _restore(vars(module), before)
+        return effect
+
+
+def _copy_of(attributes: dict[str, Any]) -> dict[str, Any]:
+    containers = (dict, list, set)
+    return {
+        name: (value, copy.copy(value) if isinstance(value, containers) else None)
+        for name, value in attributes.items()
+    }
+
+
+def _same(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
+    if attributes.keys() != before.keys():
+        return False
+    return all(
+        attributes[name] is value and (content is None or _same_content(value, content))
+        for name, (value, content) in before.items()
+    )
+
+
+def _same_content(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    attributes.clear()
+    for name, (value, content) in before.items():
+        attributes[name] = value
+        if content is not None and not _same_content(value, content):
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+def _in_words(error: Exception) -> str:
+    message = str(error).strip().split("\n")[0] or type(error).__name__
+    if isinstance(error, TraceError) and "control flow" in message:
+        return "its control flow depends on the input"
+    return message if len(message) <= 200 else message[:197] + "..."
