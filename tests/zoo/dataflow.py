@@ -58,6 +58,8 @@ class Flow:
     """The norm of every convolution that is in a foldable pair."""
     adds: frozenset[tuple[str, ...]]
     """For each residual add, the convolutions whose output it takes: one or two."""
+    calls: dict[str, int]
+    """How often each convolution runs that has a module of its own."""
 
 
 @dataclass(eq=False)
@@ -126,16 +128,15 @@ def observe(network: nn.Module, arguments: tuple[Any, ...]) -> Flow:
     ]
     followed = _followed(calls, owners)
     pairs = {name: norm for name, (norm, _) in followed.items() if norm is not None}
-    adds = [add for _, add in followed.values() if add is not None]
     taken: dict[int, list[str]] = {}
     for name, (_, add) in followed.items():
         if add is not None:
             taken.setdefault(id(add), []).append(name)
-    assert len(taken) <= len(adds)
     return Flow(
         convolutions=len({name if name is not None else id(call) for name, call in calls}),
         pairs=pairs,
         adds=frozenset(tuple(sorted(names)) for names in taken.values()),
+        calls=dict(Counter(name for name, _ in calls if name is not None)),
     )
 
 
@@ -211,10 +212,9 @@ def _followed(
             followed[name] = (None, None)
             continue
         if norm is not None and len(users[norm]) > 1:
-            norm = None
-            adds = [None for _ in behind]
-        else:
-            adds = [_add_after(last) for _, last in behind]
+            followed[name] = (None, None)
+            continue
+        adds = [_add_after(last) for _, last in behind]
         followed[name] = (norm, adds[0] if all(add is not None for add in adds) else None)
     return followed
 
