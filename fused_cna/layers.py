@@ -6,7 +6,7 @@ Classes of torchvision and timm are told by module and name, so that neither has
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrize
 
@@ -58,7 +58,7 @@ def _name(kind: type) -> str:
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether the module is a convolution that is understood, subclasses that only pad otherwise included."""
+    """Whether the module is a convolution that is understood: nn.Conv2d, or one that only pads otherwise."""
     kind = class_of(module)
     return kind is nn.Conv2d or _name(kind) == _SAME_CONV
 
@@ -97,6 +97,10 @@ def own_activation(norm: Any) -> nn.Module | None:
     return parts.get("act") if class_of(norm) not in NORMS else None
 
 
+def _drops_nothing(norm: Any) -> bool:
+    return type(norm._modules.get("drop", _IDENTITY)) is nn.Identity
+
+
 def vectors(norm: Any) -> tuple[Any, ...] | None:
     """The operator's norm arguments: norm_weight to eps; None where the norm has to run itself.
 
@@ -105,9 +109,8 @@ def vectors(norm: Any) -> tuple[Any, ...] | None:
     kind = class_of(norm)
     if kind is nn.Identity:
         return NO_NORM
-    if kind not in NORMS:
-        if not is_batch_norm(norm) or type(norm._modules.get("drop", _IDENTITY)) is not nn.Identity:
-            return None
+    if kind not in NORMS and not (is_batch_norm(norm) and _drops_nothing(norm)):
+        return None
     parameters, buffers = norm._parameters, norm._buffers
     if (
         "weight" in parameters

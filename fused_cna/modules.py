@@ -116,7 +116,7 @@ class ConvNormAct(nn.Module):
     act: nn.Module
     residual_order: str
     zero_pad: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Zeros around x besides those of ``conv``: (top, bottom, left, right); some may be negative, and crop."""
+    """Zeros around x besides those of ``conv``: (top, bottom, left, right); negative ones crop."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which nodes of a graph may share memory, and which overwrite it: what may be computed later, and what not."""
+"""Which nodes of a graph may share memory, and which overwrite it: what may be computed later."""
 
 import operator
 from typing import Any
@@ -88,7 +88,7 @@ class Aliasing:
         return None
 
     def is_forgotten(self, value: Node, last: Node) -> bool:
-        """Whether nobody but ``last`` can read the memory of ``value`` once ``last`` runs, the caller included."""
+        """Whether nobody but ``last``, nor the caller, can read the memory of ``value`` once it runs."""
         result = {last}
         for node, index in self._order.items():
             if node is last or not self.may_alias(node, value):

@@ -4,21 +4,20 @@ import copy
 import warnings
 from typing import Any, TypeVar
 
-import torch
-from torch import fx, nn
+from torch import nn
+from torch.fx import Node
 
-from fused_cna.fusion import checks, rewriting
-from fused_cna.fusion.calls import kind_of
+from fused_cna.fusion import checks
+from fused_cna.fusion.building import build_overlay
+from fused_cna.fusion.calls import Norm, kind_of
 from fused_cna.fusion.matching import Matches, match
-from fused_cna.fusion.overlay import FusedNetwork, Overlay, lay_over, take_off
+from fused_cna.fusion.overlay import NAME as OVERLAY
+from fused_cna.fusion.overlay import FusedNetwork, lay_over, take_off
 from fused_cna.fusion.records import NAME as RECORD
-from fused_cna.fusion.records import FusionError, FusionRecord, LayerRecord, parts_of
+from fused_cna.fusion.records import FusionRecord, LayerRecord, parts_of
 from fused_cna.fusion.symbolic import NotTraceableError, Trace, pass_through, trace
 
 Network = TypeVar("Network", bound=nn.Module)
-
-# What a network may do with a tensor that does not work in every memory format.
-_SENSITIVE_METHODS = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr"}
 
 
 def fuse(
@@ -74,11 +73,12 @@ def fuse(
     try:
         network.eval()
         fuser.fuse(network, "")
-        record = FusionRecord(fuser.layers, fuser.untraceable, fuser.swaps)
-        if fuser.untraceable and inputs is not None:
+        record = fuser.record
+        if record.untraceable and inputs is not None:
             from fused_cna.fusion import swapping
 
             swapping.swap_observed(network, inputs, record)
+        _note_the_idle(network, record)
         network.__dict__[RECORD] = record
         checks.check_record(record, network, has_inputs=inputs is not None, strict=strict)
         for module, training in modes:
@@ -125,24 +125,23 @@ class _Fuser:
     """Lays overlays over a network, or over the largest of its submodules that can be traced."""
 
     def __init__(self, freeze: bool, training: set[nn.Module]) -> None:
-        self.freeze = freeze
-        self.training = training
-        self.layers: list[LayerRecord] = []
-        self.untraceable: dict[str, str] = {}
-        self.swaps: list[Any] = []
+        self.record = FusionRecord([])
+        self._freeze = freeze
+        self._training = training
         self._seen: set[nn.Module] = set()
 
     def fuse(self, network: nn.Module, path: str) -> None:
-        if network in self._seen or not has_convs(network):
+        """Fuse a module and everything in it; ``path`` is where it is in the network."""
+        if network in self._seen or not _has_convs(network):
             return
         self._seen.add(network)
         if kind_of(network) is not None:
-            self._leave(path, network, "it is called by code that cannot be followed")
+            self._note(path, "conv", "Python code that cannot be followed takes its result", missed=True)
             return
         try:
             traced = trace(network)
         except NotTraceableError as error:
-            self.untraceable[path] = str(error)
+            self.record.untraceable[path] = str(error)
             for name, child in network.named_children():
                 self.fuse(child, f"{path}.{name}".lstrip("."))
             return
@@ -151,15 +150,19 @@ class _Fuser:
             if kind_of(leaf) is None:
                 self.fuse(leaf, f"{path}.{name}".lstrip("."))
 
-    def _leave(self, path: str, conv: nn.Module, reason: str) -> None:
-        if isinstance(conv, nn.Conv2d):
-            self.layers.append(LayerRecord(path, "conv", reason, looks_fusible=True))
+    def _note(self, name: str, parts: str, reason: str, missed: bool) -> None:
+        self.record.layers.append(LayerRecord(name.strip("."), parts, reason, missed))
 
     def _overlay(self, network: nn.Module, path: str, traced: Trace) -> None:
-        pass_through(traced, self.training)
+        pass_through(traced, self._training)
         matches = match(traced.graph, traced.modules, lambda a, b: None)
         self._leave_training(matches)
-        overlay = self._rewrite(network, traced, matches, path)
+        for group in matches.groups:
+            name = f"{path}.{_name_of(group.conv)}"
+            self._note(name, parts_of(group, matches), group.reason, group.missed)
+        for node, reason in matches.refused.items():
+            self._note(f"{path}.{_name_of(node)}", "conv", reason, missed=True)
+        overlay = build_overlay(network, traced, matches, path, freeze=self._freeze)
         if overlay is not None:
             lay_over(network, overlay)
 
@@ -167,112 +170,32 @@ class _Fuser:
         """A norm in training mode within a network in eval mode uses the statistics of the batch."""
         for group in matches.groups:
             norm = matches.calls.get(group.norm) if group.norm is not None else None
-            if norm is not None and getattr(norm, "module", None) in self.training:
-                group.norm = group.add = group.act = group.residual = group.pad = None
-                group.reason, group.missed = "its norm is in training mode", True
-
-    def _rewrite(self, network: nn.Module, traced: Trace, matches: Matches, path: str) -> Overlay | None:
-        names = _conv_names(traced, matches)
-        sensitive = _is_layout_sensitive(traced)
-        blocks: dict[tuple[Any, ...], tuple[str, nn.Module]] = {}
-        modules: dict[str, nn.Module] = dict(traced.modules)
-        rewriter = rewriting.Rewriter(traced.graph, matches)
-        for group in matches.groups:
-            name = names[group.conv]
-            self.layers.append(
-                LayerRecord(f"{path}.{name}".strip("."), parts_of(group, matches), group.reason, group.missed)
-            )
-            if not (group.is_fused or (self.freeze and group.call.module is not None and not group.missed)):
-                continue
-            block = rewriting.block_of(group, matches, f"{path}.{name}".strip("."))
-            if block is None:
-                rewriter.emit_call(group)
-                continue
-            key = tuple(id(part) for part in block.children() if part.__class__ is not nn.Identity)
-            key += (block.residual_order, block.zero_pad, str(block.act))
-            target = f"blocks.{len(blocks)}"
-            if key in blocks:
-                target = blocks[key][0]
-            else:
-                blocks[key] = (target, self._finished(block))
-                modules[target] = blocks[key][1]
-            rewriter.emit_block(group, target)
-        for node, reason in matches.refused.items():
-            self.layers.append(
-                LayerRecord(
-                    f"{path}.{node.target if node.op == 'call_module' else node.name}".strip("."),
-                    "conv",
-                    reason,
-                    True,
-                )
-            )
-        if (
-            not any(
-                node.op == "call_function" and node.target is rewriting.conv_norm_act
-                for node in traced.graph.nodes
-            )
-            and not blocks
-        ):
-            return None
-        places = _places(network, traced)
-        if not sensitive:
-            for _, block in blocks.values():
-                _lay_out(block)
-        values = rewriting.values_as_inputs(traced.graph)
-        rewriting.keep_views_apart(traced.graph)
-        used = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
-        graph = fx.GraphModule({name: modules[name] for name in modules if name in used}, traced.graph)
-        return Overlay(graph, traced.inputs, values, places, traced.entered)
-
-    def _finished(self, block: Any) -> nn.Module:
-        if not self.freeze:
-            return block
-        from fused_cna.fusion.frozen import FrozenConv
-
-        frozen = FrozenConv.from_block(block)
-        frozen.group_name = block.group_name  # type: ignore[assignment]
-        return frozen
+            if isinstance(norm, Norm) and norm.module in self._training:
+                group.leave("its norm is in training mode")
 
 
-def has_convs(network: nn.Module) -> bool:
+def _name_of(node: Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _has_convs(network: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv2d) for module in network.modules())
 
 
-def _conv_names(traced: Trace, matches: Matches) -> dict[Any, str]:
-    return {
-        group.conv: str(group.conv.target) if group.conv.op == "call_module" else group.conv.name
-        for group in matches.groups
-    }
+def _note_the_idle(network: nn.Module, record: FusionRecord) -> None:
+    """Note the convolutions that no code reaches, such as heads that only training uses."""
+    noted = {layer.name for layer in record.layers}
+    shared = {id(network.get_submodule(name)) for name in noted if _is_path(network, name)}
+    for name, module in network.named_modules():
+        in_overlay = OVERLAY in name.split(".")
+        if (
+            isinstance(module, nn.Conv2d)
+            and not in_overlay
+            and name not in noted
+            and id(module) not in shared
+        ):
+            record.layers.append(LayerRecord(name, "conv", "it does not run in eval mode"))
 
 
-def _is_layout_sensitive(traced: Trace) -> bool:
-    """Whether the code might not run, or differently, where results come in another memory format."""
-    for node in traced.graph.nodes:
-        if node.op == "call_method" and node.target in _SENSITIVE_METHODS:
-            return True
-        if node.op == "call_module":
-            module = traced.modules[str(node.target)]
-            if kind_of(module) is None and not type(module).__module__.startswith("torch.nn"):
-                return True
-    return False
-
-
-def _lay_out(block: nn.Module) -> None:
-    """The weight as kernels read it: channels_last."""
-    conv = getattr(block, "conv", None)
-    if isinstance(conv, nn.Conv2d) and conv.weight.dim() == 4:
-        with torch.no_grad():
-            conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
-
-
-def _places(network: nn.Module, traced: Trace) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    """Where every module on the way to a leaf of the graph is kept."""
-    places: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
-    for path in traced.modules:
-        owner, done = network, ""
-        for name in path.split("."):
-            module = owner.get_submodule(name)
-            done = f"{done}.{name}"
-            places[done] = (owner._modules, name, module)  # type: ignore[assignment]
-            owner = module
-    return list(places.values())
+def _is_path(network: nn.Module, name: str) -> bool:
+    return any(name == path for path, _ in network.named_modules())

@@ -40,6 +40,11 @@ class Group:
         tail = (self.add, self.act) if self.residual_order == "add_act" else (self.act, self.add)
         return [node for node in (self.pad, self.conv, self.norm, *tail) if node is not None]
 
+    def leave(self, reason: str) -> None:
+        """Take the group apart, although it looks as if it could be fused."""
+        self.pad = self.norm = self.add = self.act = self.residual = None
+        self.reason, self.missed = reason, True
+
     @property
     def is_fused(self) -> bool:
         return any((self.norm, self.add, self.act))

@@ -7,6 +7,7 @@ blocks share the network's own modules. So nothing can go stale, and taking the 
 import copyreg
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,10 +133,8 @@ class FusedNetwork(nn.Module):
 
 def _pickles_itself(kind: type) -> bool:
     """Whether a class has its own way of being copied and pickled, as graph modules have."""
-    return (
-        hasattr(kind, "__deepcopy__")
-        or kind.__reduce_ex__ is not object.__reduce_ex__
-        or kind.__reduce__ is not object.__reduce__
+    return hasattr(kind, "__deepcopy__") or any(
+        "__reduce_ex__" in base.__dict__ or "__reduce__" in base.__dict__ for base in kind.__mro__[:-1]
     )
 
 
@@ -149,8 +148,20 @@ def _as_fused(network: nn.Module) -> nn.Module:
     return network
 
 
-@functools.cache
+_classes: weakref.WeakKeyDictionary[type, weakref.ref[type[FusedNetwork]]] = weakref.WeakKeyDictionary()
+
+
 def fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
+    """The class of the fused networks of a class, made once."""
+    reference = _classes.get(plain)
+    kind = None if reference is None else reference()
+    if kind is None:
+        kind = _make_fused_class(plain)
+        _classes[plain] = weakref.ref(kind)
+    return kind
+
+
+def _make_fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
     """The class of the fused networks of a class: a subclass, with the same signature of ``forward``."""
 
     @functools.wraps(plain.forward)
@@ -158,9 +169,8 @@ def fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
         return self._run(args, kwargs)
 
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    kind = type(f"Fused{plain.__name__}", (FusedNetwork, plain), {**names, "forward": forward})
-    kind.plain_class = plain  # type: ignore[attr-defined]
-    return kind
+    attributes = {**names, "forward": forward, "plain_class": plain}
+    return type(f"Fused{plain.__name__}", (FusedNetwork, plain), attributes)  # type: ignore[return-value]
 
 
 def lay_over(network: nn.Module, overlay: Overlay) -> None:

@@ -62,7 +62,7 @@ def _set_item(self: Proxy, key: Any, value: Any) -> None:
     self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
-_TensorProxy.__setitem__ = _set_item  # type: ignore[attr-defined]
+setattr(_TensorProxy, "__setitem__", _set_item)  # noqa: B010
 
 
 def required_inputs(function: Callable[..., Any]) -> list[str]:

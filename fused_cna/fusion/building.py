@@ -1,0 +1,101 @@
+"""From a traced network and its groups to the overlay that runs them."""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fused_cna.fusion.calls import kind_of
+from fused_cna.fusion.frozen import FrozenConv
+from fused_cna.fusion.matching import Group, Matches
+from fused_cna.fusion.overlay import Overlay
+from fused_cna.fusion.rewriting import Rewriter, block_of, keep_views_apart, values_as_inputs
+from fused_cna.fusion.symbolic import Trace
+
+# What a network may do with a tensor that does not work in every memory format.
+_SENSITIVE_METHODS = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr"}
+
+
+def build_overlay(
+    network: nn.Module, traced: Trace, matches: Matches, path: str, *, freeze: bool
+) -> Overlay | None:
+    """The overlay of a network, whose graph is used up; None where nothing is to be replaced.
+
+    Weights of blocks become channels_last, as kernels read them, where the network's code cannot tell.
+
+    Args:
+        path: where the network is in the one that is fused, for the names of blocks.
+        freeze: make :class:`FrozenConv` blocks, also of convolutions that nothing is fused with.
+    """
+    groups = [group for group in matches.groups if _becomes_a_block(group, freeze)]
+    if not groups:
+        return None
+    moves_formats = not _is_layout_sensitive(traced)
+    # Before anything is replaced: where the modules are that the graph stands for.
+    places = _places(network, traced)
+    rewriter = Rewriter(traced.graph, matches)
+    blocks: dict[tuple[Any, ...], str] = {}
+    modules = dict(traced.modules)
+    for group in groups:
+        name = f"{path}.{group.conv.target if group.call.module is not None else group.conv.name}".strip(".")
+        block = block_of(group, matches, name)
+        if block is None:
+            rewriter.emit_call(group)
+            continue
+        key = (
+            *map(id, (block.conv, group.norm and block.norm)),
+            str(block.act),
+            block.residual_order,
+            block.zero_pad,
+        )
+        if key not in blocks:
+            blocks[key] = f"blocks.{len(blocks)}"
+            modules[blocks[key]] = _frozen(block) if freeze else block
+            if moves_formats and not freeze:
+                _make_channels_last(block.conv)
+        rewriter.emit_block(group, blocks[key])
+    values = values_as_inputs(traced.graph)
+    keep_views_apart(traced.graph)
+    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    graph = fx.GraphModule({name: module for name, module in modules.items() if name in called}, traced.graph)
+    return Overlay(graph, traced.inputs, values, places, traced.entered)
+
+
+def _becomes_a_block(group: Group, freeze: bool) -> bool:
+    return group.is_fused or (freeze and group.call.module is not None)
+
+
+def _frozen(block: nn.Module) -> nn.Module:
+    frozen = FrozenConv.from_block(block)  # type: ignore[arg-type]
+    frozen.group_name = block.group_name  # type: ignore[assignment]
+    return frozen
+
+
+def _is_layout_sensitive(traced: Trace) -> bool:
+    """Whether the code might not run, or differently, where results come in another memory format."""
+    for node in traced.graph.nodes:
+        if node.op == "call_method" and node.target in _SENSITIVE_METHODS:
+            return True
+        if node.op == "call_module":
+            module = traced.modules[str(node.target)]
+            if kind_of(module) is None and not type(module).__module__.startswith("torch.nn"):
+                return True
+    return False
+
+
+def _make_channels_last(conv: nn.Conv2d) -> None:
+    with torch.no_grad():
+        conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _places(network: nn.Module, traced: Trace) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """Where every module on the way to a leaf of the graph is kept."""
+    places: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
+    for path in traced.modules:
+        owner, done = network, ""
+        for name in path.split("."):
+            module = owner.get_submodule(name)
+            done = f"{done}.{name}"
+            places[done] = (owner._modules, name, module)  # type: ignore[assignment]
+            owner = module
+    return list(places.values())

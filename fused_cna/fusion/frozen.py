@@ -1,0 +1,385 @@
+"""``FrozenConv``: a snapshot of a ``ConvNormAct`` with the batch norm folded into its weight."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fused_cna import activation, eager, layers, modules, ops
+from fused_cna._checks import explicit_padding, pair, unsqueeze
+from fused_cna.modules import ConvNormAct
+
+# The attribute, scalars and algorithm by which oneDNN's operators know an activation. The others of
+# activation.ACTIVATIONS run after the convolution, in its memory.
+_ONEDNN_ACTIVATIONS: dict[str, tuple[str, tuple[float, ...], str]] = {
+    "identity": ("none", (), ""),
+    "relu": ("relu", (), ""),
+    "relu6": ("hardtanh", (0.0, 6.0), ""),
+    "leaky_relu": ("leaky_relu", (), ""),
+    "silu": ("swish", (), ""),
+    "gelu": ("gelu", (), "none"),
+    "gelu_tanh": ("gelu", (), "tanh"),
+    "hardswish": ("hardswish", (), ""),
+    "hardsigmoid": ("hardsigmoid", (), ""),
+    "sigmoid": ("sigmoid", (), ""),
+    "tanh": ("tanh", (), ""),
+}
+
+# The activations that oneDNN's convolution can apply after adding a residual.
+_ONEDNN_ADD_ACTIVATIONS = {"identity": None, "relu": "relu"}
+
+_ONEDNN_OPERATORS = ("_convolution_pointwise", "_reorder_convolution_weight")
+
+
+class _Packed(NamedTuple):
+    """A weight in oneDNN's own layout."""
+
+    source: Tensor
+    """The dense weight it was made of: moving a module or casting it puts another in its place."""
+    weight: Tensor
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in _ONEDNN_OPERATORS
+    )
+
+
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes that oneDNN convolves on this machine."""
+    if not _has_onednn():
+        return ()
+    dtypes = [torch.float32]
+    for dtype, name in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    ):
+        if hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)():
+            dtypes.append(dtype)
+    return tuple(dtypes)
+
+
+_ONEDNN_DTYPES = _onednn_dtypes()
+if _ONEDNN_DTYPES:
+    _convolution = torch.ops.mkldnn._convolution_pointwise.default
+    _convolution_add = torch.ops.mkldnn._convolution_pointwise.binary
+    _reorder = torch.ops.mkldnn._reorder_convolution_weight.default
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The weight and bias of the one convolution that equals a convolution and the batch norm behind it.
+
+    Computed in float64 and rounded once, to the dtype of ``weight``. The weight is in channels_last.
+
+    Args:
+        weight: [K, C / groups, R, S].
+        bias, norm_weight, norm_bias, running_mean, running_var: [K] or None, as for
+            :func:`fused_cna.conv_norm_act`.
+        eps: added to the variance.
+
+    Returns:
+        Copies that share no memory with the arguments: [K, C / groups, R, S] and [K].
+    """
+    with torch.no_grad():
+        folded = weight.double()
+        shift = folded.new_zeros(weight.shape[0]) if bias is None else bias.double()
+        if running_mean is not None and running_var is not None:
+            scale = (running_var.double() + eps).rsqrt()
+            if norm_weight is not None:
+                scale = scale * norm_weight.double()
+            folded = folded * scale[:, None, None, None]
+            shift = (shift - running_mean.double()) * scale
+            if norm_bias is not None:
+                shift = shift + norm_bias.double()
+        # A 1x1 weight counts as channels_last already and would keep its strides, which decide the layout
+        # of the output.
+        dense = torch.empty(
+            weight.shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last
+        )
+        return dense.copy_(folded), shift.to(weight.dtype, copy=True)
+
+
+def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
+    """Whether an operator without derivative, batching rule or fake kernel may see the tensor.
+
+    Subclasses, among them the fake tensors of a compiler, are not plain.
+    """
+    return (
+        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _is_plain_call() -> bool:
+    """Whether nothing observes or transforms the operators that run now, so that any of them may run."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._get_mkldnn_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _obstacle(block: ConvNormAct, parts: Sequence[nn.Module]) -> str:
+    """Why a block cannot be folded; empty if it can."""
+    conv, norm, _ = parts
+    if block.training or norm.training:
+        return "it is in training mode; call eval() first"
+    for name, part in zip(("conv", "norm", "act"), parts, strict=True):
+        if any(map(layers.has_hooks, part.modules())):
+            return f"its {name} has hooks, which a snapshot would not run; remove them first"
+    if not layers.is_conv(conv):
+        return f"conv is a {type(conv).__name__}, which may compute something else than nn.Conv2d"
+    if layers.epilogue(norm, parts[2], block.residual_order) is None:
+        return f"norm, a {type(norm).__name__}, is no batch norm with running statistics"
+    return ""
+
+
+def _convolve(convolution: tuple[Any, ...], act: str, act_params: Sequence[float]) -> Tensor:
+    known = _ONEDNN_ACTIVATIONS.get(act)
+    if known is None:
+        return activation.apply(_convolution(*convolution, "none", (), ""), act, act_params, inplace=True)
+    name, scalars, algorithm = known
+    return _convolution(*convolution, name, scalars or act_params, algorithm)
+
+
+class FrozenConv(nn.Module):
+    """What a ``ConvNormAct`` computes in eval mode, with its parameters as they were: a snapshot.
+
+    Equivalent to::
+
+        weight, bias = fold(block.conv, block.norm)
+        y = block.act(F.conv2d(x, weight, bias, ...))
+
+    with the residual as the block adds it. On a CPU it is one oneDNN call with a weight that is packed at the
+    first one, and the result is in channels_last. Where oneDNN has no such call, the gradient of ``x`` is
+    wanted, autocast is on, or a compiler or another transform looks on, it is eager PyTorch on the folded
+    weight. CUDA tensors go to the operator of :func:`fused_cna.conv_norm_act`.
+
+    ``weight`` and ``bias`` are buffers that ``state_dict`` does not have. They move and cast with the module
+    and are copied and pickled; the packed weight is not, and made anew.
+
+    Shape:
+        x: [N, C, H, W] or [C, H, W]. residual and result: [N, K, P, Q] or [K, P, Q].
+    """
+
+    is_snapshot = True
+    """Its tensors are its own, so they have to be moved with the network."""
+
+    weight: Tensor
+    bias: Tensor
+    _packed: _Packed | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        stride: tuple[int, int],
+        padding: tuple[int, ...],
+        dilation: tuple[int, int],
+        groups: int,
+        border: tuple[Sequence[int], str] | None,
+        zero_pad: tuple[int, int, int, int],
+        pads_same: bool,
+        act: nn.Module | tuple[str, tuple[float, ...]],
+        residual_order: str,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.border, self.zero_pad, self.pads_same = border, zero_pad, pads_same
+        self.residual_order = residual_order
+        self.act_name, self.act_params = act if isinstance(act, tuple) else ("identity", ())
+        self.act = None if isinstance(act, tuple) else act
+        self._packed = None
+        self.eval()
+
+    @classmethod
+    def from_block(cls, block: ConvNormAct) -> "FrozenConv":
+        """The snapshot of a block, which shares no tensor with it.
+
+        Raises:
+            TypeError: ``block`` is no ``ConvNormAct``.
+            ValueError: it cannot be folded: it is in training mode, has hooks, or its convolution or norm is
+                of a class that is not understood.
+        """
+        if not isinstance(block, ConvNormAct):
+            raise TypeError(f"block must be a ConvNormAct, but got {type(block).__name__}")
+        parts: list[Any] = [block._modules[name] or modules._NOTHING for name in ("conv", "norm", "act")]
+        obstacle = _obstacle(block, parts)
+        if obstacle:
+            raise ValueError(f"cannot freeze this ConvNormAct: {obstacle}")
+        conv, norm, act = parts
+        vectors, described, order = layers.epilogue(norm, act, block.residual_order)  # type: ignore[misc]
+        weight, bias = fold(conv.weight, conv.bias, *vectors)
+        stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
+        padding, border = explicit_padding(conv.padding, weight.shape[2:], stride, dilation), None
+        if conv.padding_mode != "zeros":
+            padding, border = (0, 0), (tuple(conv._reversed_padding_repeated_twice), conv.padding_mode)
+        return cls(
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=conv.groups,
+            border=border,
+            zero_pad=block.zero_pad,
+            pads_same=layers.pads_same(conv),
+            act=copy.deepcopy(act) if described is None else described,
+            residual_order=order,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrozenConv":
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        out_channels, channels, *filter_size = self.weight.shape
+        return (
+            f"{channels * self.groups}, {out_channels}, kernel_size={tuple(filter_size)}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
+            f"act={self.act_name!r}, residual_order={self.residual_order!r}"
+        )
+
+    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+        """The block's result for its parameters as they were; a residual of another shape broadcasts.
+
+        Raises:
+            RuntimeError: whatever ``F.conv2d`` refuses.
+        """
+        if any(self.zero_pad):
+            top, bottom, left, right = self.zero_pad
+            x = F.pad(x, (left, right, top, bottom))
+        if self.pads_same:
+            x = self._pad_same(x)
+        if residual is None or (self.act is None and self._fits(x, residual)):
+            y = self._run(x, residual)
+            return y if self.act is None else self.act(y)
+        z = self._run(x, None, identity=self.residual_order == "add_act")
+        if self.residual_order == "act_add":
+            return (z if self.act is None else self.act(z)) + residual
+        z = z + residual
+        return activation.apply(z, self.act_name, self.act_params) if self.act is None else self.act(z)
+
+    def _pad_same(self, x: Tensor) -> Tensor:
+        top, bottom, left, right = layers.same_padding(
+            x.shape[-2:], self.weight.shape[2:], self.stride, self.dilation
+        )
+        return F.pad(x, (left, right, top, bottom)) if top + bottom + left + right else x
+
+    def _fits(self, x: Tensor, residual: Any) -> bool:
+        """Whether the residual has the shape, dtype and device of the result."""
+        return (
+            isinstance(residual, Tensor)
+            and residual.dtype == x.dtype
+            and residual.device == x.device
+            and residual.shape == (*x.shape[:-3], *self._output_shape(x))
+        )
+
+    def _run(self, x: Tensor, residual: Tensor | None, identity: bool = False) -> Tensor:
+        """Everything but an activation that is a module of its own; ``identity`` leaves out the other too."""
+        act = ("identity", ()) if identity else (self.act_name, self.act_params)
+        if self.border is not None:
+            x = F.pad(x, *self.border)
+        weight: Any = self._buffers["weight"]
+        if (
+            _is_plain(x, weight.dtype)
+            and x.dim() == 4
+            and (residual is None or _is_plain(residual, weight.dtype))
+            and _is_plain_call()
+        ):
+            packed = self._packed
+            if packed is None or packed.source is not weight:
+                packed = self._packed = self._pack(weight, x)
+            if packed is not None:
+                return self._run_onednn(x, packed.weight, residual, *act)
+        return self._run_operator(x, weight, residual, *act)
+
+    def _pack(self, weight: Tensor, x: Tensor) -> _Packed | None:
+        if not _is_plain(weight, x.dtype) or x.dtype not in _ONEDNN_DTYPES or weight.numel() == 0:
+            return None
+        x, padding = eager._pad(x, self.padding) if len(self.padding) == 4 else (x, self.padding)
+        packed = _reorder(weight, padding, self.stride, self.dilation, self.groups, x.shape)
+        return _Packed(weight, packed)
+
+    def _run_onednn(
+        self, x: Tensor, weight: Tensor, residual: Tensor | None, act: str, act_params: Sequence[float]
+    ) -> Tensor:
+        padding = self.padding
+        if len(padding) == 4:
+            x, padding = eager._pad(x, padding)
+        bias = self._buffers["bias"]
+        convolution = (x, weight, bias, padding, self.stride, self.dilation, self.groups)
+        if residual is None:
+            return _convolve(convolution, act, act_params)
+        if self.residual_order == "act_add":
+            y = _convolve(convolution, act, act_params)
+            return y.add_(residual)
+        if act in _ONEDNN_ADD_ACTIVATIONS and self.groups == 1:
+            return _convolution_add(
+                x, residual, *convolution[1:], "add", 1.0, _ONEDNN_ADD_ACTIVATIONS[act], (), ""
+            )
+        z = _convolve(convolution, "identity", ())
+        return activation.apply(z.add_(residual), act, act_params, inplace=True)
+
+    def _output_shape(self, x: Tensor) -> tuple[int, int, int]:
+        """[K, P, Q] for an input that ``zero_pad`` is around already."""
+        weight, padding = self.weight, self.padding
+        around = (
+            (padding[0] + padding[1], padding[2] + padding[3])
+            if len(padding) == 4
+            else (2 * padding[0], 2 * padding[1])
+        )
+        if self.border is not None:
+            left, right, top, bottom = self.border[0]
+            around = (top + bottom, left + right)
+        sizes = [
+            (x.shape[i - 2] + around[i] - self.dilation[i] * (weight.shape[2 + i] - 1) - 1) // self.stride[i]
+            + 1
+            for i in range(2)
+        ]
+        return weight.shape[0], sizes[0], sizes[1]
+
+    def _run_operator(
+        self, x: Tensor, weight: Tensor, residual: Tensor | None, act: str, act_params: Sequence[float]
+    ) -> Tensor:
+        run: Any = eager.conv_norm_act
+        unbatched = False
+        if isinstance(x, Tensor) and (x.is_cuda or ops.operator_everywhere) and ops.takes_kernel(x):
+            run, unbatched = ops.operator, x.dim() == 3
+            if unbatched:
+                x, residual, _ = unsqueeze(x, residual)
+        y = run(
+            x,
+            weight,
+            self._buffers["bias"],
+            *(None, None, None, None, 0.0),
+            *(self.stride, self.padding, self.dilation, self.groups),
+            *(act, act_params),
+            *(residual, self.residual_order),
+        )
+        return y.squeeze(0) if unbatched else y
