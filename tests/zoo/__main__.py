@@ -21,10 +21,10 @@ _END = object()
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m tests.zoo",
-        description=f"Fuse {len(NAMES)} networks of torchvision and timm, compare each with the original, and "
-        "count what was fused. Writes docs/zoo.md once all are judged.",
-        epilog="Results are kept in build/zoo/results.jsonl until a source of fused_cna or of the zoo changes, so "
-        "a run that was stopped goes on where it was. Exit status: 0; 1 if a network is wrong or a goal is "
+        description=f"Fuse {len(NAMES)} networks of torchvision and timm, compare each with the original, "
+        "and count what was fused. Writes docs/zoo.md once all are judged.",
+        epilog="Results are kept in build/zoo/results.jsonl until a source of fused_cna or of the zoo "
+        "changes, so a run that was stopped goes on where it was. Exit status: 0; 1 if a network is wrong or a goal is "
         f"missed ({PAIRS_GOAL:.0%} of the foldable pairs, {ADDS_GOAL:.0%} of the residual adds in traceable "
         "networks); 2 if asked for what cannot be done.",
     )
@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         "--only",
         type=_names,
         metavar="NAMES",
-        help="judge only these, again if they were; names as in tests/zoo/networks.txt with commas, * and ? for "
-        "any characters, such as 'tv/resnet18,timm/regnet*'. docs/zoo.md is left as it is",
+        help="judge only these, again if they were; names as in tests/zoo/networks.txt with commas, * and ? "
+        "for any characters, such as 'tv/resnet18,timm/regnet*'. docs/zoo.md is left as it is",
     )
     made.add_argument("--fresh", action="store_true", help="forget the results that are kept")
     made.add_argument(

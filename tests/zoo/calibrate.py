@@ -53,7 +53,7 @@ def calibrate(network: nn.Module, run: Callable[[], Any], generator: torch.Gener
     """
     done: set[nn.Module] = set()
 
-    def set_statistics(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def set_statistics(module: Any, arguments: tuple[Any, ...]) -> None:
         if module in done:
             return
         done.add(module)

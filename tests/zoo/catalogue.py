@@ -1,4 +1,4 @@
-"""How each network of the zoo is built, without weights to download, and the smallest input it is content with."""
+"""How each network of the zoo is built, without downloads, and the small images that it is content with."""
 
 import importlib
 from collections.abc import Callable
@@ -152,7 +152,7 @@ def _detector(name: str, short: str) -> Entry:
     )
 
 
-def _freeze_norms(backbone: nn.Module, eps: float) -> None:
+def _freeze_norms(backbone: Any, eps: float) -> None:
     frozen_norm = importlib.import_module("torchvision.ops").FrozenBatchNorm2d
     for module in list(backbone.modules()):
         for name, child in list(module.named_children()):

@@ -143,8 +143,8 @@ def observe(network: nn.Module, arguments: tuple[Any, ...]) -> Flow:
 def _owners(network: nn.Module) -> dict[int, str]:
     """Names of modules by the identity of what their operator is called with.
 
-    That is the weight of a convolution and the running mean of a norm; what two modules share, and what belongs
-    to a convolution with hooks, is not there.
+    That is the weight of a convolution and the running mean of a norm; what two modules share, and what
+    belongs to a convolution with hooks, is not there.
     """
     found = [
         (tensor, name, module)

@@ -1,5 +1,6 @@
 """What a fused network really computes in fused calls: seen, or spoiled, where all of them pass on a CPU."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,10 +10,7 @@ from torch import Tensor, nn
 
 from fused_cna import eager
 
-_PARAMETERS = (
-    "x weight bias norm_weight norm_bias running_mean running_var eps stride padding dilation groups act "
-    "act_params residual residual_order"
-).split()
+_PARAMETERS = tuple(inspect.signature(eager.conv_norm_act).parameters)
 KINDS = ("norm", "act", "add")
 
 

@@ -120,8 +120,7 @@ class _Judge:
         # In place and back, which is exact: a copy in float64 would be as large as three networks.
         network.double()
         exact = [
-            Run(network, which, arguments, first)
-            for arguments, first in zip(inputs, originals, strict=True)
+            Run(network, which, arguments, first) for arguments, first in zip(inputs, originals, strict=True)
         ]
         network.float()
         state = _state(network)
