@@ -24,9 +24,9 @@ def parser() -> argparse.ArgumentParser:
         description=f"Fuse {len(NAMES)} networks of torchvision and timm, compare each with the original, "
         "and count what was fused. Writes docs/zoo.md once all are judged.",
         epilog="Results are kept in build/zoo/results.jsonl until a source of fused_cna or of the zoo "
-        "changes, so a run that was stopped goes on where it was. Exit status: 0; 1 if a network is wrong or a goal is "
-        f"missed ({PAIRS_GOAL:.0%} of the foldable pairs, {ADDS_GOAL:.0%} of the residual adds in traceable "
-        "networks); 2 if asked for what cannot be done.",
+        "changes, so a run that was stopped goes on where it was. Exit status: 0; 1 if a network is wrong or "
+        f"a goal is missed ({PAIRS_GOAL:.0%} of the foldable pairs, {ADDS_GOAL:.0%} of the residual adds in "
+        "traceable networks); 2 if asked for what cannot be done.",
     )
     made.add_argument(
         "--only",

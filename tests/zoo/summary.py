@@ -149,16 +149,17 @@ _INTRODUCTION = """\
 # The zoo
 
 Written by `make zoo`: {networks} networks with {versions}, random weights, and
-statistics that are no standardisation, fused by `fuse(model, example_inputs=...)` and run beside the original in
-float32, on images of two sizes where the network takes them. No result may be further from the original in float64
-than three times the original is in float32, or 4e-6 if that is more. In every network a norm, an activation and an
-addition are also left out on purpose, and the comparison has to see it.{frozen}
+statistics that are no standardisation, fused by `fuse(model, example_inputs=...)` and run beside the
+original in float32, on images of two sizes where the network takes them. No result may be further from
+the original in float64 than three times the original is in float32, or 4e-6 if that is more. In every
+network a norm, an activation and an addition are also left out on purpose, and the comparison has to see
+it.{frozen}
 
 The counts are the judge's own, from one eager run of the original (`tests/zoo/dataflow.py` defines them):
 
-- *Foldable pair*: an `nn.Conv2d` whose output only a batch norm with running statistics takes; no computed or
-  shared weights, no hooks, and the same norm wherever the convolution is called.
-- *Residual add*: an addition of two tensors of equal shape, of which one is the output of a convolution, or of its
-  norm, or of one activation behind either, that nothing else takes.
+- *Foldable pair*: an `nn.Conv2d` whose output only a batch norm with running statistics takes; no computed
+  or shared weights, no hooks, and the same norm wherever the convolution is called.
+- *Residual add*: an addition of two tensors of equal shape, of which one is the output of a convolution, or
+  of its norm, or of one activation behind either, that nothing else takes.
 - *Fused*: seen in the calls that the fused network makes, not in what it says of itself.
 - *Traceable*: plain `torch.fx` traces the whole network, with the leaves that timm declares."""
