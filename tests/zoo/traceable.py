@@ -1,5 +1,6 @@
 """Whether plain torch.fx can follow a network, with no other help than its library declares."""
 
+import copy
 import importlib
 from typing import Any
 
@@ -23,8 +24,12 @@ def is_traceable(network: nn.Module, library: str) -> bool:
     if library == "timm":
         declared = importlib.import_module("timm.layers")
         leaves, functions = tuple(declared.get_notrace_modules()), tuple(declared.get_notrace_functions())
+    # Tracing leaves its stand-ins for tensors in whatever a network caches.
+    sketch = copy.deepcopy(
+        network, {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
+    )
     try:
-        _Tracer(leaves, functions).trace(network)
+        _Tracer(leaves, functions).trace(sketch)
     except Exception:
         # Code that is not made for tracing fails in any way it likes.
         return False
