@@ -4,6 +4,7 @@ The child reads names from its standard input and writes a line of JSON for each
 """
 
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -77,6 +78,8 @@ def _serve(frozen: bool) -> None:
             result = judge(line.strip(), frozen=fuse_frozen if frozen else None)
             answers.write(json.dumps(asdict(result)) + "\n")
             answers.flush()
+            # Networks are full of cycles, and some are gigabytes.
+            gc.collect()
 
 
 if __name__ == "__main__":
