@@ -71,7 +71,7 @@ def pads_same(conv: nn.Module) -> bool:
 def same_padding(
     size: Sequence[int], filter_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) for an output of ``ceil(size / stride)``, the odd one at bottom and right."""
+    """(top, bottom, left, right) that make an output of ``ceil(size / stride)``; an odd one goes last."""
     padding: list[int] = []
     for i in range(2):
         steps = (size[i] + stride[i] - 1) // stride[i] - 1

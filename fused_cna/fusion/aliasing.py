@@ -43,6 +43,7 @@ _FRESH_MODULES = (
     nn.Softmax,
     nn.Upsample,
 )
+_LAYOUT_DECIDES = {"contiguous", "reshape", "view", "flatten", "to", torch.reshape, torch.flatten}
 _INPLACE_OPERATORS = {
     getattr(operator, name)
     for name in (
@@ -86,6 +87,16 @@ class Aliasing:
             ):
                 return node
         return None
+
+    def depends_on_layout(self) -> bool:
+        """Whether something is overwritten that shares memory with something else in some layouts only."""
+        return any(
+            self.may_alias(node, one)
+            for _, overwritten in self._mutations
+            for one in overwritten
+            for node in self._order
+            if node.target in _LAYOUT_DECIDES
+        )
 
     def is_forgotten(self, value: Node, last: Node) -> bool:
         """Whether nobody but ``last``, nor the caller, can read the memory of ``value`` once it runs."""

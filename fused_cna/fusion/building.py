@@ -9,11 +9,11 @@ from fused_cna.fusion.calls import kind_of
 from fused_cna.fusion.frozen import FrozenConv
 from fused_cna.fusion.matching import Group, Matches
 from fused_cna.fusion.overlay import Overlay
-from fused_cna.fusion.rewriting import Rewriter, block_of, keep_views_apart, values_as_inputs
+from fused_cna.fusion.rewriting import Rewriter, block_of, keep_layout_of, keep_views_apart, values_as_inputs
 from fused_cna.fusion.symbolic import Trace
 
-# What a network may do with a tensor that does not work in every memory format.
-_SENSITIVE_METHODS = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr"}
+# What tells how a tensor lies in memory.
+_READS_LAYOUT = {"as_strided", "stride", "is_contiguous", "data_ptr", torch.as_strided}
 
 
 def build_overlay(
@@ -21,16 +21,19 @@ def build_overlay(
 ) -> Overlay | None:
     """The overlay of a network, whose graph is used up; None where nothing is to be replaced.
 
-    Weights of blocks become channels_last, as kernels read them, where the network's code cannot tell.
+    Weights of blocks become channels_last, as kernels read them, where the network's code cannot tell; blocks
+    are frozen, which gives results in channels_last, under the same condition.
 
     Args:
         path: where the network is in the one that is fused, for the names of blocks.
         freeze: make :class:`FrozenConv` blocks, also of convolutions that nothing is fused with.
     """
+    reads_layout = _reads_layout(traced) or matches.aliasing.depends_on_layout()
+    freeze = freeze and not reads_layout
+    restride = not (freeze or reads_layout or _uses_views(traced))
     groups = [group for group in matches.groups if _becomes_a_block(group, freeze)]
     if not groups:
         return None
-    moves_formats = not _is_layout_sensitive(traced)
     # Before anything is replaced: where the modules are that the graph stands for.
     places = _places(network, traced)
     rewriter = Rewriter(traced.graph, matches)
@@ -51,11 +54,13 @@ def build_overlay(
         if key not in blocks:
             blocks[key] = f"blocks.{len(blocks)}"
             modules[blocks[key]] = _frozen(block) if freeze else block
-            if moves_formats and not freeze:
+            if restride:
                 _make_channels_last(block.conv)
         rewriter.emit_block(group, blocks[key])
     values = values_as_inputs(traced.graph)
     keep_views_apart(traced.graph)
+    if freeze:
+        keep_layout_of(traced.graph, [name for name, module in traced.modules.items() if _is_opaque(module)])
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     graph = fx.GraphModule({name: module for name, module in modules.items() if name in called}, traced.graph)
     return Overlay(graph, traced.inputs, values, places, traced.entered)
@@ -71,16 +76,25 @@ def _frozen(block: nn.Module) -> nn.Module:
     return frozen
 
 
-def _is_layout_sensitive(traced: Trace) -> bool:
-    """Whether the code might not run, or differently, where results come in another memory format."""
-    for node in traced.graph.nodes:
-        if node.op == "call_method" and node.target in _SENSITIVE_METHODS:
-            return True
-        if node.op == "call_module":
-            module = traced.modules[str(node.target)]
-            if kind_of(module) is None and not type(module).__module__.startswith("torch.nn"):
-                return True
-    return False
+def _reads_layout(traced: Trace) -> bool:
+    """Whether the code may compute something else where results come in another memory format."""
+    return any(node.target in _READS_LAYOUT for node in traced.graph.nodes)
+
+
+def _uses_views(traced: Trace) -> bool:
+    """Whether the code may not run where results come in another memory format.
+
+    In the graph a view becomes a reshape, but the network's own code may have to run too.
+    """
+    return any(
+        node.target in ("view", "view_as", torch.Tensor.view)
+        or (node.op == "call_module" and _is_opaque(traced.modules[str(node.target)]))
+        for node in traced.graph.nodes
+    )
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    return kind_of(module) is None and not type(module).__module__.startswith("torch.nn")
 
 
 def _make_channels_last(conv: nn.Conv2d) -> None:

@@ -36,7 +36,8 @@ def check_network(model: object) -> None:
     for device, name in devices.items():
         if device.type == "meta":
             raise FusionError(
-                f"{name} is on the meta device and has no values; load them first (to_empty(), load_state_dict())"
+                f"{name} is on the meta device and has no values; load them first, with to_empty() and "
+                "load_state_dict()"
             )
     if len(devices) > 1:
         places = ", ".join(f"{name} on {device}" for device, name in devices.items())

@@ -32,15 +32,20 @@ _ONEDNN_ACTIVATIONS: dict[str, tuple[str, tuple[float, ...], str]] = {
 # The activations that oneDNN's convolution can apply after adding a residual.
 _ONEDNN_ADD_ACTIVATIONS = {"identity": None, "relu": "relu"}
 
-_ONEDNN_OPERATORS = ("_convolution_pointwise", "_reorder_convolution_weight")
+_ONEDNN_OPERATORS = ("_convolution_pointwise", "_reorder_convolution_weight", "_get_mkldnn_serialized_md")
+
+
+# A weight packed for another shape of input is right, but repacked inside every call, which costs more than
+# the convolution. Shapes that want the same layout share one packed weight.
+_MOST_SHAPES = 16
 
 
 class _Packed(NamedTuple):
-    """A weight in oneDNN's own layout."""
+    """A weight in the layouts that oneDNN wants for the shapes of input seen last."""
 
     source: Tensor
-    """The dense weight it was made of: moving a module or casting it puts another in its place."""
-    weight: Tensor
+    """The dense weight they were made of: moving a module or casting it puts another in its place."""
+    by_shape: dict[torch.Size, Tensor]
 
 
 def _has_onednn() -> bool:
@@ -68,6 +73,7 @@ if _ONEDNN_DTYPES:
     _convolution = torch.ops.mkldnn._convolution_pointwise.default
     _convolution_add = torch.ops.mkldnn._convolution_pointwise.binary
     _reorder = torch.ops.mkldnn._reorder_convolution_weight.default
+    _layout = torch.ops.mkldnn._get_mkldnn_serialized_md.default
 
 
 def fold(
@@ -230,8 +236,11 @@ class FrozenConv(nn.Module):
         if obstacle:
             raise ValueError(f"cannot freeze this ConvNormAct: {obstacle}")
         conv, norm, act = parts
-        vectors, described, order = layers.epilogue(norm, act, block.residual_order)  # type: ignore[misc]
-        weight, bias = fold(conv.weight, conv.bias, *vectors)
+        # An inference tensor could not be saved for the gradient of x later.
+        with torch.inference_mode(False):
+            vectors, described, order = layers.epilogue(norm, act, block.residual_order)  # type: ignore[misc]
+            weight, bias = fold(conv.weight, conv.bias, *vectors)
+            act = copy.deepcopy(act) if described is None else described
         stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
         padding, border = explicit_padding(conv.padding, weight.shape[2:], stride, dilation), None
         if conv.padding_mode != "zeros":
@@ -246,7 +255,7 @@ class FrozenConv(nn.Module):
             border=border,
             zero_pad=block.zero_pad,
             pads_same=layers.pads_same(conv),
-            act=copy.deepcopy(act) if described is None else described,
+            act=act,
             residual_order=order,
         )
 
@@ -312,19 +321,32 @@ class FrozenConv(nn.Module):
             and (residual is None or _is_plain(residual, weight.dtype))
             and _is_plain_call()
         ):
-            packed = self._packed
-            if packed is None or packed.source is not weight:
-                packed = self._packed = self._pack(weight, x)
-            if packed is not None:
-                return self._run_onednn(x, packed.weight, residual, *act)
+            packed_weight = self._packed_weight(weight, x)
+            if packed_weight is not None:
+                return self._run_onednn(x, packed_weight, residual, *act)
         return self._run_operator(x, weight, residual, *act)
 
-    def _pack(self, weight: Tensor, x: Tensor) -> _Packed | None:
+    def _packed_weight(self, weight: Tensor, x: Tensor) -> Tensor | None:
+        """The weight packed for the shape of ``x``; None where oneDNN does not take it.
+
+        Threads may pack the same at once: what they share is replaced whole, never written to.
+        """
+        packed = self._packed
+        by_shape = packed.by_shape if packed is not None and packed.source is weight else {}
+        if x.shape in by_shape:
+            return by_shape[x.shape]
         if not _is_plain(weight, x.dtype) or x.dtype not in _ONEDNN_DTYPES or weight.numel() == 0:
             return None
-        x, padding = eager._pad(x, self.padding) if len(self.padding) == 4 else (x, self.padding)
-        packed = _reorder(weight, padding, self.stride, self.dilation, self.groups, x.shape)
-        return _Packed(weight, packed)
+        padded, padding = eager._pad(x, self.padding) if len(self.padding) == 4 else (x, self.padding)
+        fresh = _reorder(weight, padding, self.stride, self.dilation, self.groups, padded.shape)
+        layout = _layout(fresh)
+        for other in by_shape.values():
+            if torch.equal(_layout(other), layout):
+                fresh = other
+                break
+        kept = list(by_shape.items())[-(_MOST_SHAPES - 1) :]
+        self._packed = _Packed(weight, {**dict(kept), x.shape: fresh})
+        return fresh
 
     def _run_onednn(
         self, x: Tensor, weight: Tensor, residual: Tensor | None, act: str, act_params: Sequence[float]

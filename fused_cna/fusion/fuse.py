@@ -11,11 +11,11 @@ from fused_cna.fusion import checks
 from fused_cna.fusion.building import build_overlay
 from fused_cna.fusion.calls import Norm, kind_of
 from fused_cna.fusion.matching import Matches, match
-from fused_cna.fusion.overlay import NAME as OVERLAY
-from fused_cna.fusion.overlay import FusedNetwork, lay_over, take_off
+from fused_cna.fusion.overlay import FusedNetwork, check_class, lay_over, take_off
 from fused_cna.fusion.records import NAME as RECORD
 from fused_cna.fusion.records import FusionRecord, LayerRecord, parts_of
 from fused_cna.fusion.symbolic import NotTraceableError, Trace, pass_through, trace
+from fused_cna.modules import ConvNormAct, fused_epilogue
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -34,9 +34,10 @@ def fuse(
     Equivalent to ``copy.deepcopy(model)``: it computes the same, has the same class (a subclass of it), the
     same modules and names, and loads and gives the same ``state_dict``. In eval mode, called with tensors, it
     runs as a graph whose groups of convolution, batch norm, residual addition and activation are
-    :class:`ConvNormAct` blocks that share the modules of the network. In training mode, with options of
-    ``forward`` other than their defaults, or after a module was exchanged or hooked, it runs as it was
-    written. Nothing derived from a parameter is kept (but see ``freeze``).
+    :class:`ConvNormAct` blocks that share the modules of the network. (They are in its attribute
+    ``fused_cna_overlay``, not among its modules, so code that walks these sees what it always saw.) In
+    training mode, with options of ``forward`` other than their defaults, or after a module was exchanged or
+    hooked, it runs as it was written. Nothing derived from a parameter is kept (but see ``freeze``).
 
     A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
     convolutions that share a weight or a norm with different groups, have hooks or parametrizations, or
@@ -135,11 +136,17 @@ class _Fuser:
         if network in self._seen or not _has_convs(network):
             return
         self._seen.add(network)
+        if isinstance(network, ConvNormAct):
+            norm, act, _ = fused_epilogue(network, False)
+            words = ("conv", "norm" if norm else "", "" if act == "identity" else act)
+            self._note(f"{path}.conv", " + ".join(filter(None, words)), "", missed=False)
+            return
         if kind_of(network) is not None:
             self._note(path, "conv", "Python code that cannot be followed takes its result", missed=True)
             return
         try:
             traced = trace(network)
+            check_class(type(network))
         except NotTraceableError as error:
             self.record.untraceable[path] = str(error)
             for name, child in network.named_children():
@@ -187,13 +194,7 @@ def _note_the_idle(network: nn.Module, record: FusionRecord) -> None:
     noted = {layer.name for layer in record.layers}
     shared = {id(network.get_submodule(name)) for name in noted if _is_path(network, name)}
     for name, module in network.named_modules():
-        in_overlay = OVERLAY in name.split(".")
-        if (
-            isinstance(module, nn.Conv2d)
-            and not in_overlay
-            and name not in noted
-            and id(module) not in shared
-        ):
+        if isinstance(module, nn.Conv2d) and name not in noted and id(module) not in shared:
             record.layers.append(LayerRecord(name, "conv", "it does not run in eval mode"))
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -56,7 +56,8 @@ class Matches:
 
     groups: list[Group]
     calls: dict[Node, Call]
-    refused: dict[Node, str] = field(default_factory=dict)
+    refused: dict[Node, str]
+    aliasing: Aliasing
 
 
 def match(
@@ -84,7 +85,7 @@ def match(
     refused = {
         node: call.reason for node, call in calls.items() if isinstance(call, Refused) and call.kind is Conv
     }
-    return Matches(groups, calls, refused)
+    return Matches(groups, calls, refused, finder.aliasing)
 
 
 class _Finder:

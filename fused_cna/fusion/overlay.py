@@ -1,7 +1,8 @@
 """A network that runs as a graph of fused blocks where it can, and as its own Python code everywhere else.
 
-The network keeps its modules, names, class and methods; what is added is one hidden child, the overlay, whose
+The network keeps its modules, names, class and methods; what is added is one attribute, the overlay, whose
 blocks share the network's own modules. So nothing can go stale, and taking the overlay away undoes it all.
+The overlay is none of the network's children, so that code which walks these sees what it always saw.
 """
 
 import copyreg
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_cna import layers
+from fused_cna.fusion.symbolic import NotTraceableError
 
 NAME = "fused_cna_overlay"
-"""The name of the overlay among the children of a network."""
+"""The attribute of a network that holds its overlay."""
 
 
 class Overlay(nn.Module):
     """The graph of fused blocks over a network, and what has to hold for it to be what the network computes.
 
-    It owns nothing: it has no part in ``state_dict``, and moves with the network's own modules.
+    It owns nothing, except for the tensors of snapshots.
 
     Args:
         graph: takes the inputs, then the values of ``values``.
@@ -47,7 +49,6 @@ class Overlay(nn.Module):
         self.values = tuple(values)
         self._places = list(places)
         self._entered = list(entered)
-        self.register_load_state_dict_post_hook(_expect_nothing)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The graph's inputs for a call of the network; None where the call is none that was traced."""
@@ -62,7 +63,7 @@ class Overlay(nn.Module):
 
     @torch.compiler.assume_constant_result
     def holds(self) -> bool:
-        """Whether the network still is what was traced: no module exchanged, hooked or put in training mode."""
+        """Whether the network still is what was traced: nothing exchanged, hooked or put in training mode."""
         for owner, name, module in self._places:
             if owner.get(name) is not module:
                 return False
@@ -86,26 +87,17 @@ class Overlay(nn.Module):
             (name, module) for name, module in self.graph.named_modules() if hasattr(module, "group_name")
         ]
 
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing: the network's own modules hold all parameters."""
-        return {} if destination is None else destination
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Overlay":
-        """Only what blocks hold for themselves: the rest is the network's, and moves with it."""
+    def move(self, fn: Callable[..., Any]) -> None:
+        """Apply what moves or casts the network to what blocks hold for themselves."""
         for module in self.graph.modules():
             if getattr(module, "is_snapshot", False):
-                module._apply(fn, recurse)
-        return self
+                module._apply(fn)
 
     def extra_repr(self) -> str:
-        return f"{len(self.blocks())} fused blocks over the modules above"
+        return f"{len(self.blocks())} fused blocks"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def _expect_nothing(overlay: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if f"{NAME}." not in key]
 
 
 class FusedNetwork(nn.Module):
@@ -114,12 +106,23 @@ class FusedNetwork(nn.Module):
     plain_class: type[nn.Module]
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        overlay: Any = self._modules[NAME]
+        overlay: Any = self.__dict__[NAME]
         if not self.training and overlay.holds():
             inputs = overlay.bind(args, kwargs)
             if inputs is not None:
                 return overlay(self, inputs)
         return self.plain_class.forward(self, *args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "FusedNetwork":
+        super()._apply(fn, recurse)
+        self.__dict__[NAME].move(fn)
+        return self
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """A replica has modules of its own, which the overlay does not know: it runs as it was written."""
+        replica = super()._replicate_for_data_parallel()
+        take_off(replica)  # type: ignore[arg-type]
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = self.plain_class
@@ -143,7 +146,7 @@ def _new(plain: type[nn.Module]) -> nn.Module:
 
 
 def _as_fused(network: nn.Module) -> nn.Module:
-    if NAME in network._modules:
+    if NAME in network.__dict__:
         network.__class__ = fused_class(type(network))
     return network
 
@@ -173,13 +176,26 @@ def _make_fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
     return type(f"Fused{plain.__name__}", (FusedNetwork, plain), attributes)  # type: ignore[return-value]
 
 
+def check_class(plain: type[nn.Module]) -> None:
+    """Refuse a class that cannot be subclassed with no more than a name.
+
+    Raises:
+        NotTraceableError: it cannot.
+    """
+    try:
+        fused_class(plain)
+    # A class may refuse subclasses in any way it likes.
+    except Exception as error:
+        raise NotTraceableError(f"its class cannot have a subclass: {error}") from error
+
+
 def lay_over(network: nn.Module, overlay: Overlay) -> None:
     """Turn a network into its fused self, in place."""
-    network.add_module(NAME, overlay.train(network.training))
+    network.__dict__[NAME] = overlay.eval()
     network.__class__ = fused_class(type(network))
 
 
 def take_off(network: FusedNetwork) -> None:
     """Undo :func:`lay_over`."""
-    del network._modules[NAME]
-    network.__class__ = network.plain_class
+    del network.__dict__[NAME]
+    network.__class__ = network.plain_class  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """From groups to fused blocks: the graph of a network with one call for each group."""
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -172,3 +173,16 @@ def keep_views_apart(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"
+
+
+def in_order(value: Any) -> Any:
+    """A tensor with its elements in order in memory; anything else as it is."""
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def keep_layout_of(graph: fx.Graph, opaque: Collection[str]) -> None:
+    """Modules whose code is not known get their inputs in the layout in which it was written to work."""
+    for node in [node for node in graph.nodes if node.op == "call_module" and node.target in opaque]:
+        for source in node.all_input_nodes:
+            with graph.inserting_before(node):
+                node.replace_input_with(source, graph.call_function(in_order, (source,)))

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from fused_cna import layers
 from fused_cna.fusion.calls import kind_of
+from fused_cna.modules import ConvNormAct
 
 
 class NotTraceableError(Exception):
@@ -65,6 +66,38 @@ def _set_item(self: Proxy, key: Any, value: Any) -> None:
 setattr(_TensorProxy, "__setitem__", _set_item)  # noqa: B010
 
 
+class _HeldProxy(_TensorProxy):
+    """A parameter or buffer, whose shape is part of the network."""
+
+    held: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.held.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.held.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.held.shape if dim is None else self.held.shape[dim]
+
+    def dim(self) -> int:
+        return self.held.ndim
+
+    def numel(self) -> int:
+        return self.held.numel()
+
+
+def _modes() -> tuple[bool, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
 def required_inputs(function: Callable[..., Any]) -> list[str]:
     """The arguments of a ``forward`` that have to be given, by name.
 
@@ -89,12 +122,11 @@ def required_inputs(function: Callable[..., Any]) -> list[str]:
 class Tracer(fx.Tracer):
     """Follows what is not a leaf: torch's own modules, parts of groups, and what is called with hooks."""
 
-    proxy_buffer_attributes = True
-
     def __init__(self) -> None:
         timm = sys.modules.get("timm.layers._fx")
         functions = [] if timm is None else [f for f in timm.get_notrace_functions() if callable(f)]
-        super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)
+        super().__init__(autowrap_functions=tuple(functions))
+        self._modes = _modes()
         self._leaf_classes = () if timm is None else tuple(timm.get_notrace_modules())
         self.entered: list[nn.Module] = []
 
@@ -103,9 +135,28 @@ class Tracer(fx.Tracer):
             kind_of(m) is not None
             or layers.has_hooks(m)
             or parametrize.is_parametrized(m)
-            or isinstance(m, (*self._leaf_classes, torch.jit.ScriptModule))
+            or isinstance(m, (*self._leaf_classes, ConvNormAct, torch.jit.ScriptModule))
             or super().is_leaf_module(m, module_qualified_name)
         )
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise TraceError("it switches gradients or autocast on or off")
+        return super().create_node(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are values that the graph takes, whatever they hold now."""
+        if not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        for name, held in (*self.root.named_parameters(), *self.root.named_buffers()):
+            if held is attr_val:
+                if name not in parameter_proxy_cache:
+                    proxy = _HeldProxy(self.create_node("get_attr", name, (), {}), self)
+                    proxy.node.meta["is_tensor"] = True
+                    proxy.held = attr_val
+                    parameter_proxy_cache[name] = proxy
+                return parameter_proxy_cache[name]
+        return attr_val
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         is_leaf = self.is_leaf_module(m, self.path_of_module(m))
@@ -184,19 +235,11 @@ def trace(network: nn.Module) -> Trace:
         raise NotTraceableError("it has a forward of its own")
     if isinstance(network, torch.jit.ScriptModule):
         raise NotTraceableError("it is scripted")
-    tracer = Tracer()
     inputs = required_inputs(kind.forward)
-    before = _SideEffects(network)
-    try:
-        with torch.no_grad():
-            graph = tracer.trace(network)
-    # Code that is not made for tracing fails in any way it likes.
-    except Exception as error:
-        raise NotTraceableError(_in_words(error)) from error
-    finally:
-        effect = before.undo()
-    if effect:
-        raise NotTraceableError(effect)
+    graph, tracer = _run(network, gradients=True)
+    without_gradients, _ = _run(network, gradients=False)
+    if str(graph) != str(without_gradients):
+        raise NotTraceableError("it computes something else where gradients are off")
     for node in graph.nodes:
         node.meta.pop("is_tensor", None)
     modules = {
@@ -205,6 +248,22 @@ def trace(network: nn.Module) -> Trace:
         if node.op == "call_module"
     }
     return Trace(graph, inputs, modules, tracer.entered)
+
+
+def _run(network: nn.Module, *, gradients: bool) -> tuple[fx.Graph, Tracer]:
+    before = _SideEffects(network)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            tracer = Tracer()
+            graph = tracer.trace(network)
+    # Code that is not made for tracing fails in any way it likes.
+    except Exception as error:
+        raise NotTraceableError(_in_words(error)) from error
+    finally:
+        effect = before.undo()
+    if effect:
+        raise NotTraceableError(effect)
+    return graph, tracer
 
 
 class _SideEffects:
