@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_cna import eager
+from fused_cna.fusion.frozen import FrozenConv
 
 _PARAMETERS = tuple(inspect.signature(eager.conv_norm_act).parameters)
 KINDS = ("norm", "act", "add")
@@ -67,6 +68,23 @@ def spoiled(network: nn.Module, victim: FusedCall, kind: str) -> Iterator[None]:
 
     with _intercepted(spoil):
         yield
+
+
+@contextmanager
+def counted_frozen() -> Iterator[list[FrozenConv]]:
+    """The frozen convolutions that run while this is open, one for each call."""
+    run: list[FrozenConv] = []
+    plain = FrozenConv.forward
+
+    def forward(self: FrozenConv, *args: Any, **kwargs: Any) -> Tensor:
+        run.append(self)
+        return plain(self, *args, **kwargs)
+
+    FrozenConv.forward = forward  # type: ignore[method-assign]
+    try:
+        yield run
+    finally:
+        FrozenConv.forward = plain  # type: ignore[method-assign]
 
 
 def _call(given: dict[str, Any], names: dict[int, str]) -> FusedCall:

@@ -46,6 +46,10 @@ class Result:
     fused_pairs: int = 0
     adds: int = 0
     fused_adds: int = 0
+    fused_calls: int = 0
+    """Fused calls in one run of the fused network."""
+    frozen_calls: int = 0
+    """Calls of frozen convolutions in one run of the frozen one."""
     traceable: bool = False
     """Whether plain torch.fx traces it whole."""
     wrong: list[str] = field(default_factory=list)
@@ -130,6 +134,7 @@ class _Judge:
         result.wrong += _other_names(fused, network)
         with fused_calls.recorded(fused) as calls:
             first = Run(fused, which, inputs[0], originals[0])
+        result.fused_calls = len(calls)
         self._count(flow, calls, fused)
         self._compare("", first, originals[0], exact[0])
         for arguments, original, best in zip(inputs[1:], originals[1:], exact[1:], strict=True):
@@ -141,7 +146,10 @@ class _Judge:
         snapshot = frozen(network, inputs[0])
         result.wrong += _changed(network, state)
         for arguments, original, best in zip(inputs, originals, exact, strict=True):
-            self._compare("frozen: ", Run(snapshot, which, arguments, original), original, best)
+            with fused_calls.counted_frozen() as frozen_calls:
+                run = Run(snapshot, which, arguments, original)
+            result.frozen_calls = len(frozen_calls)
+            self._compare("frozen: ", run, original, best)
 
     def _compare(self, what: str, run: Run, original: Run, exact: Run) -> None:
         verdict = compare(run.results, original.results, exact.results)

@@ -48,6 +48,10 @@ class Totals:
         return Share(sum(r.fused_adds for r in self.results), sum(r.adds for r in self.results))
 
     @property
+    def frozen(self) -> Share:
+        return Share(sum(r.frozen_calls for r in self.results), sum(r.fused_calls for r in self.results))
+
+    @property
     def traceable(self) -> "Totals":
         return Totals([result for result in self.results if result.traceable])
 
@@ -115,6 +119,7 @@ def document(results: Sequence[Result], versions: dict[str, str], frozen: bool) 
                 ("foldable pairs fused", str(totals.pairs)),
                 ("residual adds fused", str(totals.adds)),
                 ("the same in traceable networks", str(totals.traceable.adds)),
+                *([("fused calls that freeze=True folds", str(totals.frozen))] if frozen else []),
                 ("traceable networks", f"{len(totals.traceable.results)}"),
             ],
         ),
