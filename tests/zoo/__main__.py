@@ -142,7 +142,7 @@ def _print(results: Sequence[Result], console: Console) -> None:
         f"convolutions: {totals.convolutions:,}",
         f"foldable pairs fused: {totals.pairs}",
         f"residual adds fused: {totals.adds}; in traceable networks: {totals.traceable.adds}",
-        f"calls frozen with freeze=True, of those fused without: {totals.frozen}",
+        f"networks in which freeze=True folds all that is fused: {totals.frozen}",
         f"largest error: {worst.worst:.2f} of its bound, in {worst.name}",
         f"wrong networks: {len(totals.wrong)} of {len(results)}",
     ):

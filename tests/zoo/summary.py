@@ -49,7 +49,9 @@ class Totals:
 
     @property
     def frozen(self) -> Share:
-        return Share(sum(r.frozen_calls for r in self.results), sum(r.fused_calls for r in self.results))
+        """Networks in which `freeze=True` folds all that is fused without it."""
+        some = [result for result in self.results if result.fused_calls]
+        return Share(sum(r.frozen_calls >= r.fused_calls for r in some), len(some))
 
     @property
     def traceable(self) -> "Totals":
@@ -119,7 +121,7 @@ def document(results: Sequence[Result], versions: dict[str, str], frozen: bool) 
                 ("foldable pairs fused", str(totals.pairs)),
                 ("residual adds fused", str(totals.adds)),
                 ("the same in traceable networks", str(totals.traceable.adds)),
-                *([("fused calls that freeze=True folds", str(totals.frozen))] if frozen else []),
+                *([("networks that freeze=True folds", str(totals.frozen))] if frozen else []),
                 ("traceable networks", f"{len(totals.traceable.results)}"),
             ],
         ),
