@@ -105,7 +105,7 @@ class ConvProblem:
             "padding": _four_pads(padding),
             "dilation": pair(self.dilation, "dilation"),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "allow_tf32": _allows_tf32(),
+            "allow_tf32": allows_tf32(),
             "norm": self.norm,
             "act": self.act,
             "residual": self.residual,
@@ -124,7 +124,8 @@ class ConvProblem:
         }
 
 
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
+    """Whether float32 convolutions on a GPU may be computed in tf32."""
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
@@ -243,7 +244,7 @@ def call_question(
         "padding": _four_pads(padding),
         "dilation": tuple(dilation),
         "dtype": str(x.dtype).removeprefix("torch."),
-        "allow_tf32": _allows_tf32(),
+        "allow_tf32": allows_tf32(),
         "x_address": 0 if meta else x.data_ptr(),
         "x_strides": x.stride(),
         "weight_address": 0 if meta else weight.data_ptr(),

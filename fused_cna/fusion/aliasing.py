@@ -88,6 +88,16 @@ class Aliasing:
                 return node
         return None
 
+    def overwrites_values(self) -> bool:
+        """Whether a parameter or buffer is overwritten, which modules may read at any time."""
+        held = [node for node in self._order if node.op == "get_attr"]
+        return any(
+            self.may_alias(node, one)
+            for _, overwritten in self._mutations
+            for one in overwritten
+            for node in held
+        )
+
     def depends_on_layout(self) -> bool:
         """Whether something is overwritten that shares memory with something else in some layouts only."""
         return any(

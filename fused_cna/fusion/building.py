@@ -43,6 +43,10 @@ def build_overlay(
         name = f"{path}.{group.conv.target if group.call.module is not None else group.conv.name}".strip(".")
         block = block_of(group, matches, name)
         if block is None:
+            # Parts of it are modules that are not called any more, so hooks on them have to be looked for.
+            traced.entered += [
+                traced.modules[str(node.target)] for node in group.nodes if node.op == "call_module"
+            ]
             rewriter.emit_call(group)
             continue
         key = (
@@ -63,7 +67,7 @@ def build_overlay(
         keep_layout_of(traced.graph, [name for name, module in traced.modules.items() if _is_opaque(module)])
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     graph = fx.GraphModule({name: module for name, module in modules.items() if name in called}, traced.graph)
-    return Overlay(graph, traced.inputs, values, places, traced.entered)
+    return Overlay(graph, traced.inputs, values, places, [network, *traced.entered])
 
 
 def _becomes_a_block(group: Group, freeze: bool) -> bool:
@@ -73,6 +77,8 @@ def _becomes_a_block(group: Group, freeze: bool) -> bool:
 def _frozen(block: nn.Module) -> nn.Module:
     frozen = FrozenConv.from_block(block)  # type: ignore[arg-type]
     frozen.group_name = block.group_name  # type: ignore[assignment]
+    # What the snapshot is verified against, and no child of it: the block's parameters are the network's.
+    frozen.__dict__["live"] = block
     return frozen
 
 

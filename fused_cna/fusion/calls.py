@@ -47,6 +47,7 @@ class Norm:
     eps: float
     module: nn.Module | None
     act: str = "identity"
+    act_params: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def _module_call(node: Node, module: nn.Module) -> Call | None:
     if reason:
         return Refused(kind, x, reason)
     if isinstance(module, nn.Conv2d):
-        return Conv(x, module.weight, module.bias, module, module.stride, module.padding, module.dilation)
+        sizes = (module.stride, module.padding, module.dilation, module.groups)
+        return Conv(x, module.weight, module.bias, module, *sizes)
     if kind is Norm:
         return _norm_module(x, module)
     if kind is Pad:
@@ -160,7 +162,7 @@ def _norm_module(x: Node, module: nn.Module) -> Norm | Refused:
             return Refused(Norm, x, f"{name} has no running statistics")
         return Refused(Norm, x, f"{name} has parts that are not understood")
     (weight, bias, mean, var, eps), act, _ = fusible
-    return Norm(x, weight, bias, mean, var, eps, module, "identity" if act is None else act[0])
+    return Norm(x, weight, bias, mean, var, eps, module, *(("identity", ()) if act is None else act))
 
 
 def _only_tensor(node: Node) -> Node | None:

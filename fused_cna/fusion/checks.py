@@ -18,7 +18,9 @@ def check_network(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         what = (
-            f"the class {model.__name__}; make an instance of it" if isinstance(model, type) else repr(model)
+            f"the class {model.__name__}; make an instance of it"
+            if isinstance(model, type)
+            else f"a {type(model).__name__}"
         )
         raise TypeError(f"fuse() takes an nn.Module, but got {what}")
     for name, module in model.named_modules():

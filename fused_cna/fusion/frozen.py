@@ -327,7 +327,7 @@ class FrozenConv(nn.Module):
         return self._run_operator(x, weight, residual, *act)
 
     def _packed_weight(self, weight: Tensor, x: Tensor) -> Tensor | None:
-        """The weight packed for the shape of ``x``; None where oneDNN does not take it.
+        """The weight packed for the shape of ``x``; None where oneDNN does not take the two.
 
         Threads may pack the same at once: what they share is replaced whole, never written to.
         """
@@ -335,9 +335,15 @@ class FrozenConv(nn.Module):
         by_shape = packed.by_shape if packed is not None and packed.source is weight else {}
         if x.shape in by_shape:
             return by_shape[x.shape]
-        if not _is_plain(weight, x.dtype) or x.dtype not in _ONEDNN_DTYPES or weight.numel() == 0:
-            return None
         padded, padding = eager._pad(x, self.padding) if len(self.padding) == 4 else (x, self.padding)
+        if (
+            not _is_plain(weight, x.dtype)
+            or x.dtype not in _ONEDNN_DTYPES
+            or x.shape[1] != weight.shape[1] * self.groups
+            or min(x.shape) == 0
+            or min(self._output_shape(padded, padding)) <= 0
+        ):
+            return None
         fresh = _reorder(weight, padding, self.stride, self.dilation, self.groups, padded.shape)
         layout = _layout(fresh)
         for other in by_shape.values():

@@ -13,7 +13,7 @@ from fused_cna.fusion.calls import Norm, kind_of
 from fused_cna.fusion.matching import Matches, match
 from fused_cna.fusion.overlay import FusedNetwork, check_class, lay_over, take_off
 from fused_cna.fusion.records import NAME as RECORD
-from fused_cna.fusion.records import FusionRecord, LayerRecord, parts_of
+from fused_cna.fusion.records import FusionError, FusionRecord, LayerRecord, parts_of
 from fused_cna.fusion.symbolic import NotTraceableError, Trace, pass_through, trace
 from fused_cna.modules import ConvNormAct, fused_epilogue
 
@@ -37,13 +37,12 @@ def fuse(
     :class:`ConvNormAct` blocks that share the modules of the network. (They are in its attribute
     ``fused_cna_overlay``, not among its modules, so code that walks these sees what it always saw.) In
     training mode, with options of ``forward`` other than their defaults, or after a module was exchanged or
-    hooked, it runs as it was written. Nothing derived from a parameter is kept (but see ``freeze``).
+    hooked or an attribute set, it runs as it was written. Nothing derived from a parameter is kept (but see ``freeze``).
 
-    A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
+    Weights of blocks are laid out in channels_last where the network's code cannot tell, and so are then the
+    results. A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
     convolutions that share a weight or a norm with different groups, have hooks or parametrizations, or
     compute their weight; :func:`report` says which, and why.
-
-    Attributes of modules that steer ``forward``, such as a dropout rate, count as they were when fused.
 
     Args:
         model: any network, on any device, in any mode; in training mode it is fused for when it will be in
@@ -67,23 +66,10 @@ def fuse(
     """
     checks.check_network(model)
     inputs = checks.as_arguments(example_inputs, needed_for="verify=True" if verify else "")
-    network = model if inplace else copy.deepcopy(model)
-    unfuse(network, inplace=True)
-    modes = [(module, module.training) for module in network.modules()]
-    fuser = _Fuser(freeze, {module for module, training in modes if training and not model.training})
+    network = model if inplace else _copy(model)
     try:
-        network.eval()
-        fuser.fuse(network, "")
-        record = fuser.record
-        if record.untraceable and inputs is not None:
-            from fused_cna.fusion import swapping
-
-            swapping.swap_observed(network, inputs, record)
-        _note_the_idle(network, record)
-        network.__dict__[RECORD] = record
+        record = fuse_in_place(network, inputs, freeze=freeze)
         checks.check_record(record, network, has_inputs=inputs is not None, strict=strict)
-        for module, training in modes:
-            module.training = training
         if verify and inputs is not None:
             from fused_cna.fusion.verification import verify_fused
 
@@ -91,9 +77,6 @@ def fuse(
     except BaseException:
         unfuse(network, inplace=True)
         raise
-    finally:
-        for module, training in modes:
-            module.training = training
     if model.training:
         warnings.warn(
             f"{type(model).__name__} is in training mode: it was fused for eval mode, and runs as it was "
@@ -103,6 +86,26 @@ def fuse(
     return network
 
 
+def fuse_in_place(network: nn.Module, inputs: tuple[Any, ...] | None, *, freeze: bool) -> FusionRecord:
+    """Fuse what can be fused of a network, and leave the record of it there. Its modes stay as they are."""
+    unfuse(network, inplace=True)
+    modes = [(module, module.training) for module in network.modules()]
+    fuser = _Fuser(freeze, {module for module, training in modes if training and not network.training})
+    record = network.__dict__[RECORD] = fuser.record
+    try:
+        network.eval()
+        fuser.fuse(network, "")
+        if record.untraceable and inputs is not None:
+            from fused_cna.fusion import swapping
+
+            swapping.swap_observed(network, inputs, record)
+    finally:
+        for module, training in modes:
+            module.training = training
+    _note_the_idle(network, record)
+    return record
+
+
 def unfuse(model: Network, *, inplace: bool = False) -> Network:
     """The plain network that :func:`fuse` made a fused one of, with its parameters as they are now.
 
@@ -110,7 +113,9 @@ def unfuse(model: Network, *, inplace: bool = False) -> Network:
         model: a fused network; any other is returned as it is.
         inplace: change and return ``model`` itself instead of a copy of it.
     """
-    network = model if inplace else copy.deepcopy(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse() takes an nn.Module, but got {type(model).__name__}")
+    network = model if inplace else _copy(model)
     record = network.__dict__.pop(RECORD, None)
     if record is not None and record.swaps:
         from fused_cna.fusion import swapping
@@ -145,14 +150,18 @@ class _Fuser:
             self._note(path, "conv", "Python code that cannot be followed takes its result", missed=True)
             return
         try:
-            traced = trace(network)
             check_class(type(network))
+            traced = trace(network, self._training)
+            pass_through(traced)
+            matches = match(traced.graph, traced.modules, lambda a, b: None)
+            if matches.aliasing.overwrites_values():
+                raise NotTraceableError("its forward overwrites a parameter or buffer")
         except NotTraceableError as error:
             self.record.untraceable[path] = str(error)
             for name, child in network.named_children():
                 self.fuse(child, f"{path}.{name}".lstrip("."))
             return
-        self._overlay(network, path, traced)
+        self._overlay(network, path, traced, matches)
         for name, leaf in traced.modules.items():
             if kind_of(leaf) is None:
                 self.fuse(leaf, f"{path}.{name}".lstrip("."))
@@ -160,9 +169,7 @@ class _Fuser:
     def _note(self, name: str, parts: str, reason: str, missed: bool) -> None:
         self.record.layers.append(LayerRecord(name.strip("."), parts, reason, missed))
 
-    def _overlay(self, network: nn.Module, path: str, traced: Trace) -> None:
-        pass_through(traced, self._training)
-        matches = match(traced.graph, traced.modules, lambda a, b: None)
+    def _overlay(self, network: nn.Module, path: str, traced: Trace, matches: Matches) -> None:
         self._leave_training(matches)
         for group in matches.groups:
             name = f"{path}.{_name_of(group.conv)}"
@@ -179,6 +186,16 @@ class _Fuser:
             norm = matches.calls.get(group.norm) if group.norm is not None else None
             if isinstance(norm, Norm) and norm.module in self._training:
                 group.leave("its norm is in training mode")
+
+
+def _copy(model: Network) -> Network:
+    try:
+        return copy.deepcopy(model)
+    # Modules may refuse to be copied in any way they like.
+    except Exception as error:
+        raise FusionError(
+            f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to change it itself"
+        ) from error
 
 
 def _name_of(node: Node) -> str:

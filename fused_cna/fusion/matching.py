@@ -74,7 +74,7 @@ def match(
         residuals: whether additions can be taken in.
     """
     calls = {node: call for node in graph.nodes if (call := call_of(node, modules)) is not None}
-    finder = _Finder(calls, Aliasing(graph, calls, modules), same_shape, residuals)
+    finder = _Finder(calls, modules, Aliasing(graph, calls, modules), same_shape, residuals)
     apart: dict[Node, str] = {}
     while True:
         groups = finder.find(apart)
@@ -90,9 +90,15 @@ def match(
 
 class _Finder:
     def __init__(
-        self, calls: dict[Node, Call], aliasing: Aliasing, same_shape: SameShape, residuals: bool
+        self,
+        calls: dict[Node, Call],
+        modules: dict[str, nn.Module],
+        aliasing: Aliasing,
+        same_shape: SameShape,
+        residuals: bool,
     ) -> None:
         self.calls = calls
+        self.modules = modules
         self.aliasing = aliasing
         self.same_shape = same_shape
         self.residuals = residuals
@@ -139,7 +145,11 @@ class _Finder:
     def _take_norm(self, group: Group) -> Node:
         following = self._following(group.conv)
         call = self.calls.get(following) if following is not None else None
-        if isinstance(call, Norm):
+        if isinstance(call, Norm) and following is not None:
+            for value in (call.weight, call.bias, call.mean, call.var):
+                if isinstance(value, Node) and self.aliasing.changed_between(value, group.conv, following):
+                    group.reason, group.missed = "its norm is changed after the convolution has run", True
+                    return group.conv
             group.norm = self._take(following)
             return group.norm
         return group.conv
@@ -202,17 +212,23 @@ class _Finder:
             return "its result is not used", False
         if len(users) > 1:
             parts = [user for user in users if isinstance(self.calls.get(user), Norm)]
-            return f"its result goes to {len(users)} places: {_names(users)}", bool(parts)
+            return f"its result goes to {len(users)} places: {_names(users, self.modules)}", bool(parts)
         call = self.calls.get(users[0])
         if isinstance(call, Refused) and call.kind in (Norm, Act):
             return f"what follows is left alone: {call.reason}", call.kind is Norm
         if isinstance(call, Add):
             return group.reason or "the addition after it belongs to another convolution", group.missed
-        return f"nothing that could be fused follows: its result goes to {_names(users)}", False
+        return f"nothing that could be fused follows: its result goes to {_names(users, self.modules)}", False
 
 
-def _names(nodes: Iterable[Node]) -> str:
-    return ", ".join("the output" if node.op == "output" else node.name for node in nodes)
+def _names(nodes: Iterable[Node], modules: dict[str, nn.Module]) -> str:
+    return ", ".join(_name(node, modules) for node in nodes)
+
+
+def _name(node: Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return f"{node.target} ({type(modules[str(node.target)]).__name__})"
+    return "the output" if node.op == "output" else node.name
 
 
 def _shared(groups: list[Group], calls: dict[Node, Call]) -> dict[Node, str]:

@@ -22,6 +22,11 @@ NAME = "fused_cna_overlay"
 """The attribute of a network that holds its overlay."""
 
 
+_GONE = object()
+# Attributes that may be another object of the same value, as after pickling.
+_PLAIN = (bool, int, float, str, tuple)
+
+
 class Overlay(nn.Module):
     """The graph of fused blocks over a network, and what has to hold for it to be what the network computes.
 
@@ -32,7 +37,7 @@ class Overlay(nn.Module):
         inputs: the names of the arguments of the network's ``forward`` that the graph takes.
         values: paths of the parameters and buffers, from the network on, that the graph takes.
         places: modules that the graph stands for: where each is kept, by what name, and which it is.
-        entered: modules whose ``forward`` is part of the graph.
+        entered: modules whose ``forward`` is part of the graph, the network first.
     """
 
     def __init__(
@@ -49,6 +54,13 @@ class Overlay(nn.Module):
         self.values = tuple(values)
         self._places = list(places)
         self._entered = list(entered)
+        self._children = [(module, len(module._modules)) for module in self._entered]
+        self._attributes = [
+            (vars(module), name, value)
+            for module in self._entered
+            for name, value in vars(module).items()
+            if not name.startswith("_") and name != "training"
+        ]
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The graph's inputs for a call of the network; None where the call is none that was traced."""
@@ -67,14 +79,16 @@ class Overlay(nn.Module):
         for owner, name, module in self._places:
             if owner.get(name) is not module:
                 return False
-        for module in self._entered:
-            if (
-                module.training
-                or module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-            ):
+        for attributes, name, value in self._attributes:
+            now = attributes.get(name, _GONE)
+            if now is not value and (type(now) not in _PLAIN or now != value):
                 return False
+        for module, count in self._children:
+            if module.training or len(module._modules) != count:
+                return False
+        # Those of the network itself run before and after its forward, as always.
+        if any(map(layers.has_hooks, self._entered[1:])):
+            return False
         return not layers.has_global_hooks()
 
     def forward(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -83,9 +97,8 @@ class Overlay(nn.Module):
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The fused blocks by the name of their convolution."""
-        return [
-            (name, module) for name, module in self.graph.named_modules() if hasattr(module, "group_name")
-        ]
+        modules = self.graph.modules()
+        return [(str(module.group_name), module) for module in modules if hasattr(module, "group_name")]
 
     def move(self, fn: Callable[..., Any]) -> None:
         """Apply what moves or casts the network to what blocks hold for themselves."""
@@ -106,8 +119,9 @@ class FusedNetwork(nn.Module):
     plain_class: type[nn.Module]
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        overlay: Any = self.__dict__[NAME]
-        if not self.training and overlay.holds():
+        # A class that makes more of its own kind, as a slice of nn.Sequential is made, makes plain ones.
+        overlay: Any = self.__dict__.get(NAME)
+        if overlay is not None and not self.training and overlay.holds():
             inputs = overlay.bind(args, kwargs)
             if inputs is not None:
                 return overlay(self, inputs)
@@ -115,7 +129,8 @@ class FusedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "FusedNetwork":
         super()._apply(fn, recurse)
-        self.__dict__[NAME].move(fn)
+        if NAME in self.__dict__:
+            self.__dict__[NAME].move(fn)
         return self
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -197,5 +212,5 @@ def lay_over(network: nn.Module, overlay: Overlay) -> None:
 
 def take_off(network: FusedNetwork) -> None:
     """Undo :func:`lay_over`."""
-    del network.__dict__[NAME]
+    network.__dict__.pop(NAME, None)
     network.__class__ = network.plain_class  # type: ignore[assignment]

@@ -10,7 +10,7 @@ from torch.fx import Node
 from fused_cna import layers
 from fused_cna._checks import explicit_padding, pair
 from fused_cna.activation import ACTIVATIONS
-from fused_cna.fusion.calls import Act, Norm, Pad
+from fused_cna.fusion.calls import Act, Norm, Pad, Value
 from fused_cna.fusion.matching import Group, Matches
 from fused_cna.modules import ConvNormAct
 from fused_cna.ops import conv_norm_act
@@ -74,7 +74,7 @@ def block_of(group: Group, matches: Matches, name: str) -> FusedBlock | None:
         FusedBlock.from_modules(
             group.call.module,
             norm.module if isinstance(norm, Norm) else None,
-            _act_module(act) if isinstance(act, Act) else None,
+            act_module(act) if isinstance(act, Act) else None,
             residual_order=group.residual_order,
         ),
     )
@@ -84,7 +84,7 @@ def block_of(group: Group, matches: Matches, name: str) -> FusedBlock | None:
     return block.eval()
 
 
-def _act_module(act: Act) -> nn.Module:
+def act_module(act: Act) -> nn.Module:
     if act.module is not None:
         return act.module
     row = ACTIVATIONS[act.name]
@@ -119,16 +119,25 @@ class Rewriter:
             "dilation": pair(call.dilation, "dilation"),
             "groups": call.groups,
         }
-        if isinstance(norm, Norm):
-            options["norm_weight"], options["norm_bias"] = norm.weight, norm.bias
-            options["running_mean"], options["running_var"] = norm.mean, norm.var
-            options["eps"] = norm.eps
+        with self._place(group):
+            weight = self._value(call.weight, group.conv, "weight")
+            bias = self._value(call.bias, group.conv, "bias")
+            if isinstance(norm, Norm):
+                options["eps"] = norm.eps
+                options["act"], options["act_params"] = norm.act, norm.act_params
+                for option, value, name in (
+                    ("norm_weight", norm.weight, "weight"),
+                    ("norm_bias", norm.bias, "bias"),
+                    ("running_mean", norm.mean, "running_mean"),
+                    ("running_var", norm.var, "running_var"),
+                ):
+                    options[option] = self._value(value, group.norm, name)
         if isinstance(act, Act):
             options["act"], options["act_params"] = act.name, act.params
         if residual is not None:
             options["residual"], options["residual_order"] = residual, group.residual_order
         with self._place(group):
-            made = self.graph.call_function(conv_norm_act, (x, call.weight, call.bias), options)  # type: ignore[arg-type]
+            made = self.graph.call_function(conv_norm_act, (x, weight, bias), options)  # type: ignore[arg-type]
         self._replace(group, made)
 
     def _operands(self, group: Group) -> tuple[Node, Node | None]:
@@ -136,6 +145,10 @@ class Rewriter:
         x = pad.x if isinstance(pad, Pad) else group.call.x
         residual = group.residual
         return self._replaced.get(x, x), None if residual is None else self._replaced.get(residual, residual)
+
+    def _value(self, value: Value, node: Node | None, name: str) -> Node | None:
+        """The node that hands in a parameter: one that reads it from its module where a module holds it."""
+        return self.graph.get_attr(f"{node.target}.{name}") if isinstance(value, Tensor) and node else value  # type: ignore[return-value]
 
     def _place(self, group: Group) -> AbstractContextManager[Any]:
         """Where the last operand is there: at the addition, else at the convolution."""

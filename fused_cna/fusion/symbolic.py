@@ -122,10 +122,11 @@ def required_inputs(function: Callable[..., Any]) -> list[str]:
 class Tracer(fx.Tracer):
     """Follows what is not a leaf: torch's own modules, parts of groups, and what is called with hooks."""
 
-    def __init__(self) -> None:
+    def __init__(self, live: Collection[nn.Module] = ()) -> None:
         timm = sys.modules.get("timm.layers._fx")
         functions = [] if timm is None else [f for f in timm.get_notrace_functions() if callable(f)]
         super().__init__(autowrap_functions=tuple(functions))
+        self._live = live
         self._modes = _modes()
         self._leaf_classes = () if timm is None else tuple(timm.get_notrace_modules())
         self.entered: list[nn.Module] = []
@@ -135,6 +136,7 @@ class Tracer(fx.Tracer):
             kind_of(m) is not None
             or layers.has_hooks(m)
             or parametrize.is_parametrized(m)
+            or m in self._live
             or isinstance(m, (*self._leaf_classes, ConvNormAct, torch.jit.ScriptModule))
             or super().is_leaf_module(m, module_qualified_name)
         )
@@ -206,26 +208,31 @@ class Trace:
     """The leaves that it calls, by path."""
     entered: list[nn.Module]
     """The modules whose ``forward`` became part of the graph, the network itself excluded."""
+    live: Collection[nn.Module]
+    """Modules that are in training mode although the network is not, and so run as they are."""
 
 
 # What returns its input in eval mode.
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
-def pass_through(traced: Trace, training: Collection[nn.Module]) -> None:
-    """Take modules out of the graph that hand their input on in eval mode; not those in ``training``."""
+def pass_through(traced: Trace) -> None:
+    """Take modules out of the graph that hand their input on in eval mode."""
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or len(node.all_input_nodes) != 1 or len(node.args) != 1:
             continue
         module = traced.modules[str(node.target)]
-        if type(module) in _PASSING and not layers.has_hooks(module) and module not in training:
+        if type(module) in _PASSING and not layers.has_hooks(module) and module not in traced.live:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
             traced.entered.append(module)
 
 
-def trace(network: nn.Module) -> Trace:
+def trace(network: nn.Module, live: Collection[nn.Module] = ()) -> Trace:
     """The graph of a network as it runs in eval mode with its options at their defaults.
+
+    Args:
+        live: modules that are leaves whatever they are, because they will be in training mode.
 
     Raises:
         NotTraceableError: the network cannot be followed, with the reason.
@@ -236,8 +243,8 @@ def trace(network: nn.Module) -> Trace:
     if isinstance(network, torch.jit.ScriptModule):
         raise NotTraceableError("it is scripted")
     inputs = required_inputs(kind.forward)
-    graph, tracer = _run(network, gradients=True)
-    without_gradients, _ = _run(network, gradients=False)
+    graph, tracer = _run(network, live, gradients=True)
+    without_gradients, _ = _run(network, live, gradients=False)
     if str(graph) != str(without_gradients):
         raise NotTraceableError("it computes something else where gradients are off")
     for node in graph.nodes:
@@ -247,14 +254,14 @@ def trace(network: nn.Module) -> Trace:
         for node in graph.nodes
         if node.op == "call_module"
     }
-    return Trace(graph, inputs, modules, tracer.entered)
+    return Trace(graph, inputs, modules, tracer.entered, live)
 
 
-def _run(network: nn.Module, *, gradients: bool) -> tuple[fx.Graph, Tracer]:
-    before = _SideEffects(network)
+def _run(network: nn.Module, live: Collection[nn.Module], *, gradients: bool) -> tuple[fx.Graph, Tracer]:
+    before = SideEffects(network)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            tracer = Tracer()
+            tracer = Tracer(live)
             graph = tracer.trace(network)
     # Code that is not made for tracing fails in any way it likes.
     except Exception as error:
@@ -266,7 +273,7 @@ def _run(network: nn.Module, *, gradients: bool) -> tuple[fx.Graph, Tracer]:
     return graph, tracer
 
 
-class _SideEffects:
+class SideEffects:
     """What running Python code leaves behind besides its result: attributes, and random numbers drawn."""
 
     def __init__(self, network: nn.Module) -> None:

@@ -1,0 +1,333 @@
+"""Whether a fused network computes what the original does: at every boundary of a block, and at the end.
+
+Both run on the same inputs, and the original in float64 as well, from which errors are measured:
+
+- What a block computes of its arguments, against the formula on the modules of the original: the error may
+  be ``max(1.05 e, c u)``, as that of any kernel, with ``e`` that of the modules one after another, ``u`` the
+  unit roundoff and ``c`` the constant of the kernels; of a snapshot, whose weights are rounded once more,
+  three times that.
+- What a convolution gets, and what the network returns, against the original in float64: the error may be
+  ``max(3 e, 16 u)``, with ``e`` the largest error up to there of the original itself. So a network that
+  amplifies rounding errors is allowed as much, and no more than that. Where the original does not run in
+  float64, it is compared with itself as it is, and ``1000 u`` is allowed.
+
+Integers that a network returns are functions of rounded numbers: one in a thousand may differ, or three times
+as many as the original has from float64.
+"""
+
+import copy
+import math
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from fused_cna.fusion import comparing
+from fused_cna.fusion.boundaries import (
+    Block,
+    bound,
+    convs_outside,
+    find_blocks,
+    input_of,
+    modules_of_blocks,
+    watch_calls,
+    watch_convs,
+)
+from fused_cna.fusion.frozen import FrozenConv
+from fused_cna.fusion.records import NAME as RECORD
+from fused_cna.fusion.records import FusionError
+
+_TIMES_OWN_ERROR = 3.0
+_ROUNDOFFS = 16.0
+_ROUNDOFFS_UNMEASURED = 1000.0
+_ROUNDOFFS_REPEATED = 64.0
+_INTEGERS = 1e-3
+
+
+def verify_fused(original: nn.Module, fused: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Refuse a fused network that computes something else than the original on example inputs.
+
+    Compares in the dtype of the network, and before that in float32 where it is float16 or bfloat16 and not
+    frozen. A network in training mode is compared in eval mode. Copies are run, so that neither network
+    changes; what convolutions get is kept in float64, so a small batch is best.
+
+    Args:
+        original: the network before it was fused.
+        fused: what :func:`fuse` made of it.
+        inputs: the arguments of a call.
+
+    Raises:
+        FusionError: something differs: names the first layer that does, by how much, and what was allowed. Or
+            nothing can be said: the original fails on the inputs, or is not deterministic, or no block ran.
+    """
+    devices = sorted({p.device.index for p in original.parameters() if p.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        dtype = _dtype_of(original)
+        own = _own_run(original, inputs)
+        exact = _try_run(original, inputs, torch.float64) if dtype != torch.float64 else None
+        if dtype in (torch.float16, torch.bfloat16) and not _is_frozen(fused):
+            wide = _try_run(original, inputs, torch.float32)
+            if wide is not None:
+                _Comparison(original, fused, inputs, torch.float32, wide, exact).run()
+        _Comparison(original, fused, inputs, None, own, exact).run()
+
+
+def _dtype_of(network: nn.Module) -> torch.dtype:
+    """That of the convolutions, else of the first parameter."""
+    weights = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
+    parameters = [*weights, *network.parameters()]
+    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
+
+def _is_frozen(fused: nn.Module) -> bool:
+    return any(isinstance(module, FrozenConv) for _, module in modules_of_blocks(fused))
+
+
+def _copy(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    made = copy.deepcopy(network)
+    if dtype is not None:
+        made.to(dtype)
+    return made.eval() if network.training else made
+
+
+def _call(network: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The leaves of what a network returns, for copies of the inputs."""
+
+    def copied(leaf: Any) -> Any:
+        return comparing.copied(leaf, dtype) if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+    arguments = _pytree.tree_map(copied, inputs)
+    return dict(comparing.leaves(network(*arguments)))
+
+
+class _Run:
+    """What the original's convolutions get in one run, and what it returns."""
+
+    def __init__(self, original: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> None:
+        self.conv_inputs: list[tuple[str, Any]] = []
+        self._by_name: dict[str, list[Any]] = {}
+        network = _copy(original, dtype)
+        watch_convs(network, self._note)
+        self.outputs = _call(network, inputs, dtype)
+
+    def _note(self, name: str, x: Any) -> None:
+        kept = comparing.copied(x) if isinstance(x, Tensor) else x
+        self.conv_inputs.append((name, kept))
+        self._by_name.setdefault(name, []).append(kept)
+
+    def error_of_input(self, name: str, call: int, x: Any) -> float:
+        """How far the input of a convolution is from that in this run; infinite where it did not run."""
+        calls = self._by_name.get(name, [])
+        return comparing.error(x, calls[call]) if call < len(calls) else math.inf
+
+
+def _own_run(original: nn.Module, inputs: tuple[Any, ...]) -> _Run:
+    """A run in the original's own dtype, which has to work, and to repeat."""
+    kind = type(original).__name__
+    try:
+        run = _Run(original, inputs, None)
+        repeated = _call(_copy(original, None), inputs, None)
+    except Exception as error:
+        raise FusionError(
+            f"{kind} itself fails on the example inputs, so there is nothing to compare with: {error}"
+        ) from error
+    for path, leaf in run.outputs.items():
+        allowed = _ROUNDOFFS_REPEATED * comparing.roundoff(leaf) if comparing.is_rounded(leaf) else 0.0
+        difference = comparing.error(repeated[path], leaf) if path in repeated else math.inf
+        if difference > allowed:
+            raise FusionError(
+                f"{kind} is not deterministic, so nothing can be compared with it: two runs of the original "
+                f"on the same inputs differ in {path} by {difference:.2g}{_suspects(original)}"
+            )
+    return run
+
+
+def _suspects(original: nn.Module) -> str:
+    names = [
+        f"{name} ({type(module).__name__})"
+        for name, module in original.named_modules()
+        if module.training and not original.training and "Drop" in type(module).__name__
+    ]
+    return f"; in training mode are {', '.join(names[:3])}" if names else ""
+
+
+def _try_run(original: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> _Run | None:
+    """A run in a dtype that is not the network's own; None where its code prevents that."""
+    try:
+        return _Run(original, inputs, dtype)
+    # Code that is made for one dtype fails in any way it likes in another.
+    except Exception as error:
+        warnings.warn(
+            f"{type(original).__name__} does not run in {_words(dtype)}, so it is verified without: {error}",
+            stacklevel=4,
+        )
+        return None
+
+
+def _words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Comparison:
+    """One run of the fused network, beside one of the original in the same dtype and an exact one."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        fused: nn.Module,
+        inputs: tuple[Any, ...],
+        dtype: torch.dtype | None,
+        own: _Run,
+        exact: _Run | None,
+    ) -> None:
+        self._kind = type(original).__name__
+        self._inputs = inputs
+        self._dtype = dtype
+        self._dtype_words = _words(dtype or _dtype_of(original))
+        self._own = own
+        self._exact = exact or own
+        self._roundoffs = _ROUNDOFFS if exact is not None else _ROUNDOFFS_UNMEASURED
+        self._fused = _copy(fused, dtype)
+        record = getattr(fused, RECORD, None)
+        self._recorded = {} if record is None else {layer.name: layer.parts for layer in record.layers}
+        self._blocks = find_blocks(self._fused, _copy(original, dtype))
+        self._own_errors: dict[str, list[float]] = {}
+        """The largest error of the original up to each call of a convolution."""
+        self._largest_own_error = 0.0
+        self._calls: dict[str, list[int]] = {}
+        self._made: list[tuple[weakref.ref[Tensor], str]] = []
+        self._first_difference = ""
+
+    def run(self) -> None:
+        self._measure_own_errors()
+        self._compare_outputs(self._run_fused())
+        if self._first_difference:
+            raise FusionError(
+                f"the fused {self._kind} does not compute what the original does. The first difference, in "
+                f"{self._dtype_words}: {self._first_difference}"
+            )
+        self._check_all_ran()
+
+    def _measure_own_errors(self) -> None:
+        for name, x in self._own.conv_inputs:
+            errors = self._own_errors.setdefault(name, [])
+            own = self._exact.error_of_input(name, len(errors), x)
+            self._largest_own_error = max(self._largest_own_error, own)
+            errors.append(self._largest_own_error)
+
+    def _run_fused(self) -> dict[str, Any]:
+        for block in self._blocks:
+            self._watch(block)
+        watch_convs(self._fused, self._check_input, convs_outside(self._fused))
+        watch_calls(self._fused, self._check_call)
+        try:
+            return _call(self._fused, self._inputs, self._dtype)
+        except Exception as error:
+            raise FusionError(
+                f"the fused {self._kind} fails on the example inputs, where the original runs"
+                f"{self._after_last()}: {error}"
+            ) from error
+
+    def _after_last(self) -> str:
+        return f", after {self._made[-1][1]}" if self._made else ""
+
+    def _watch(self, block: Block) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+            residual = args[1] if len(args) > 1 else kwargs.get("residual")
+            self._check_block(block, input_of(args, kwargs), residual, y)
+
+        block.module.register_forward_hook(hook, with_kwargs=True)
+
+    def _check_block(self, block: Block, x: Tensor, residual: Any, y: Tensor) -> None:
+        self._check_input(block.name, block.padded(x))
+        recorded, computed = self._recorded.get(block.name, ""), block.computes(residual)
+        if recorded and computed and recorded != computed:
+            self._note(f"{block.name} is to compute {recorded}, but computes {computed}")
+        exact = block.exactly(x, residual)
+        allowed = block.bound(y, comparing.error(block.eagerly(x, residual), exact))
+        self._check_result(f"{block.name} ({recorded or computed})", y, exact, allowed)
+        self._made.append((weakref.ref(y), block.name))
+
+    def _check_call(self, name: str, y: Tensor, eager: Tensor, exact: Tensor) -> None:
+        name = f"the convolution by {name}"
+        self._check_result(name, y, exact, bound(y, comparing.error(eager, exact)))
+        self._made.append((weakref.ref(y), name))
+
+    def _check_result(self, name: str, y: Tensor, exact: Tensor, allowed: float) -> None:
+        error = comparing.error(y, exact)
+        if error > allowed:
+            self._note(f"{name} does not compute its formula: {_numbers(error, allowed)}")
+
+    def _check_input(self, name: str, x: Any) -> None:
+        known = self._own_errors.get(name)
+        if known is None:
+            return
+        left = self._calls.setdefault(name, list(range(len(known))))
+        if not left:
+            self._note(f"{name} runs more often than in the original, where it runs {len(known)} times")
+            return
+        # Calls of one convolution may have changed places.
+        errors = {call: self._exact.error_of_input(name, call, x) for call in left}
+        call = min(errors, key=errors.__getitem__)
+        left.remove(call)
+        allowed = self._allowed(x, known[call])
+        if errors[call] > allowed:
+            self._note(f"{self._source_of(x, name)}: {_numbers(errors[call], allowed)}")
+
+    def _source_of(self, x: Any, name: str) -> str:
+        for made, block in reversed(self._made):
+            if made() is x:
+                return f"{block} computes its formula, but not what the original hands to {name} in its place"
+        before = f"; the last block before it is {self._made[-1][1]}" if self._made else ""
+        return f"the input of {name} is not what the original gives it{before}"
+
+    def _allowed(self, leaf: Any, own_error: float) -> float:
+        if comparing.is_rounded(leaf):
+            return max(_TIMES_OWN_ERROR * own_error, self._roundoffs * comparing.roundoff(leaf))
+        return max(_TIMES_OWN_ERROR * own_error, _INTEGERS) if isinstance(leaf, Tensor) else 0.0
+
+    def _compare_outputs(self, fused_outputs: dict[str, Any]) -> None:
+        outputs = self._own.outputs
+        if list(outputs) != list(fused_outputs):
+            only = sorted(set(outputs) ^ set(fused_outputs))
+            self._note(f"the result has other parts{self._after_last()}: {', '.join(only[:5])}")
+        for path in [path for path in outputs if path in fused_outputs and path in self._exact.outputs]:
+            leaf, exact = fused_outputs[path], self._exact.outputs[path]
+            own = comparing.error(outputs[path], exact)
+            if comparing.is_rounded(leaf):
+                own = max(own, self._largest_own_error)
+            error, allowed = comparing.error(leaf, exact), self._allowed(leaf, own)
+            if error > allowed:
+                self._note(
+                    f"{path} is not what the original returns, though every convolution gets what it gets "
+                    f"there{self._last_words()}: {_numbers(error, allowed)}"
+                )
+
+    def _last_words(self) -> str:
+        return f"; the last block is {self._made[-1][1]}" if self._made else ""
+
+    def _note(self, difference: str) -> None:
+        self._first_difference = self._first_difference or difference
+
+    def _check_all_ran(self) -> None:
+        ran = {name for _, name in self._made}
+        idle = sorted({block.name for block in self._blocks} - ran)
+        if not idle:
+            return
+        message = (
+            f"{len(idle)} of {len(idle) + len(ran)} fused blocks of {self._kind} do not run on the example "
+            f"inputs, such as {idle[0]}, so nothing is known of them; a fused network runs as it was written "
+            "when it is called with more than its tensors, or a module of it is hooked or in training mode"
+        )
+        if not ran:
+            raise FusionError(message)
+        warnings.warn(message, stacklevel=5)
+
+
+def _numbers(error: float, allowed: float) -> str:
+    if math.isinf(error):
+        return "another shape or dtype, or numbers that are not finite"
+    return f"relative error {error:.2g}, allowed is {allowed:.2g}"

@@ -1,0 +1,204 @@
+"""Padding before a convolution: which of it a convolution can take over."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.fusion_cases.case import ADDED, WHOLE, Group, add, case, conv
+
+
+class PadModule(nn.Module):
+    """A padding module, then the group."""
+
+    def __init__(self, pad: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.pad = pad
+        self.conv = nn.Conv2d(4, 4, 3, **options)
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(self.pad(x))))
+
+
+class PadFunction(PadModule):
+    """`F.pad`, then the group."""
+
+    def __init__(self, size: Any, mode: str = "constant", value: Any = None, **options: Any) -> None:
+        super().__init__(nn.Identity(), **options)
+        self.arguments = (size, mode, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(F.pad(x, *self.arguments))))
+
+
+for _name, _make in {
+    "zeros": lambda: PadModule(nn.ZeroPad2d(1)),
+    "zeros_uneven": lambda: PadModule(nn.ZeroPad2d((0, 1, 2, 3))),
+    "zeros_stride": lambda: PadModule(nn.ZeroPad2d((0, 1, 0, 1)), stride=2),
+    "zeros_and_own": lambda: PadModule(nn.ZeroPad2d((2, 1, 0, 1)), padding=1),
+    "zeros_and_reflection": lambda: PadModule(nn.ZeroPad2d(1), padding=1, padding_mode="reflect"),
+    "zeros_and_same": lambda: PadModule(nn.ZeroPad2d(1), padding="same", dilation=2),
+    "zeros_negative": lambda: PadModule(nn.ZeroPad2d(-1)),
+    "zeros_negative_and_own": lambda: PadModule(nn.ZeroPad2d(-1), padding=1),
+    "zeros_partly_negative": lambda: PadModule(nn.ZeroPad2d((2, -1, -1, 2)), padding=(1, 2)),
+    "constant_zero": lambda: PadModule(nn.ConstantPad2d(1, 0.0)),
+    "constant": lambda: PadModule(nn.ConstantPad2d(1, 0.7)),
+    "reflection": lambda: PadModule(nn.ReflectionPad2d(1)),
+    "replication": lambda: PadModule(nn.ReplicationPad2d((1, 2, 0, 1)), padding=1),
+    "circular": lambda: PadModule(nn.CircularPad2d(1)),
+    "function": lambda: PadFunction((1, 1, 1, 1)),
+    "function_list": lambda: PadFunction([0, 1, 0, 1], stride=2),
+    "function_width_only": lambda: PadFunction((2, 1)),
+    "function_three_dimensions": lambda: PadFunction((1, 1, 1, 1, 0, 0)),
+    "function_value_zero": lambda: PadFunction((1, 1, 1, 1), "constant", 0),
+    "function_value": lambda: PadFunction((1, 1, 1, 1), "constant", -0.4),
+    "function_reflect": lambda: PadFunction((1, 1, 1, 1), "reflect"),
+    "function_negative": lambda: PadFunction((-1, -1, 1, 1), padding=1),
+}.items():
+    add(f"pad_{_name}", _make, fused={"conv": WHOLE})
+
+for _mode in ("reflect", "replicate", "circular"):
+    add(
+        f"padding_mode_{_mode}",
+        lambda mode=_mode: PadModule(nn.Identity(), padding=(1, 2), padding_mode=mode, stride=(2, 1)),
+        fused={"conv": WHOLE},
+    )
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "same": {"padding": "same"},
+    "same_even": {"padding": "same", "size": 4},
+    "same_dilated": {"padding": "same", "dilation": (2, 3)},
+    "valid": {"padding": "valid"},
+    "pairs": {"size": (3, 5), "stride": (2, 1), "padding": (0, 3), "dilation": (1, 2)},
+    "grouped": {"groups": 2},
+    "depthwise": {"groups": 4, "bias": False},
+    "pointwise": {"size": 1, "padding": 0},
+}
+
+
+class WithConv(Group):
+    """A convolution of another kind in the usual place."""
+
+    def __init__(self, size: Any = 3, **options: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, size, **{"padding": 1, **options})
+
+
+for _name, _options in OPTIONS.items():
+    add(f"conv_{_name}", partial(WithConv, **_options), fused={"conv": WHOLE})
+
+
+@case(fused={"conv": WHOLE})
+class PadOutputTwice(PadFunction):
+    """The padded image is needed by somebody else too."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (1, 1, 1, 1))
+        return self.act(self.norm(self.conv(padded))) * padded[:, :, 1:-1, 1:-1].sin()
+
+
+@case(fused={"conv": ADDED})
+class PadAsResidual(PadFunction):
+    """The padded image is the residual too."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1, 1, 1), padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (1, 1, 1, 1))
+        return self.act(self.norm(self.conv(padded)) + padded)
+
+
+@case()
+class PadOutputChanged(PadFunction):
+    """The border is filled after padding."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (1, 1, 1, 1))
+        padded[:, :, 0] = 0.5
+        return self.act(self.norm(self.conv(padded)))
+
+
+@case()
+class InputChangedAfterPadding(PadFunction):
+    """The padded image is a copy: it keeps what the input was."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (1, 1, 1, 1))
+        x.zero_()
+        return self.act(self.norm(self.conv(padded)))
+
+
+@case(fused={"conv": WHOLE})
+class PadChannels(nn.Module):
+    """Zero channels are no border."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(6), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(F.pad(x, (0, 0, 0, 0, 1, 1)))))
+
+
+@case(fused={"conv": WHOLE})
+class PadThenActivation(PadFunction):
+    """Something between the padding and the convolution: sigmoid(0) is not 0."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(torch.sigmoid(F.pad(x, (1, 1, 1, 1))))))
+
+
+@case(fused={"conv": WHOLE})
+class PadTwice(PadModule):
+    """Two paddings in a row."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.ZeroPad2d((1, 0, 1, 0)), nn.ZeroPad2d((0, 1, 0, 2))))
+
+
+@case()
+class PadByTheImagesSize(PadFunction):
+    """TensorFlow's "same": how much depends on the image."""
+
+    def __init__(self) -> None:
+        super().__init__((0, 0, 0, 0), stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        rows = ((height + 1) // 2 - 1) * 2 + 3 - height
+        columns = ((width + 1) // 2 - 1) * 2 + 3 - width
+        padded = F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+        return self.act(self.norm(self.conv(padded)))
+
+
+@case()
+class SharedPaddedInput(nn.Module):
+    """One padding before two convolutions, which may both take it or neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pad = nn.ZeroPad2d((1, 1, 1, 1))
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = self.pad(x)
+        return F.relu(self.norm(self.conv(padded))) * F.silu(self.norm2(self.conv2(padded)))

@@ -1,0 +1,125 @@
+"""Networks written to break `fused_cna.fuse`: the original's answers, and fused where that is safe."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fused_cna
+from tests.fusion_cases import CASES, Case, Snapshot, assert_different, compare
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=str)
+
+# Networks without batch norm, or whose parametrizations and hooks torch itself deprecates, say so.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(weight_norm|spectral_norm).*deprecated"),
+    pytest.mark.filterwarnings("ignore:.*nn.functional.(sigmoid|tanh) is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*padding='same' with even kernel"),
+]
+
+
+def fuse(case: Case, network: nn.Module, way: str) -> nn.Module | None:
+    """The fused network; None where it cannot be had and a message says what to pass."""
+    if way == "observed":
+        arguments, _ = case.arguments(case.draws[0])
+        return fused_cna.fuse(network, example_inputs=arguments)
+    try:
+        return fused_cna.fuse(network)
+    except fused_cna.FusionError as error:
+        if (case.traceable and (case.fused or case.unfused)) or "example_inputs" not in str(error):
+            raise
+        return None
+
+
+@every_case
+@pytest.mark.parametrize("way", ["traced", "observed"])
+def test_same_answers(case: Case, way: str) -> None:
+    if way == "observed" and case.keywords is not None:
+        pytest.skip("example inputs are positional")
+    network = case.build()
+    before = Snapshot(network)
+    fused = fuse(case, network, way)
+    before.check(network)
+    if fused is None:
+        return
+    # Every graph module has a class of its own.
+    assert isinstance(fused, fx.GraphModule if isinstance(network, fx.GraphModule) else type(network))
+    assert list(fused.state_dict()) == list(network.state_dict())
+    compare(case, fused, case.build())
+
+
+def check_report(case: Case, fused: nn.Module) -> None:
+    layers = fused_cna.report(fused).layers
+    for name, parts in case.fused.items():
+        records = [layer for layer in layers if layer.name == name]
+        assert records, f"{name} is not in the report, which has {[layer.name for layer in layers]}"
+        for record in records:
+            assert record.fused, f"{name} was not fused: {record.reason}"
+            found = [part for part in record.parts.split(" + ") if part != "pad"]
+            assert found == parts.split(" + "), f"{name}: {record.parts} instead of {parts}"
+    for name, reason in case.unfused.items():
+        records = [layer for layer in layers if layer.name == name]
+        assert records, f"{name} is not in the report, which has {[layer.name for layer in layers]}"
+        for record in records:
+            assert not record.fused, f"{name} was fused as {record.parts}"
+            assert record.reason, f"{name} was left alone without a reason"
+            assert re.search(reason, record.reason), f"{name}: {record.reason!r} does not say {reason!r}"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.fused or case.unfused], ids=str)
+def test_fused_where_it_is_safe(case: Case) -> None:
+    way = "traced" if case.traceable else "observed"
+    fused = fuse(case, case.build(), way)
+    assert fused is not None
+    check_report(case, fused)
+
+
+@every_case
+def test_the_comparison_would_see_a_lost_norm(case: Case) -> None:
+    for name, module in case.build().named_modules():
+        if not isinstance(module, nn.BatchNorm2d) or name in case.unused_norms or not name:
+            continue
+        broken = case.build()
+        norm = broken.get_submodule(name)
+        norm.forward = norm_without_effect
+        assert_different(case, broken, case.build())
+
+
+def norm_without_effect(input: Tensor) -> Tensor:
+    return input
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if name.startswith("act_module")])
+def test_the_comparison_would_see_a_lost_activation(name: str) -> None:
+    case = CASES[name]
+    if name == "act_module_identity":
+        pytest.skip("there is nothing to lose")
+    broken = case.build()
+    broken.act = nn.Identity()
+    assert_different(case, broken, case.build())
+
+
+@pytest.mark.parametrize("name", ["add_plus", "add_after_plus", "pooled_residual", "residual_of_integers"])
+def test_the_comparison_would_see_a_lost_addition(name: str) -> None:
+    case = CASES[name]
+    broken = case.build()
+    broken.forward = lambda *args: broken.act(broken.norm(broken.conv(args[0])))
+    assert_different(case, broken, case.build())
+
+
+def test_the_comparison_would_see_an_input_left_alone() -> None:
+    case = CASES["input_scaled_in_place"]
+    broken = case.build()
+    broken.forward = lambda x: broken.act(broken.norm(broken.conv(x * 0.5 - 0.1)))
+    assert_different(case, broken, case.build())
+
+
+def test_the_comparison_would_see_another_random_number() -> None:
+    case = CASES["random"]
+    broken = case.build()
+    frozen = torch.rand(4, 1, 1, dtype=torch.float64)
+    broken.forward = lambda x: broken.act(broken.norm(broken.conv(x)) + frozen)
+    assert_different(case, broken, case.build())
