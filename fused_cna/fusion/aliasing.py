@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, Node
 
 from fused_cna import layers
@@ -23,6 +24,12 @@ _FRESH_FUNCTIONS = {
     torch.stack,
     torch.matmul,
     torch.mean,
+    torch.conv2d,
+    torch.conv_transpose2d,
+    F.batch_norm,
+    F.conv2d,
+    F.conv_transpose2d,
+    F.group_norm,
     F.linear,
     F.interpolate,
     F.softmax,
@@ -52,6 +59,9 @@ _INPLACE_OPERATORS = {
     )
 }
 
+# Keywords that make a function overwrite its input or running statistics.
+_OVERWRITING_FLAGS = ("inplace", "training", "use_input_stats")
+
 
 class Aliasing:
     """May-share-memory and may-overwrite of a graph's nodes, erring on the careful side."""
@@ -61,11 +71,15 @@ class Aliasing:
         self._modules = modules
         self._order = {node: index for index, node in enumerate(graph.nodes)}
         self._root: dict[Node, Node] = {}
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
         for node in graph.nodes:
             self._root[node] = node
             if not self._makes_fresh_memory(node):
                 for source in node.all_input_nodes:
                     self._root[self._find(source)] = self._find(node)
+        for node in inputs:
+            # The caller may hand in views of one tensor.
+            self._root[self._find(node)] = self._find(inputs[0])
         self._mutations = [(node, self._overwritten(node)) for node in graph.nodes]
         self._mutations = [(node, roots) for node, roots in self._mutations if roots]
 
@@ -170,7 +184,15 @@ def _leaves_inputs_alone(module: nn.Module) -> bool:
 
 def _may_overwrite(node: Node) -> bool:
     target: Any = node.target
-    if target in _INPLACE_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace", False) is not False:
+    if isinstance(target, HigherOrderOperator):
+        return True
+    if isinstance(target, OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, OpOverload):
+        return bool(target._schema.is_mutable)
+    if target in _INPLACE_OPERATORS or "out" in node.kwargs:
+        return True
+    if any(node.kwargs.get(flag, False) is not False for flag in _OVERWRITING_FLAGS):
         return True
     name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None) or ""
     if name.endswith("_") and not name.endswith("__"):

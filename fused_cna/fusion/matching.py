@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fused_cna.fusion.aliasing import Aliasing
-from fused_cna.fusion.calls import Act, Add, Call, Conv, Norm, Pad, Refused, call_of
+from fused_cna.fusion.calls import Act, Add, Call, Conv, Norm, Pad, Refused, Value, call_of
 
 SameShape = Callable[[Node, Node], bool | None]
 """Whether two nodes are tensors of one shape, dtype and device; None where only the call will show."""
@@ -115,6 +115,9 @@ class _Finder:
                 group.reason, group.missed = apart[node], True
             else:
                 self._extend(group)
+            changed = self._changed_value(group) if group.is_fused else None
+            if changed is not None:
+                group.leave(f"a parameter may be overwritten within it, by {changed.name}")
             if group.is_fused:
                 self._take_pad(group)
             groups.append(group)
@@ -196,6 +199,15 @@ class _Finder:
             return f"the input of the convolution may be overwritten before the addition, by {changed.name}"
         return ""
 
+    def _changed_value(self, group: Group) -> Node | None:
+        """A node that may overwrite a parameter of the group while it runs."""
+        first, *_, last = group.nodes
+        for value in values_of(group, self.calls):
+            changed = self.aliasing.changed_between(value, first, last) if isinstance(value, Node) else None
+            if changed is not None:
+                return changed
+        return None
+
     def _take_pad(self, group: Group) -> None:
         """Zeros around the input join the convolution where nothing else sees them."""
         pad = group.call.x
@@ -219,6 +231,13 @@ class _Finder:
         if isinstance(call, Add):
             return group.reason or "the addition after it belongs to another convolution", group.missed
         return f"nothing that could be fused follows: its result goes to {_names(users, self.modules)}", False
+
+
+def values_of(group: Group, calls: dict[Node, Call]) -> list[Value]:
+    """The parameters and buffers of a group, without those that are None."""
+    norm = calls.get(group.norm) if group.norm is not None else None
+    vectors = [norm.weight, norm.bias, norm.mean, norm.var] if isinstance(norm, Norm) else []
+    return [value for value in (group.call.weight, group.call.bias, *vectors) if value is not None]
 
 
 def _names(nodes: Iterable[Node], modules: dict[str, nn.Module]) -> str:

@@ -214,18 +214,38 @@ class Trace:
 
 # What returns its input in eval mode.
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_PASSING_FUNCTIONS = {
+    "torch.nn.functional.dropout": ("input", "p", "training", "inplace"),
+    "torch.nn.functional.dropout2d": ("input", "p", "training", "inplace"),
+    "torchvision.ops.stochastic_depth.stochastic_depth": ("input", "p", "mode", "training"),
+}
 
 
 def pass_through(traced: Trace) -> None:
-    """Take modules out of the graph that hand their input on in eval mode."""
+    """Take out of the graph what hands its input on in eval mode."""
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or len(node.all_input_nodes) != 1 or len(node.args) != 1:
-            continue
+        x = _passed(node, traced)
+        if x is not None:
+            node.replace_all_uses_with(x)
+            traced.graph.erase_node(node)
+
+
+def _passed(node: fx.Node, traced: Trace) -> fx.Node | None:
+    """The input that a node returns as it is; None if it does more."""
+    if node.op == "call_module" and len(node.all_input_nodes) == len(node.args) == 1:
         module = traced.modules[str(node.target)]
         if type(module) in _PASSING and not layers.has_hooks(module) and module not in traced.live:
-            node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
             traced.entered.append(module)
+            return node.all_input_nodes[0]
+    if node.op == "call_function":
+        target: Any = node.target
+        names = _PASSING_FUNCTIONS.get(
+            f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
+        )
+        given = None if names is None else {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if given is not None and given.get("training", True) is False and isinstance(given["input"], fx.Node):
+            return given["input"]
+    return None
 
 
 def trace(network: nn.Module, live: Collection[nn.Module] = ()) -> Trace:
