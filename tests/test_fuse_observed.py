@@ -268,7 +268,7 @@ def test_network_that_does_not_run_on_its_inputs() -> None:
 
 def test_strict_says_what_is_missing() -> None:
     plain = untraceable(lambda net, x: net.bn1(y := net.conv1(x)) + y)
-    with pytest.raises(FusionError, match="conv1: its result goes to 2 places: bn1 .*, add"):
+    with pytest.raises(FusionError, match=r"conv1: its result goes to 2 places: bn1 .*, add"):
         observed(plain, strict=True)
 
 
