@@ -295,7 +295,8 @@ def forced_plan(name: str) -> Iterator[None]:
         extension.force_plan(before)
 
 
-def _target(device: str | torch.device | None, x: Tensor | None) -> _tuned.Target:
+def find_target(device: str | torch.device | None, x: Tensor | None) -> _tuned.Target:
+    """What to plan for: a device by name, or of this machine; by default that of ``x`` if it has kernels."""
     if device is None:
         usable = isinstance(x, Tensor) and x.is_cuda and _extension.is_available()
         device = x.device if usable and x is not None else DEFAULT_DEVICE
@@ -346,7 +347,7 @@ def explain(
 
     >>> print(explain(ConvProblem(32, 64, 56, 56, 64, 3, 3, padding=1), device="A100"))
     """
-    target = _target(device, x)
+    target = find_target(device, x)
     question = (
         problem.question()
         if isinstance(problem, ConvProblem)

@@ -43,17 +43,15 @@ class Block:
         """The name of its convolution in the plain network."""
         self.module = module
         self.is_snapshot = isinstance(module, FrozenConv)
-        live = live_block(module)
-        self._zero_pad = live.zero_pad
-        self._order = live.residual_order
+        self.live = live_block(module)
         self._parts = parts
         self._in_float64 = tuple(copy.deepcopy(part).double() for part in parts)
 
     def padded(self, x: Any) -> Any:
         """What the convolution of the plain network gets where the block gets ``x``."""
-        if not isinstance(x, Tensor) or not any(self._zero_pad):
+        if not isinstance(x, Tensor) or not any(self.live.zero_pad):
             return x
-        top, bottom, left, right = self._zero_pad
+        top, bottom, left, right = self.live.zero_pad
         return nn.functional.pad(x, (left, right, top, bottom))
 
     def exactly(self, x: Tensor, residual: Any) -> Tensor:
@@ -71,27 +69,27 @@ class Block:
         z = norm(conv(self.padded(x)))
         if residual is None:
             return act(z)
-        return act(z + residual) if self._order == "add_act" else act(z) + residual
+        return act(z + residual) if self.live.residual_order == "add_act" else act(z) + residual
 
     def bound(self, y: Tensor, eager_error: float) -> float:
         """The relative error that the result may have."""
         return bound(y, eager_error) * (_OF_SNAPSHOTS if self.is_snapshot else 1.0)
 
-    def computes(self, residual: Any) -> str:
-        """What a call computes, with or without a residual, in the words of a record; "" where they lack."""
-        live = live_block(self.module)
-        described, own = activation.describe(live.act), layers.own_activation(live.norm)
-        own_described = None if own is None else activation.describe(own)
-        if described is None or (own is not None and own_described is None):
-            return ""
-        words = ["pad", "conv"] if any(live.zero_pad) else ["conv"]
-        if type(live.norm) is not nn.Identity:
-            words.append("norm")
-        words += [own_described[0]] if own_described is not None and own_described[0] != "identity" else []
-        tail = [described[0]] if described[0] != "identity" else []
-        if residual is not None:
-            tail = ["add", *tail] if live.residual_order == "add_act" else [*tail, "add"]
-        return " + ".join([*words, *tail])
+
+def computed_by(block: Any, residual: Any) -> str:
+    """What a block computes with or without a residual, in the words of a record; "" where they lack."""
+    described, own = activation.describe(block.act), layers.own_activation(block.norm)
+    own_described = None if own is None else activation.describe(own)
+    if described is None or (own is not None and own_described is None):
+        return ""
+    words = ["pad", "conv"] if any(block.zero_pad) else ["conv"]
+    if type(block.norm) is not nn.Identity:
+        words.append("norm")
+    words += [own_described[0]] if own_described is not None and own_described[0] != "identity" else []
+    tail = [described[0]] if described[0] != "identity" else []
+    if residual is not None:
+        tail = ["add", *tail] if block.residual_order == "add_act" else [*tail, "add"]
+    return " + ".join([*words, *tail])
 
 
 def live_block(module: nn.Module) -> Any:

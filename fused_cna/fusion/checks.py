@@ -9,6 +9,19 @@ from torch import Tensor, nn
 from fused_cna.fusion.records import FusionError, FusionRecord
 
 
+def check_module(model: object, function: str) -> None:
+    """Refuse what is no instance of ``nn.Module``, in the words of the function that takes one.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        what = (
+            f"the class {model.__name__}; make an instance of it" if isinstance(model, type) else repr(model)
+        )
+        raise TypeError(f"{function}() takes an nn.Module, but got {what}")
+
+
 def check_network(model: object) -> None:
     """Refuse what cannot be fused as a whole.
 
@@ -16,13 +29,8 @@ def check_network(model: object) -> None:
         TypeError: no instance of ``nn.Module``.
         FusionError: scripted, quantised, on the meta device, or on several devices.
     """
-    if not isinstance(model, nn.Module):
-        what = (
-            f"the class {model.__name__}; make an instance of it"
-            if isinstance(model, type)
-            else f"a {type(model).__name__}"
-        )
-        raise TypeError(f"fuse() takes an nn.Module, but got {what}")
+    check_module(model, "fuse")
+    assert isinstance(model, nn.Module)
     for name, module in model.named_modules():
         where = f"{name} ({type(module).__name__})" if name else type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):

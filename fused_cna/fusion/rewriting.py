@@ -115,7 +115,7 @@ class Rewriter:
         norm, act = (self._calls[n] if n is not None else None for n in (group.norm, group.act))
         options: dict[str, Any] = {
             "stride": pair(call.stride, "stride"),
-            "padding": call.padding,
+            "padding": self._padding(group),
             "dilation": pair(call.dilation, "dilation"),
             "groups": call.groups,
         }
@@ -149,6 +149,14 @@ class Rewriter:
     def _value(self, value: Value, node: Node | None, name: str) -> Node | None:
         """The node that hands in a parameter: one that reads it from its module where a module holds it."""
         return self.graph.get_attr(f"{node.target}.{name}") if isinstance(value, Tensor) and node else value  # type: ignore[return-value]
+
+    def _padding(self, group: Group) -> Any:
+        pad = self._calls.get(group.pad) if group.pad is not None else None
+        if not isinstance(pad, Pad):
+            return group.call.padding
+        height, width = pair(group.call.padding, "padding")
+        top, bottom, left, right = pad.amounts
+        return top + height, bottom + height, left + width, right + width
 
     def _place(self, group: Group) -> AbstractContextManager[Any]:
         """Where the last operand is there: at the addition, else at the convolution."""

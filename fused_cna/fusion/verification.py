@@ -29,6 +29,7 @@ from fused_cna.fusion import comparing
 from fused_cna.fusion.boundaries import (
     Block,
     bound,
+    computed_by,
     convs_outside,
     find_blocks,
     input_of,
@@ -243,7 +244,7 @@ class _Comparison:
 
     def _check_block(self, block: Block, x: Tensor, residual: Any, y: Tensor) -> None:
         self._check_input(block.name, block.padded(x))
-        recorded, computed = self._recorded.get(block.name, ""), block.computes(residual)
+        recorded, computed = self._recorded.get(block.name, ""), computed_by(block.live, residual)
         if recorded and computed and recorded != computed:
             self._note(f"{block.name} is to compute {recorded}, but computes {computed}")
         exact = block.exactly(x, residual)
