@@ -15,7 +15,7 @@ from bench.setting import PRECISIONS, Setting
 from bench.timing import InputSets
 
 CALIBRATION_BATCHES = 2
-CALIBRATION_IMAGES = 8
+CALIBRATION_IMAGES = 4
 FEWEST_INPUT_SETS = 2
 FEWEST_IMAGES = 4
 IMAGE_SHAPE = (427, 640)

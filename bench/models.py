@@ -55,9 +55,10 @@ def run(
         else:
             outcome.left_out[case.name] = reason
     for case, compiled in _turns(installed, setting):
-        name = f"{case.name}, compiled" if compiled and setting.budget.seconds is not None else case.name
+        with_compiled = f"{case.name} (compiled routes)"
+        name = case.name if setting.budget.seconds is None or not compiled else with_compiled
         if compiled and not _compiles(case, setting):
-            outcome.left_out[f"{case.name}, compiled"] = ONLY_GOALS_COMPILE
+            outcome.left_out[with_compiled] = ONLY_GOALS_COMPILE
             compiled = False
         if _is_done(case, compiled, outcome, setting):
             continue
