@@ -237,9 +237,9 @@ def test_inputs_that_do_not_fit() -> None:
     ):
         with pytest.raises(RuntimeError, match=words):
             module(image(*size))
-    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+    with pytest.raises(RuntimeError, match=r"Kernel size can't be greater"):
         FrozenConv.from_block(make(kernel_size=5, padding=1))(image(2, 4, 2, 9))
-    with pytest.raises(RuntimeError, match="[Ee]xpected.*Float"):
+    with pytest.raises(RuntimeError, match=r"[Ff]loat"):
         module(image(2, 4, 9, 8).double())
 
 
@@ -378,7 +378,7 @@ def test_what_cannot_be_frozen() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             FrozenConv.from_block(block)
-    with pytest.raises(TypeError, match="must be a ConvNormAct, but got Conv2d"):
+    with pytest.raises(TypeError, match=r"must be a ConvNormAct, but got Conv2d"):
         FrozenConv.from_block(nn.Conv2d(4, 8, 3))  # type: ignore[arg-type]
 
 

@@ -32,7 +32,12 @@ _ONEDNN_ACTIVATIONS: dict[str, tuple[str, tuple[float, ...], str]] = {
 # The activations that oneDNN's convolution can apply after adding a residual.
 _ONEDNN_ADD_ACTIVATIONS = {"identity": None, "relu": "relu"}
 
-_ONEDNN_OPERATORS = ("_convolution_pointwise", "_reorder_convolution_weight", "_get_mkldnn_serialized_md")
+_ONEDNN_OPERATORS = (
+    "_convolution_pointwise",
+    "_convolution_pointwise_",
+    "_reorder_convolution_weight",
+    "_get_mkldnn_serialized_md",
+)
 
 
 # A weight packed for another shape of input is right, but repacked inside every call, which costs more than
@@ -72,6 +77,7 @@ _ONEDNN_DTYPES = _onednn_dtypes()
 if _ONEDNN_DTYPES:
     _convolution = torch.ops.mkldnn._convolution_pointwise.default
     _convolution_add = torch.ops.mkldnn._convolution_pointwise.binary
+    _convolution_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
     _reorder = torch.ops.mkldnn._reorder_convolution_weight.default
     _layout = torch.ops.mkldnn._get_mkldnn_serialized_md.default
 
@@ -117,7 +123,7 @@ def fold(
         return dense.copy_(folded), shift.to(weight.dtype, copy=True)
 
 
-def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
+def is_plain(tensor: Any, dtype: torch.dtype) -> bool:
     """Whether an operator without derivative, batching rule or fake kernel may see the tensor.
 
     Subclasses, among them the fake tensors of a compiler, are not plain.
@@ -131,7 +137,7 @@ def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def _is_plain_call() -> bool:
+def is_plain_call() -> bool:
     """Whether nothing observes or transforms the operators that run now, so that any of them may run."""
     return (
         not torch.compiler.is_compiling()
@@ -192,6 +198,8 @@ class FrozenConv(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    overwrites_residual: bool
+    """Whether the sum may be computed in the memory of the residual, which saves the memory for another."""
     _packed: _Packed | None
 
     def __init__(
@@ -217,6 +225,7 @@ class FrozenConv(nn.Module):
         self.residual_order = residual_order
         self.act_name, self.act_params = act if isinstance(act, tuple) else ("identity", ())
         self.act = None if isinstance(act, tuple) else act
+        self.overwrites_residual = False
         self._packed = None
         self.eval()
 
@@ -306,7 +315,7 @@ class FrozenConv(nn.Module):
             isinstance(residual, Tensor)
             and residual.dtype == x.dtype
             and residual.device == x.device
-            and residual.shape == (*x.shape[:-3], *self._output_shape(x))
+            and residual.shape == (*x.shape[:-3], *self._output_shape(x, self._around()))
         )
 
     def _run(self, x: Tensor, residual: Tensor | None, identity: bool = False) -> Tensor:
@@ -316,10 +325,10 @@ class FrozenConv(nn.Module):
             x = F.pad(x, *self.border)
         weight: Any = self._buffers["weight"]
         if (
-            _is_plain(x, weight.dtype)
+            is_plain(x, weight.dtype)
             and x.dim() == 4
-            and (residual is None or _is_plain(residual, weight.dtype))
-            and _is_plain_call()
+            and (residual is None or is_plain(residual, weight.dtype))
+            and is_plain_call()
         ):
             packed_weight = self._packed_weight(weight, x)
             if packed_weight is not None:
@@ -337,7 +346,7 @@ class FrozenConv(nn.Module):
             return by_shape[x.shape]
         padded, padding = eager._pad(x, self.padding) if len(self.padding) == 4 else (x, self.padding)
         if (
-            not _is_plain(weight, x.dtype)
+            not is_plain(weight, x.dtype)
             or x.dtype not in _ONEDNN_DTYPES
             or x.shape[1] != weight.shape[1] * self.groups
             or min(x.shape) == 0
@@ -368,23 +377,28 @@ class FrozenConv(nn.Module):
             y = _convolve(convolution, act, act_params)
             return y.add_(residual)
         if act in _ONEDNN_ADD_ACTIVATIONS and self.groups == 1:
-            return _convolution_add(
-                x, residual, *convolution[1:], "add", 1.0, _ONEDNN_ADD_ACTIVATIONS[act], (), ""
-            )
+            post = ("add", 1.0, _ONEDNN_ADD_ACTIVATIONS[act], (), "")
+            if self.overwrites_residual and residual.is_contiguous(memory_format=torch.channels_last):
+                return _convolution_add_(residual, *convolution, *post)
+            return _convolution_add(x, residual, *convolution[1:], *post)
         z = _convolve(convolution, "identity", ())
         return activation.apply(z.add_(residual), act, act_params, inplace=True)
 
-    def _output_shape(self, x: Tensor) -> tuple[int, int, int]:
-        """[K, P, Q] for an input that ``zero_pad`` is around already."""
-        weight, padding = self.weight, self.padding
+    def _around(self) -> Sequence[int]:
+        """What is around the image: (height, width) on both sides, or (top, bottom, left, right)."""
+        if self.border is None:
+            return self.padding
+        left, right, top, bottom = self.border[0]
+        return top, bottom, left, right
+
+    def _output_shape(self, x: Tensor, padding: Sequence[int]) -> tuple[int, int, int]:
+        """[K, P, Q] of the result."""
+        weight = self.weight
         around = (
             (padding[0] + padding[1], padding[2] + padding[3])
             if len(padding) == 4
             else (2 * padding[0], 2 * padding[1])
         )
-        if self.border is not None:
-            left, right, top, bottom = self.border[0]
-            around = (top + bottom, left + right)
         sizes = [
             (x.shape[i - 2] + around[i] - self.dilation[i] * (weight.shape[2 + i] - 1) - 1) // self.stride[i]
             + 1

@@ -38,10 +38,10 @@ def fuse(
     ``fused_cna_overlay``, not among its modules, so code that walks these sees what it always saw.) In
     training mode, with options of ``forward`` other than their defaults, or after a module was exchanged or
     hooked or an attribute set, it runs as it was written. Nothing derived from a parameter is kept (but see
-    ``freeze``).
+    ``freeze``). Weights of blocks are laid out in channels_last where the network's code cannot tell, and
+    results come in that layout then.
 
-    Weights of blocks are laid out in channels_last where the network's code cannot tell, and so are then the
-    results. A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
+    A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
     convolutions that share a weight or a norm with different groups, have hooks or parametrizations, or
     compute their weight; :func:`report` says which, and why.
 

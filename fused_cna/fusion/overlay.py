@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fused_cna import layers
 from fused_cna.fusion.symbolic import NotTraceableError
@@ -42,7 +42,7 @@ class Overlay(nn.Module):
 
     def __init__(
         self,
-        graph: fx.GraphModule,
+        graph: nn.Module,
         inputs: Sequence[str],
         values: Sequence[str],
         places: Sequence[tuple[dict[str, Any], str, nn.Module]],
