@@ -70,7 +70,8 @@ def image(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def graph_of(fused: nn.Module) -> fx.GraphModule:
-    return fused.fused_cna_overlay.graph
+    graph = fused.fused_cna_overlay.graph
+    return graph if isinstance(graph, fx.GraphModule) else graph.graph_module
 
 
 def block_of(fused: nn.Module, name: str) -> Any:
