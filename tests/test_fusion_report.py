@@ -162,8 +162,8 @@ def test_a_fused_network_that_no_longer_runs_so_is_told() -> None:
     assert report(fused).as_written == ()
     fused.first.register_forward_hook(lambda module, args, y: None)
     result = report(fused)
-    assert result.as_written == ("FusedNetwork",)
-    assert "so this runs as it was\nwritten: FusedNetwork. Call fuse() again." in str(result)
+    assert result.as_written == ("Network",)
+    assert "so this runs as it was\nwritten: Network. Call fuse() again." in str(result)
 
 
 def test_a_frozen_network() -> None:

@@ -83,14 +83,14 @@ def check_record(record: FusionRecord, network: nn.Module, *, has_inputs: bool, 
         FusionError: nothing could be followed, and example inputs would help; with ``strict``, something
             that looks fusible was not fused.
     """
-    kind = type(network).__name__
+    kind = getattr(network, "plain_class", type(network)).__name__
     untraced = [f"{path or kind}: {reason}" for path, reason in record.untraceable.items()]
     missed = [layer for layer in record.layers if layer.looks_fusible]
     if untraced and not has_inputs and missed:
         fused = any(layer.fused for layer in record.layers)
         message = (
-            f"torch.fx cannot follow all of {kind} ({untraced[0]}), and what "
-            f"{len(missed)} convolutions feed is not known, such as {missed[0].name}'s; pass "
+            f"torch.fx cannot follow all of {kind} ({untraced[0]}), so what takes the result of "
+            f"{_convolutions(len(missed))} is not known, such as {missed[0].name}; pass "
             "example_inputs=(...), with which fuse() runs the network once to see"
         )
         if not fused or strict:
@@ -98,6 +98,12 @@ def check_record(record: FusionRecord, network: nn.Module, *, has_inputs: bool, 
         warnings.warn(message, stacklevel=3)
     if strict and missed:
         lines = "".join(f"\n  {layer.name}: {layer.reason}" for layer in missed)
+        look = "looks fusible and is" if len(missed) == 1 else "look fusible and are"
         raise FusionError(
-            f"strict=True, and {len(missed)} convolutions of {kind} are not fused as they look:{lines}"
+            f"strict=True, but {_convolutions(len(missed))} of {kind} {look} not fused, or not with all:"
+            f"{lines}"
         )
+
+
+def _convolutions(count: int) -> str:
+    return f"{count} convolution{'s' * (count != 1)}"
