@@ -131,7 +131,7 @@ def _names_of_weights(model: object) -> dict[int, str]:
 
 
 @contextmanager
-def _operator_everywhere() -> Iterator[None]:
+def operator_everywhere() -> Iterator[None]:
     """Calls on devices other than CUDA go to the operator as well, whose kernel there is plain PyTorch."""
     before = ops.operator_everywhere
     ops.operator_everywhere = True
@@ -164,7 +164,7 @@ def observe(
 ) -> list[RecordedCall]:
     """As :func:`record`, but none is no error; ``names`` are those of the weights, by their addresses."""
     recorder = _Recorder(planner, names)
-    with torch.inference_mode(), _operator_everywhere(), recorder:
+    with torch.inference_mode(), operator_everywhere(), recorder:
         if isinstance(example_inputs, Mapping):
             model(**example_inputs)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 
 import fused_cna
 from fused_cna import FusionError, fuse
+from fused_cna.fusion import boundaries, cpu_batches, handover, verification
 from fused_cna.fusion.verification import verify_fused
 
 
@@ -70,7 +72,8 @@ def image(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def graph_of(fused: nn.Module) -> fx.GraphModule:
-    return fused.fused_cna_overlay.graph
+    graph = fused.fused_cna_overlay.graph
+    return graph if isinstance(graph, fx.GraphModule) else graph.graph_module
 
 
 def block_of(fused: nn.Module, name: str) -> Any:
@@ -230,8 +233,6 @@ class Functional(nn.Module):
 def test_a_call_that_is_no_module_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = network(Functional)
     fused = fuse(plain, example_inputs=image(), verify=True)
-    from fused_cna.fusion import boundaries
-
     right = fused_cna.conv_norm_act
 
     def wrong(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -373,8 +374,6 @@ def test_without_float64_it_is_compared_with_the_original_as_it_is() -> None:
 
 
 def test_a_failed_verification_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_cna.fusion import verification
-
     def refuse(original: nn.Module, fused: nn.Module, inputs: Any) -> None:
         raise FusionError("it differs")
 
@@ -389,3 +388,111 @@ def test_a_failed_verification_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) 
 def test_verify_needs_inputs() -> None:
     with pytest.raises(FusionError, match="verify=True needs example_inputs"):
         fuse(network(), verify=True)
+
+
+class InPython(Network):
+    """A network that FX cannot follow."""
+
+    def forward(self, x: Tensor) -> Any:
+        if x.isnan().any():
+            return x
+        return super().forward(x)
+
+
+def handed_block(fused: nn.Module, name: str) -> Any:
+    conv: Any = fused.get_submodule(name)
+    return handover.block_of(conv, vars(conv)[handover.STEPS])
+
+
+def test_groups_in_python_code_are_compared() -> None:
+    plain = network(InPython)
+    plain.first = nn.Sequential(plain.first.conv1, plain.first.bn1, plain.first.relu).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused = fuse(plain, example_inputs=image(), verify=True)
+    assert handed_block(fused, "stem").norm.eps == 1e-5
+    fused.bn.weight.data[0] += 0.1
+    with pytest.raises(FusionError, match=r"stem \(conv \+ norm \+ silu\) does not compute its formula"):
+        verify_fused(plain, fused, (image(),))
+
+
+def test_what_python_code_gets_is_compared() -> None:
+    plain = network(InPython)
+    fused = fuse(plain, example_inputs=image())
+    vars(fused.stem)[handover.STEPS] = vars(fused.stem)[handover.STEPS][:1]
+    with pytest.raises(
+        FusionError, match=r"stem is to compute conv \+ norm \+ silu, but computes conv \+ norm$"
+    ):
+        verify_fused(plain, fused, (image(),))
+
+
+def test_a_frozen_network_that_splits_batches_is_compared_whole_and_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_batches, "_BYTES_PER_THREAD", 8 * 8 * 8 * 4)
+    plain = network()
+    images = torch.cat([image()] * 3)
+    fused = fuse(plain, example_inputs=images, verify=True, freeze=True)
+    parts = fused.fused_cna_overlay.graph
+    assert isinstance(parts, cpu_batches.InParts)
+    with torch.no_grad():
+        fused(images)
+    assert set(parts._images_per_part.values()) == {1}, (
+        "the batch has to be split for this test to say anything"
+    )
+    monkeypatch.setattr(cpu_batches.InParts, "forward", lambda self, x: self.graph_module(x[:1]).expand(6, 5))
+    with pytest.raises(FusionError, match="returns, but only when nothing observes the run"):
+        verify_fused(plain, fused, (images,))
+
+
+class Doubled(nn.Module):
+    """A convolution whose result is normalised, and used besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+        self.last = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.gate(x)
+        return self.last(self.norm(y) * y)
+
+
+def test_strict_names_what_looks_fusible_and_nothing_else() -> None:
+    plain = network(Doubled)
+    assert fuse(plain) is not plain
+    message = (
+        r"but 1 convolution of Doubled looks fusible and is not .*:\n  gate: its result goes to 2 places"
+    )
+    with pytest.raises(FusionError, match=message) as raised:
+        fuse(plain, strict=True, inplace=True)
+    assert "last" not in str(raised.value)
+    assert type(plain) is Doubled
+    fuse(network(), strict=True)
+
+
+class Pair(nn.Module):
+    """Two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Doubled(), Doubled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_strict_names_all() -> None:
+    with pytest.raises(FusionError, match=r"but 2 convolutions of Pair look .*:\n  a\.gate: .*\n  b\.gate: "):
+        fuse(network(Pair), strict=True)
+
+
+def test_strict_without_inputs_says_that_they_help() -> None:
+    plain = network(InPython)
+    plain.first, plain.second = nn.Identity(), nn.Identity()
+    with pytest.raises(
+        FusionError, match=r"cannot follow all of InPython .*; pass example_inputs=\(\.\.\.\)"
+    ):
+        fuse(plain, strict=True)
+    fuse(plain, strict=True, example_inputs=image())

@@ -142,7 +142,7 @@ def test_a_compiled_network_is_reported_as_what_was_compiled() -> None:
 def test_nothing_to_fuse() -> None:
     result = report(nn.Linear(2, 2))
     assert result.layers == ()
-    assert str(result) == "Linear: there is no nn.Conv2d in it, so there is nothing to fuse"
+    assert str(result) == "Linear: there is no convolution (nn.Conv2d) in it, so there is nothing to fuse"
     assert json.loads(json.dumps(result.as_dict()))["totals"]["convolutions"] == 0
 
 
@@ -162,8 +162,8 @@ def test_a_fused_network_that_no_longer_runs_so_is_told() -> None:
     assert report(fused).as_written == ()
     fused.first.register_forward_hook(lambda module, args, y: None)
     result = report(fused)
-    assert result.as_written == ("FusedNetwork",)
-    assert "so this runs as it was\nwritten: FusedNetwork. Call fuse() again." in str(result)
+    assert result.as_written == ("Network",)
+    assert "so this runs as it was\nwritten: Network. Call fuse() again." in str(result)
 
 
 def test_a_frozen_network() -> None:

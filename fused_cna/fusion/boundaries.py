@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fused_cna import _accuracy, activation, layers
+from fused_cna.fusion import handover
 from fused_cna.fusion.comparing import ROUNDOFF
+from fused_cna.fusion.cpu_batches import InParts
 from fused_cna.fusion.frozen import FrozenConv
+from fused_cna.fusion.handover import FusedConv
 from fused_cna.fusion.overlay import NAME as OVERLAY
-from fused_cna.fusion.overlay import FusedNetwork
+from fused_cna.fusion.overlay import FusedNetwork, Overlay
 from fused_cna.modules import ConvNormAct
 from fused_cna.ops import conv_norm_act
 from fused_cna.plan import allows_tf32
@@ -97,14 +100,30 @@ def live_block(module: nn.Module) -> Any:
     return module.__dict__["live"] if isinstance(module, FrozenConv) else module
 
 
+def overlays_of(network: nn.Module) -> Iterator[tuple[str, Overlay]]:
+    """The overlays of a network, by the paths of the modules that they lie over."""
+    for path, module in network.named_modules():
+        if isinstance(module, FusedNetwork) and OVERLAY in module.__dict__:
+            yield path, module.__dict__[OVERLAY]
+
+
 def modules_of_blocks(fused: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The fused blocks of a network, and the names of their convolutions as far as the blocks know."""
     for path, module in fused.named_modules():
         if isinstance(module, ConvNormAct):
             yield path, module
-        if isinstance(module, FusedNetwork):
-            for _, block in module.__dict__[OVERLAY].blocks():
-                yield block.group_name, block
+        elif isinstance(module, FusedConv) and handover.STEPS in module.__dict__:
+            yield path, handover.block_of(module, module.__dict__[handover.STEPS])
+    for _, overlay in overlays_of(fused):
+        for _, block in overlay.blocks():
+            yield str(block.group_name), block
+
+
+def run_whole(fused: nn.Module) -> None:
+    """Have every batch run at once: what is observed of a part of it is that of no layer."""
+    for _, overlay in overlays_of(fused):
+        if isinstance(overlay.graph, InParts):
+            overlay.graph = overlay.graph.graph_module
 
 
 def find_blocks(fused: nn.Module, plain: nn.Module) -> list[Block]:
@@ -122,7 +141,7 @@ def convs_outside(fused: nn.Module) -> dict[str, nn.Conv2d]:
     return {
         name: module
         for name, module in fused.named_modules()
-        if isinstance(module, nn.Conv2d) and id(module) not in inside
+        if isinstance(module, nn.Conv2d) and id(module) not in inside and handover.STEPS not in vars(module)
     }
 
 
@@ -177,19 +196,15 @@ def watch_calls(fused: nn.Module, note: Callable[[str, Tensor, Tensor, Tensor], 
 
     With the name of its weight, its result, that of one operation after another, and that in float64.
     """
-    for path, module in fused.named_modules():
-        if not isinstance(module, FusedNetwork):
-            continue
-        overlay = module.__dict__[OVERLAY]
-        values = [node for node in overlay.graph.graph.nodes if node.op == "placeholder"][
-            len(overlay.inputs) :
-        ]
+    for path, overlay in overlays_of(fused):
+        graph: Any = overlay.graph
+        values = [node for node in graph.graph.nodes if node.op == "placeholder"][len(overlay.inputs) :]
         names = dict(zip(values, overlay.values, strict=True))
-        for node in overlay.graph.graph.nodes:
+        for node in graph.graph.nodes:
             if node.target is conv_norm_act:
                 weight = names.get(node.args[1], node.name)
                 node.target = _watched(f"{path}.{weight}".strip("."), note)
-        overlay.graph.recompile()
+        graph.recompile()
 
 
 def _watched(name: str, note: Callable[[str, Tensor, Tensor, Tensor], None]) -> Callable[..., Tensor]:

@@ -17,7 +17,9 @@ def check_module(model: object, function: str) -> None:
     """
     if not isinstance(model, nn.Module):
         what = (
-            f"the class {model.__name__}; make an instance of it" if isinstance(model, type) else repr(model)
+            f"the class {model.__name__}; make an instance of it"
+            if isinstance(model, type)
+            else f"a {type(model).__name__}"
         )
         raise TypeError(f"{function}() takes an nn.Module, but got {what}")
 
@@ -58,7 +60,7 @@ def as_arguments(example_inputs: Any, needed_for: str) -> tuple[Any, ...] | None
     """Example inputs as the positional arguments of a call.
 
     Raises:
-        TypeError: they hold no tensor.
+        TypeError: they hold nothing but plain values.
         FusionError: there are none, but something needs them.
     """
     if example_inputs is None:
@@ -68,10 +70,11 @@ def as_arguments(example_inputs: Any, needed_for: str) -> tuple[Any, ...] | None
             )
         return None
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(inputs)):
+    leaves = torch.utils._pytree.tree_leaves(inputs)
+    if all(leaf is None or isinstance(leaf, (bool, int, float, str, type)) for leaf in leaves):
         raise TypeError(
             "example_inputs must be a tensor or a tuple with the arguments of a call, some of them tensors, "
-            f"but got {example_inputs!r}"
+            f"but got {str(example_inputs)[:80]}"
         )
     return inputs
 
@@ -83,14 +86,14 @@ def check_record(record: FusionRecord, network: nn.Module, *, has_inputs: bool, 
         FusionError: nothing could be followed, and example inputs would help; with ``strict``, something
             that looks fusible was not fused.
     """
-    kind = type(network).__name__
+    kind = getattr(network, "plain_class", type(network)).__name__
     untraced = [f"{path or kind}: {reason}" for path, reason in record.untraceable.items()]
     missed = [layer for layer in record.layers if layer.looks_fusible]
     if untraced and not has_inputs and missed:
         fused = any(layer.fused for layer in record.layers)
         message = (
-            f"torch.fx cannot follow all of {kind} ({untraced[0]}), and what "
-            f"{len(missed)} convolutions feed is not known, such as {missed[0].name}'s; pass "
+            f"torch.fx cannot follow all of {kind} ({untraced[0]}), so what takes the result of "
+            f"{_convolutions(len(missed))} is not known, such as {missed[0].name}; pass "
             "example_inputs=(...), with which fuse() runs the network once to see"
         )
         if not fused or strict:
@@ -98,6 +101,12 @@ def check_record(record: FusionRecord, network: nn.Module, *, has_inputs: bool, 
         warnings.warn(message, stacklevel=3)
     if strict and missed:
         lines = "".join(f"\n  {layer.name}: {layer.reason}" for layer in missed)
+        look = "looks fusible and is" if len(missed) == 1 else "look fusible and are"
         raise FusionError(
-            f"strict=True, and {len(missed)} convolutions of {kind} are not fused as they look:{lines}"
+            f"strict=True, but {_convolutions(len(missed))} of {kind} {look} not fused, or not with all:"
+            f"{lines}"
         )
+
+
+def _convolutions(count: int) -> str:
+    return f"{count} convolution{'s' * (count != 1)}"

@@ -138,7 +138,7 @@ class Handed(Tensor):
             return self._x._version == self._x_version
         # Inference tensors count no versions. The same result once more says that nothing has changed;
         # another one may also say that the result was, but what cannot be told is refused.
-        return torch.equal(_block_of(self._conv, self._steps)(self._x), self._result)
+        return torch.equal(block_of(self._conv, self._steps)(self._x), self._result)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -200,7 +200,7 @@ class FusedConv(_Part):
         ):
             return self.plain_class.forward(self, *args, **kwargs)
         x = args[0]
-        return Handed.hand(self, x, _block_of(self, steps)(x), steps, 0)
+        return Handed.hand(self, x, block_of(self, steps)(x), steps, 0)
 
 
 class FusedStep(_Part):
@@ -247,7 +247,7 @@ _blocks: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Step, ...], ConvNormAc
 )
 
 
-def _block_of(conv: FusedConv, steps: tuple[Step, ...]) -> ConvNormAct:
+def block_of(conv: FusedConv, steps: tuple[Step, ...]) -> ConvNormAct:
     """What computes the group of a convolution, made once; no part of the network nor of its copies."""
     known = _blocks.get(conv)
     if known is not None and known[0] is steps:

@@ -230,7 +230,7 @@ def _records(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
 def _as_written(model: nn.Module) -> list[str]:
     """The fused networks in a model that run as they were written although they are in eval mode."""
     return [
-        path or type(module).__name__
+        path or module.plain_class.__name__
         for path, module in model.named_modules()
         if isinstance(module, FusedNetwork)
         and not module.training

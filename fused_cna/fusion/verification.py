@@ -15,6 +15,7 @@ Integers that a network returns are functions of rounded numbers: one in a thous
 as many as the original has from float64.
 """
 
+import contextlib
 import copy
 import math
 import warnings
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from fused_cna._recording import operator_everywhere
 from fused_cna.fusion import comparing
 from fused_cna.fusion.boundaries import (
     Block,
@@ -34,10 +36,12 @@ from fused_cna.fusion.boundaries import (
     find_blocks,
     input_of,
     modules_of_blocks,
+    run_whole,
     watch_calls,
     watch_convs,
 )
 from fused_cna.fusion.frozen import FrozenConv
+from fused_cna.fusion.handover import FusedConv
 from fused_cna.fusion.records import NAME as RECORD
 from fused_cna.fusion.records import FusionError
 
@@ -133,7 +137,7 @@ def _own_run(original: nn.Module, inputs: tuple[Any, ...]) -> _Run:
         repeated = _call(_copy(original, None), inputs, None)
     except Exception as error:
         raise FusionError(
-            f"{kind} itself fails on the example inputs, so there is nothing to compare with: {error}"
+            f"{kind} itself fails on example_inputs, so there is nothing to compare with: {error}"
         ) from error
     for path, leaf in run.outputs.items():
         allowed = _ROUNDOFFS_REPEATED * comparing.roundoff(leaf) if comparing.is_rounded(leaf) else 0.0
@@ -191,7 +195,8 @@ class _Comparison:
         self._own = own
         self._exact = exact or own
         self._roundoffs = _ROUNDOFFS if exact is not None else _ROUNDOFFS_UNMEASURED
-        self._fused = _copy(fused, dtype)
+        self._fused, self._unobserved = _copy(fused, dtype), _copy(fused, dtype)
+        run_whole(self._fused)
         record = getattr(fused, RECORD, None)
         self._recorded = {} if record is None else {layer.name: layer.parts for layer in record.layers}
         self._blocks = find_blocks(self._fused, _copy(original, dtype))
@@ -204,7 +209,8 @@ class _Comparison:
 
     def run(self) -> None:
         self._measure_own_errors()
-        self._compare_outputs(self._run_fused())
+        self._compare_outputs(self._run_fused(), "though every convolution gets what it gets there")
+        self._compare_outputs(self._call_fused(self._unobserved), "but only when nothing observes the run")
         if self._first_difference:
             raise FusionError(
                 f"the fused {self._kind} does not compute what the original does. The first difference, in "
@@ -224,8 +230,14 @@ class _Comparison:
             self._watch(block)
         watch_convs(self._fused, self._check_input, convs_outside(self._fused))
         watch_calls(self._fused, self._check_call)
+        # On a CPU, convolutions within Python code would run as they were written.
+        handed = any(isinstance(module, FusedConv) for module in self._fused.modules())
+        with operator_everywhere() if handed else contextlib.nullcontext():
+            return self._call_fused(self._fused)
+
+    def _call_fused(self, fused: nn.Module) -> dict[str, Any]:
         try:
-            return _call(self._fused, self._inputs, self._dtype)
+            return _call(fused, self._inputs, self._dtype)
         except Exception as error:
             raise FusionError(
                 f"the fused {self._kind} fails on the example inputs, where the original runs"
@@ -236,11 +248,19 @@ class _Comparison:
         return f", after {self._made[-1][1]}" if self._made else ""
 
     def _watch(self, block: Block) -> None:
-        def hook(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-            residual = args[1] if len(args) > 1 else kwargs.get("residual")
-            self._check_block(block, input_of(args, kwargs), residual, y)
+        arguments: list[tuple[Any, Any]] = []
 
-        block.module.register_forward_hook(hook, with_kwargs=True)
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            residual = args[1] if len(args) > 1 else kwargs.get("residual")
+            # A snapshot may compute the sum in the memory of the residual.
+            kept = comparing.copied(residual) if isinstance(residual, Tensor) else residual
+            arguments.append((input_of(args, kwargs), kept))
+
+        def after(module: nn.Module, args: Any, y: Any) -> None:
+            self._check_block(block, *arguments.pop(), y)
+
+        block.module.register_forward_pre_hook(before, with_kwargs=True)
+        block.module.register_forward_hook(after)
 
     def _check_block(self, block: Block, x: Tensor, residual: Any, y: Tensor) -> None:
         self._check_input(block.name, block.padded(x))
@@ -290,7 +310,7 @@ class _Comparison:
             return max(_TIMES_OWN_ERROR * own_error, self._roundoffs * comparing.roundoff(leaf))
         return max(_TIMES_OWN_ERROR * own_error, _INTEGERS) if isinstance(leaf, Tensor) else 0.0
 
-    def _compare_outputs(self, fused_outputs: dict[str, Any]) -> None:
+    def _compare_outputs(self, fused_outputs: dict[str, Any], circumstance: str) -> None:
         outputs = self._own.outputs
         if list(outputs) != list(fused_outputs):
             only = sorted(set(outputs) ^ set(fused_outputs))
@@ -303,8 +323,8 @@ class _Comparison:
             error, allowed = comparing.error(leaf, exact), self._allowed(leaf, own)
             if error > allowed:
                 self._note(
-                    f"{path} is not what the original returns, though every convolution gets what it gets "
-                    f"there{self._last_words()}: {_numbers(error, allowed)}"
+                    f"{path} is not what the original returns, {circumstance}{self._last_words()}: "
+                    f"{_numbers(error, allowed)}"
                 )
 
     def _last_words(self) -> str:
