@@ -134,6 +134,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "added to": (lambda net, x: net.relu(net.conv1(x) + 1), "its result goes to add"),
     "added": (lambda net, x: net.conv1(x) + x.mean(1, True), "what follows is an addition in Python code"),
     "another norm": (lambda net, x: net.bn1(net.conv1(x)) + net.bn2(net.conv1(x)), "more than once"),
+    "statistics changed": (
+        lambda net, x: (y := net.conv1(x), net.bn1.running_mean.data.mul_(0.9), net.bn1(y))[2],
+        "its norm's parameters are used before the norm",
+    ),
     "never called": (lambda net, x: net.bn1(x.repeat(1, 2, 1, 1)), "did not run for the example inputs"),
     "norm as a function": (
         lambda net, x: F.batch_norm(net.conv1(x), net.bn1.running_mean, net.bn1.running_var),

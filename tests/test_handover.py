@@ -44,6 +44,11 @@ def test_function_called_with_other_options_than_observed() -> None:
         assert_same(fused, plain, image())
 
 
+def without_gradients(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(x)
+
+
 OTHER_WAYS: dict[str, Callable[[Any, Tensor], Any]] = {
     "another norm": lambda net, x: net.relu(net.bn2(net.conv1(x))),
     "no norm": lambda net, x: net.conv1(x),
@@ -61,6 +66,9 @@ OTHER_WAYS: dict[str, Callable[[Any, Tensor], Any]] = {
     "overwritten, name kept": lambda net, x: ((y := net.conv1(x)).mul_(2), net.relu(net.bn1(y)))[1],
     "written into": lambda net, x: ((y := net.conv1(x)).__setitem__(0, 0), net.relu(net.bn1(y)))[1],
     "next convolution at once": lambda net, x: net.conv2(net.conv1(x)),
+    "gradients": lambda net, x: without_gradients(net.conv1, x).add(
+        net.relu(net.bn1(without_gradients(net.conv1, x)))
+    ),
     "in a list": lambda net, x: torch.cat([net.conv1(x), net.bn1(net.conv1(x))]),
     "same result for two norms": lambda net, x: net.bn2(y := net.conv1(x)) + net.bn1(y) + net.bn1(y),
     "outside of PyTorch": lambda net, x: torch.from_numpy(net.conv1(x).numpy(force=True)),
@@ -99,6 +107,42 @@ def test_input_overwritten_before_an_unexpected_use() -> None:
             fused(-image().abs())
     with torch.enable_grad():
         assert fused(-image().abs()).shape == (2, 6, 8, 9)
+
+
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_statistics_change_before_the_norm(exchanges: bool) -> None:
+    def between(net: Any, x: Tensor) -> Tensor:
+        y = net.conv1(x)
+        if x.sum() < 0 and exchanges:
+            net.bn1.running_mean = net.bn1.running_mean * 2
+        elif x.sum() < 0:
+            net.bn1.running_mean.mul_(2)
+        return net.relu(net.bn1(y))
+
+    plain = untraceable(between)
+    fused = observed(plain, image().abs())
+    assert parts_of(fused)["conv1"] == "conv + norm + relu"
+    x = -image().abs()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
+    # The input may have changed as well, for all that inference tensors tell.
+    with torch.inference_mode(), pytest.raises(FusionError, match=r"torch\.no_grad"):
+        fused(x.clone())
+
+
+def test_result_used_outside_of_autocast() -> None:
+    def between(net: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net.conv1(x)
+            if x.sum() > 0:
+                return net.relu(net.bn1(y))
+        return y + y
+
+    plain = untraceable(between).float()
+    x = image().float().abs()
+    fused = observed(plain, x)
+    with torch.no_grad():
+        assert torch.equal(fused(-x), plain(-x))
 
 
 def test_result_overwritten_before_the_group_runs_again() -> None:

@@ -68,6 +68,10 @@ class FunctionStep:
 Step = nn.Module | FunctionStep
 
 
+_State = list[tuple[int, int]]
+"""The tensors of a module, and how often each has been written to."""
+
+
 class Handed(Tensor):
     """What a convolution, or a norm after it, returns while the result of the whole group is there already.
 
@@ -78,6 +82,8 @@ class Handed(Tensor):
     _conv: "FusedConv"
     _x: Tensor
     _x_version: int | None
+    _autocasts: bool
+    _states: list[_State]
     _result: Tensor
     _steps: tuple[Step, ...]
     _done: int
@@ -85,27 +91,40 @@ class Handed(Tensor):
     _plain: Tensor | None
 
     @staticmethod
-    def hand(conv: "FusedConv", x: Tensor, result: Tensor, steps: tuple[Step, ...], done: int) -> "Handed":
-        """The tensor after ``done`` of the ``steps`` behind ``conv``."""
+    def hand(
+        conv: "FusedConv",
+        x: Tensor,
+        result: Tensor,
+        steps: tuple[Step, ...],
+        done: int,
+        states: list[_State],
+    ) -> "Handed":
+        """The tensor after ``done`` of the ``steps`` behind ``conv``; ``states`` are of all these modules."""
         handed: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             Handed, result.shape, strides=result.stride(), dtype=result.dtype, device=result.device
         )
         handed._conv, handed._x, handed._result = conv, x, result
         handed._x_version = None if x.is_inference() else x._version
-        handed._steps, handed._done = steps, done
+        handed._autocasts = torch.is_autocast_enabled(x.device.type)
+        handed._steps, handed._done, handed._states = steps, done, states
         handed._is_open, handed._plain = True, None
         return handed
 
-    def awaits(self, step: nn.Module) -> bool:
-        """Whether ``step`` comes next, and the result is still there to be taken."""
-        return self._is_open and self._steps[self._done] is step
+    def awaits(self, step: Step) -> bool:
+        """Whether ``step`` comes next, and would now make of this what was made of it already."""
+        return (
+            self._is_open
+            and self._steps[self._done] is step
+            and not torch.is_grad_enabled()
+            and all(map(_is_unchanged, self._steps, self._states[1:]))
+        )
 
     def hand_on(self, overwrites: bool) -> Tensor:
         """What comes of the next step, which may overwrite its input."""
         self._is_open = False
         done = self._done + 1
         if done < len(self._steps):
-            return Handed.hand(self._conv, self._x, self._result, self._steps, done)
+            return Handed.hand(self._conv, self._x, self._result, self._steps, done, self._states)
         if overwrites:
             self._plain = self._result
         return self._result
@@ -121,11 +140,14 @@ class Handed(Tensor):
             if not self._has_input():
                 raise FusionError(
                     "the result of a fused convolution is used in another way than for the example inputs, "
-                    "and its input may have been overwritten since; call the network under torch.no_grad() "
-                    "instead of torch.inference_mode(), fuse it with example inputs that take this way, or "
-                    "use unfuse()"
+                    "and its input or parameters may have been overwritten since; call the network under "
+                    "torch.no_grad() instead of torch.inference_mode(), fuse it with example inputs that "
+                    "take this way, or use unfuse()"
                 )
-            with torch.no_grad():
+            autocast = torch.autocast(
+                self.device.type, self.dtype if self._autocasts else None, self._autocasts
+            )
+            with torch.no_grad(), autocast:
                 z = self._conv.plain_class.forward(self._conv, self._x)
                 for step in self._steps[: self._done]:
                     assert isinstance(step, FusedStep)
@@ -134,6 +156,9 @@ class Handed(Tensor):
         return self._plain
 
     def _has_input(self) -> bool:
+        computed = (self._conv, *self._steps[: self._done])
+        if not all(map(_is_unchanged, computed, self._states)):
+            return False
         if self._x_version is not None:
             return self._x._version == self._x_version
         # Inference tensors count no versions. The same result once more says that nothing has changed;
@@ -149,7 +174,7 @@ class Handed(Tensor):
         x = args[0] if args else None
         if type(x) is Handed and x._is_open:
             step = x._steps[x._done]
-            if isinstance(step, FunctionStep) and step.is_call(func, args[1:], kwargs):
+            if isinstance(step, FunctionStep) and step.is_call(func, args[1:], kwargs) and x.awaits(step):
                 return x.hand_on(step.overwrites)
         args, kwargs = pytree.tree_map_only(Handed, Handed.as_expected, (args, kwargs))
         return func(*args, **kwargs)
@@ -200,7 +225,10 @@ class FusedConv(_Part):
         ):
             return self.plain_class.forward(self, *args, **kwargs)
         x = args[0]
-        return Handed.hand(self, x, block_of(self, steps)(x), steps, 0)
+        states = [state for part in (self, *steps) if (state := _state_of(part)) is not None]
+        if len(states) <= len(steps):
+            return self.plain_class.forward(self, *args, **kwargs)
+        return Handed.hand(self, x, block_of(self, steps)(x), steps, 0, states)
 
 
 class FusedStep(_Part):
@@ -211,6 +239,21 @@ class FusedStep(_Part):
         if type(x) is Handed and len(args) + len(kwargs) == 1 and x.awaits(self):
             return x.hand_on(bool(self.__dict__.get("inplace", False)))
         return self.plain_class.forward(self, *args, **kwargs)
+
+
+def _state_of(step: Step) -> _State | None:
+    """The state of a module; None where its tensors do not tell."""
+    if not isinstance(step, nn.Module):
+        return []
+    held = (*step._parameters.values(), *step._buffers.values())
+    tensors = [tensor for tensor in held if tensor is not None]
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return [(id(tensor), tensor._version) for tensor in tensors]
+
+
+def _is_unchanged(step: Step, state: _State) -> bool:
+    return _state_of(step) == state
 
 
 def _is_as_fused(part: nn.Module) -> bool:

@@ -18,6 +18,9 @@ from fused_cna.fusion.handover import METADATA
 from fused_cna.fusion.records import FusionError
 from fused_cna.fusion.symbolic import SideEffects
 
+GIVEN = "tensor"
+"""In the ``meta`` of nodes for tensors that were there before the run: which one, by ``id``."""
+
 _LITERALS = (int, float, bool, str, type(None))
 
 
@@ -174,6 +177,7 @@ class _Observer(TorchFunctionMode):
         ref, node = self._nodes.get(id(value), (None, None))
         if ref is None or node is None or ref() is not value:
             node = self.graph.placeholder("given")
+            node.meta[GIVEN] = id(value)
             self._nodes[id(value)] = (weakref.ref(value), node)
         return node
 

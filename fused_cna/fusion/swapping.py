@@ -11,7 +11,7 @@ from fused_cna.fusion.calls import Act, Add, Norm, kind_of
 from fused_cna.fusion.frozen import FrozenConv
 from fused_cna.fusion.handover import FunctionStep, Step
 from fused_cna.fusion.matching import Group, Matches, match
-from fused_cna.fusion.observing import observe
+from fused_cna.fusion.observing import GIVEN, observe
 from fused_cna.fusion.overlay import NAME as OVERLAY
 from fused_cna.fusion.records import FusionRecord, LayerRecord, parts_of
 from fused_cna.fusion.rewriting import act_module
@@ -98,10 +98,23 @@ def _keep_what_can_be_swapped(group: Group, matches: Matches) -> None:
     norm, act = _call_of(group.norm, matches), _call_of(group.act, matches)
     if isinstance(norm, Norm) and norm.module is None:
         group.leave("its norm is a function that Python code calls")
+    elif isinstance(norm, Norm) and (user := _user_of_parameters(group, norm)) is not None:
+        group.leave(f"its norm's parameters are used before the norm, by {user.name}")
     elif isinstance(act, Act) and act.module is None and _function_step(group.act, act) is None:
         group.act = None
     elif not group.is_fused and isinstance(_call_of(next(iter(group.conv.users), None), matches), Add):
         group.reason, group.missed = "what follows is an addition in Python code", False
+
+
+def _user_of_parameters(group: Group, norm: Norm) -> Node | None:
+    """Code between a convolution and its norm that sees a parameter of the norm, and might change it."""
+    parameters = {id(value) for value in (norm.weight, norm.bias, norm.mean, norm.var)}
+    node = group.conv.next
+    while node is not group.norm:
+        if any(source.meta.get(GIVEN) in parameters for source in node.all_input_nodes):
+            return node
+        node = node.next
+    return None
 
 
 def _call_of(node: Node | None, matches: Matches) -> Any:
