@@ -15,7 +15,7 @@ NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.
 EXTENSION := setup.py pyproject.toml $(filter csrc/%,$(NATIVE))
 GPU_LIMIT := timeout --kill-after=10 470
 
-.PHONY: help venv build bench test lint format simt kernel-report coverage clean gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: help venv build bench test zoo lint format simt kernel-report coverage clean gpu-build gpu-test gpu-sanitize gpu-bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -48,6 +48,9 @@ kernel-report: .venv/installed  ## registers, shared memory, blocks and main loo
 
 coverage: .venv/built  ## what the simulator never reaches in the kernels and the plan, and why
 	OMP_NUM_THREADS=1 $(VENV) -m tests.coverage_report
+
+zoo: .venv/built  ## fuse every network of the zoo, compare it with the original, and write docs/zoo.md
+	$(VENV) -m tests.zoo --workers $(WORKERS)
 
 lint: .venv/built  ## ruff, clang-format and mypy; changes nothing
 	$(VENV) -m ruff check .

@@ -14,6 +14,7 @@ import torch
 
 from bench import compare
 from bench.jobs import JOBS, NO_MATPLOTLIB, ResumeError, run
+from bench.model_cases import CPU_BATCHES, GPU_BATCHES, MODELS
 from bench.networks import NETWORKS
 from bench.provenance import device_name
 from bench.rows import ORDER_RULE, SUITES
@@ -22,6 +23,13 @@ from bench.terminal import Console, make_console
 
 OUT = Path(__file__).parent / "out"
 ALL_BATCHES = ",".join(str(batch) for batch in LAYER_BATCHES)
+GPU_TEXT, CPU_TEXT = (" and ".join(map(str, batches)) for batches in (GPU_BATCHES, CPU_BATCHES))
+MODELS_RULE = (
+    "On a CPU the networks with a goal come first, at the batch of the goal, then the others at batch 1, "
+    "then the first ones at their other batch. Under a budget all that need no compiler come before any "
+    "that do. Without one, a CPU compiles only the networks with a goal and those named by --model, as this "
+    "is slow."
+)
 Value = TypeVar("Value")
 
 
@@ -29,13 +37,16 @@ def parser() -> argparse.ArgumentParser:
     """Every option with its default and what it allows."""
     jobs = "\n".join(f"  {name:<9} {job.summary}" for name, job in JOBS.items())
     suites = "\n".join(f"  {name:<16} {text}" for name, text in SUITES.items())
+    networks = "\n".join(f"  {name:<18} {model.summary}" for name, model in MODELS.items())
     made = argparse.ArgumentParser(
         prog="python -m bench",
         description="Compare fused_cna with what PyTorch does without it.\n\n"
         f"jobs (all, in this order, if none is named):\n{jobs}",
         epilog=f"suites of layers:\n{suites}\n  {'networks':<16} all networks of this list\n\n"
+        f"networks of the job models, in this order:\n{networks}\n{_wrapped(MODELS_RULE)}\n\n"
         f"order of the layers, which decides what a budget leaves out:\n{_wrapped(ORDER_RULE)}\n\n"
-        "Writes results.json, layers.png, suites.png and roofline.png; --compare writes compare.png.\n"
+        "Writes results.json, models.png, layers.png, suites.png and roofline.png; --compare writes "
+        "compare.png.\n"
         "Exit status: 0; 1 if a fused result was wrong or did not run; 2 if asked for what cannot be done.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -54,22 +65,22 @@ def parser() -> argparse.ArgumentParser:
         "--budget",
         type=_positive_seconds,
         metavar="SECONDS",
-        help="start nothing more after this time, above 0; layers go most telling first, see below, and what "
-        "is left out is listed (default: no limit)",
+        help="start nothing more after this time, above 0; layers and networks go most telling first, see "
+        "below, and what is left out is listed (default: no limit)",
     )
     made.add_argument(
         "--resume",
         type=Path,
         metavar="FILE",
-        help="a results.json whose layers are kept and not measured again; device, versions and sources must "
-        "be the same. Nothing is resumed unless asked for",
+        help="a results.json whose layers and networks are kept and not measured again; device, versions and "
+        "sources must be the same. Nothing is resumed unless asked for",
     )
     made.add_argument(
         "--compare",
         type=Path,
         nargs=2,
         metavar=("A.json", "B.json"),
-        help="measure nothing; print and plot which layers got faster or slower from A to B",
+        help="measure nothing; print and plot which layers and networks got faster or slower from A to B",
     )
     made.add_argument(
         "--any-device", action="store_true", help="let --compare take files of two different devices"
@@ -97,7 +108,8 @@ def _add_what_to_measure(made: argparse.ArgumentParser) -> None:
         type=_list_of(_positive_integer),
         metavar="NUMBERS",
         help=f"images at a time, each 1 or more, with commas (default: for layers {ALL_BATCHES} on a GPU "
-        "and 1 on a CPU; for networks 32 and 4; jobs other than layers take the first)",
+        f"and 1 on a CPU; for models {GPU_TEXT} on a GPU and {CPU_TEXT} on a CPU, see below; for pipeline "
+        "32 and 4). pipeline takes the first",
     )
     made.add_argument(
         "--suite",
@@ -105,6 +117,17 @@ def _add_what_to_measure(made: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         default=("default",),
         help="which layers, with commas, see below (default: default)",
+    )
+    made.add_argument(
+        "--model",
+        type=_list_of(_one_of(MODELS, "network")),
+        metavar="NAMES",
+        help="which networks the job models takes, with commas, see below (default: all)",
+    )
+    made.add_argument(
+        "--max-autotune",
+        action="store_true",
+        help="on a GPU, also time networks that torch.compile tuned at length, minutes for each",
     )
 
 
@@ -210,6 +233,8 @@ def setting_of(options: argparse.Namespace) -> Setting:
         effort=default_effort(device),
         budget=Budget(options.budget),
         seed=0,
+        networks=options.model or (),
+        max_autotune=options.max_autotune,
     )
 
 

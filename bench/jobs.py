@@ -10,17 +10,20 @@ from typing import Any
 import torch
 
 import fused_cna
-from bench import layers, overhead, pipeline, plot, report
+from bench import layers, models, overhead, pipeline, plot, report
 from bench.compare import load_rows
 from bench.layer_report import print_layers
 from bench.layer_result import LayerResult
+from bench.model_plot import plot_models
+from bench.model_report import print_models
+from bench.model_result import ModelResult
 from bench.provenance import device_name, differences, load_average, provenance
 from bench.roofline import Ceilings
 from bench.setting import Setting, fused_path
-from bench.summary import LayersResult
 from bench.terminal import HAS_RICH, Console, progress_of
 
 BUSY = 0.5
+BUDGET_KEPT_FOR_LAYERS = 0.5
 NO_RICH = "rich is not installed here: plain text instead (pip install -r requirements/bench.txt)"
 NO_MATPLOTLIB = (
     "no plots: matplotlib is not installed here (pip install -r requirements/bench.txt); all numbers are in "
@@ -37,19 +40,24 @@ class Earlier:
     """What a run that is resumed had measured."""
 
     rows: tuple[LayerResult, ...] = ()
+    models: tuple[ModelResult, ...] = ()
     ceilings: dict[str, Ceilings] | None = None
     content: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a job is given: `save` writes its unfinished content, so that a run that is killed leaves it."""
+    """What a job is given: `save` writes its unfinished content, so that a run that is killed leaves it.
+
+    `later` are the jobs that are still to come.
+    """
 
     setting: Setting
     console: Console
     out: Path
     earlier: Earlier
     save: Callable[[Any], None]
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def run(
         report.write_json(results, {"provenance": provenance(setting, arguments, load), **content})
 
     failures = []
-    for name in jobs:
+    for index, name in enumerate(jobs):
         reason = why_skip(JOBS[name], setting)
         if reason is not None:
             content["skipped"][name] = reason
@@ -109,7 +117,8 @@ def run(
                 content[job] = unfinished
                 write()
 
-            outcome = attempt(name, Session(setting, console, out, earlier, save))
+            later = tuple(jobs[index + 1 :])
+            outcome = attempt(name, Session(setting, console, out, earlier, save, later))
             if "broke_off" in outcome.content:
                 content[name] = content.get(name, {}) | outcome.content
             else:
@@ -123,20 +132,24 @@ def run(
 
 
 def read_earlier(path: Path, now: dict[str, Any]) -> Earlier:
-    """The rows and ceilings of a results.json; ResumeError if they cannot stand beside rows measured now."""
+    """What results.json holds of layers and networks; ResumeError if it cannot stand beside what is new."""
     try:
-        before, rows = load_rows(path)
+        measured = load_rows(path)
     except ValueError as error:
         raise ResumeError(str(error)) from error
-    different = differences(before, now)
+    different = differences(measured.provenance, now)
     if different:
         raise ResumeError(
             f"{path} cannot be resumed here, because rows of one result must be comparable, and these differ "
             f"(file and now): {'; '.join(different)}"
         )
-    content = report.read_json(path)["layers"]
-    ceilings = {precision: Ceilings(**values) for precision, values in content["ceilings"].items()}
-    return Earlier(tuple(rows), ceilings, {"layers": content})
+    content = report.read_json(path)
+    kept: dict[str, Any] = {job: content[job] for job in ("models", "layers") if job in content}
+    ceilings = {
+        precision: Ceilings(**values)
+        for precision, values in content.get("layers", {}).get("ceilings", {}).items()
+    }
+    return Earlier(tuple(measured.layers), tuple(measured.networks), ceilings, kept)
 
 
 def _introduce(setting: Setting, console: Console, fused_line: str, load: float | None) -> None:
@@ -202,18 +215,39 @@ def run_layers(session: Session) -> Outcome:
     session.save(result.as_json())
     print_layers(console, result)
     if result.launches:
-        draw_layers(session, result)
+        draw(session, lambda heading, note: plot.plot_all(session.out, result, heading, note))
     return Outcome(result.as_json(), result.failures)
 
 
-def draw_layers(session: Session, result: LayersResult) -> None:
-    """The plots, or a line that says why there are none."""
+def run_models(session: Session) -> Outcome:
+    setting, console = session.setting, session.console
+    kept = BUDGET_KEPT_FOR_LAYERS if "layers" in session.later else 0.0
+    with progress_of(console, "models", models.most_steps(setting)) as step, setting.precision.applied():
+        result = models.run(
+            setting,
+            step,
+            earlier=session.earlier.models,
+            keep=kept * (setting.budget.seconds or 0.0),
+            save=lambda unfinished: session.save(unfinished.as_json()),
+        )
+    session.save(result.as_json())
+    print_models(console, result)
+    if result.launches:
+        draw(
+            session,
+            lambda heading, note: [plot_models(session.out / "models.png", result, heading, note)],
+        )
+    return Outcome(result.as_json(), result.failures)
+
+
+def draw(session: Session, plots: Callable[[str, str], list[Path]]) -> None:
+    """What `plots` writes for a heading and a note, or a line that says why there is nothing."""
     if importlib.util.find_spec("matplotlib") is None:
         session.console.print(f"[yellow]{NO_MATPLOTLIB}[/yellow]", highlight=False)
         return
     device = session.setting.device
     heading = f"fused_cna {fused_cna.__version__} on {device_name(device)}"
-    for path in plot.plot_all(session.out, result, heading, fused_path(device).line):
+    for path in plots(heading, fused_path(device).line):
         session.console.print(f"plot: {path}", highlight=False, soft_wrap=True)
 
 
@@ -229,6 +263,10 @@ JOBS = {
         "torchvision networks on photographs: the same answers, and the time before and after the swap",
         run_pipeline,
         needs=("torchvision", "sklearn", "PIL"),
+    ),
+    "models": Job(
+        "whole networks of torchvision and timm: fused against eager, channels_last and torch.compile",
+        run_models,
     ),
     "layers": Job(
         "layers of real networks against every other route, with errors and the share of the roofline",

@@ -31,43 +31,51 @@ class Network:
     image: tuple[int, int] = (224, 224)
 
 
-def _torchvision(name: str, **options: object) -> Callable[[], nn.Module]:
+def torchvision_network(name: str, **options: object) -> Callable[[], nn.Module]:
+    """What builds a network of torchvision with random weights."""
     return lambda: importlib.import_module("torchvision.models").get_model(name, weights=None, **options)
 
 
-def _timm(name: str, **options: object) -> Callable[[], nn.Module]:
+def timm_network(name: str, **options: object) -> Callable[[], nn.Module]:
+    """What builds a network of timm with random weights."""
     return lambda: importlib.import_module("timm").create_model(name, pretrained=False, **options)
 
 
 NETWORKS = {
-    "resnet50": Network("torchvision resnet50 at 224: bottlenecks", "torchvision", _torchvision("resnet50")),
+    "resnet50": Network(
+        "torchvision resnet50 at 224: bottlenecks", "torchvision", torchvision_network("resnet50")
+    ),
     "mobilenet_v2": Network(
-        "torchvision mobilenet_v2 at 224: depthwise, ReLU6", "torchvision", _torchvision("mobilenet_v2")
+        "torchvision mobilenet_v2 at 224: depthwise, ReLU6",
+        "torchvision",
+        torchvision_network("mobilenet_v2"),
     ),
     "efficientnet_b0": Network(
         "torchvision efficientnet_b0 at 224: depthwise, squeeze-excite, SiLU",
         "torchvision",
-        _torchvision("efficientnet_b0"),
+        torchvision_network("efficientnet_b0"),
     ),
     "regnet_y": Network(
         "torchvision regnet_y_1_6gf at 224: grouped, squeeze-excite",
         "torchvision",
-        _torchvision("regnet_y_1_6gf"),
+        torchvision_network("regnet_y_1_6gf"),
     ),
     "resnext50": Network(
-        "torchvision resnext50_32x4d at 224: 32 groups", "torchvision", _torchvision("resnext50_32x4d")
+        "torchvision resnext50_32x4d at 224: 32 groups", "torchvision", torchvision_network("resnext50_32x4d")
     ),
     "yolo": Network(
         "timm cspdarknet53 with SiLU at 640: large images, activation then add",
         "timm",
-        _timm("cspdarknet53", act_layer=nn.SiLU, num_classes=0),
+        timm_network("cspdarknet53", act_layer=nn.SiLU, num_classes=0),
         (640, 640),
     ),
-    "vgg16_bn": Network("torchvision vgg16_bn at 224: plain 3x3", "torchvision", _torchvision("vgg16_bn")),
+    "vgg16_bn": Network(
+        "torchvision vgg16_bn at 224: plain 3x3", "torchvision", torchvision_network("vgg16_bn")
+    ),
     "segmentation": Network(
         "torchvision deeplabv3_resnet50 at 520: dilated",
         "torchvision",
-        _torchvision("deeplabv3_resnet50", weights_backbone=None, aux_loss=False),
+        torchvision_network("deeplabv3_resnet50", weights_backbone=None, aux_loss=False),
         (520, 520),
     ),
 }

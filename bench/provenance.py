@@ -49,6 +49,7 @@ def provenance(setting: Setting, arguments: Sequence[str], load_before: float | 
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": _version_of("torchvision"),
+        "timm": _version_of("timm"),
         "fused_cna": fused_cna.build_info(),
         "settings": {
             "cudnn_benchmark": torch.backends.cudnn.benchmark,

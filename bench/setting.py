@@ -81,7 +81,8 @@ class Budget:
 class Setting:
     """One run of the bench. Jobs that take one precision and one batch take the first of each.
 
-    `batches` is empty where none was asked for, and each job has a default of its own.
+    `batches` is empty where none was asked for, and each job has a default of its own; so is `networks`,
+    those of the job models. `max_autotune` adds the route that compiles so.
     """
 
     device: torch.device
@@ -91,6 +92,8 @@ class Setting:
     effort: Effort
     budget: Budget
     seed: int
+    networks: tuple[str, ...] = ()
+    max_autotune: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -133,7 +136,8 @@ def fused_path(device: torch.device) -> FusedPath:
         return FusedPath(
             False,
             "On a CPU 'fused' is the eager fallback: the same PyTorch operations, so no speed-up is to be "
-            "expected. On a GPU this run would time the CUDA kernels against every cuDNN route.",
+            "expected but of networks that are 'fused frozen'. On a GPU this run would time the CUDA kernels "
+            "against every cuDNN route.",
         )
     info = fused_cna.build_info()
     if not info["available"]:

@@ -40,6 +40,8 @@ class TestCommandLine:
             "--resume",
             "--compare",
             "--any-device",
+            "--model",
+            "--max-autotune",
             *jobs.JOBS,
             *SUITES,
         ):
@@ -49,7 +51,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["networks"], "'pipeline', 'layers', 'overhead'"),
+            (["networks"], "'pipeline', 'models', 'layers', 'overhead'"),
             (["--device", "tpu"], "'auto', 'cpu', 'cuda'"),
             (["--dtype", "fp16,int8"], "unknown dtype 'int8' (choose from fp16, bf16, tf32, fp32)"),
             (["--suite", "all"], "unknown suite 'all' (choose from default, quick, resnet50"),

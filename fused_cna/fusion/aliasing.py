@@ -74,9 +74,8 @@ class Aliasing:
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         for node in graph.nodes:
             self._root[node] = node
-            if not self._makes_fresh_memory(node):
-                for source in node.all_input_nodes:
-                    self._root[self._find(source)] = self._find(node)
+            for source in self._sources_of_memory(node):
+                self._root[self._find(source)] = self._find(node)
         for node in inputs:
             # The caller may hand in views of one tensor.
             self._root[self._find(node)] = self._find(inputs[0])
@@ -139,6 +138,15 @@ class Aliasing:
                 return False
         return True
 
+    def _sources_of_memory(self, node: Node) -> list[Node]:
+        """The inputs whose memory the result may be in."""
+        call = self._calls.get(node)
+        if self._makes_fresh_memory(node):
+            return []
+        if isinstance(call, Add) and call.overwritten is not None:
+            return [call.overwritten]
+        return _overwritten_in_place(node) or node.all_input_nodes
+
     def _makes_fresh_memory(self, node: Node) -> bool:
         call = self._calls.get(node)
         if isinstance(call, Act):
@@ -174,7 +182,13 @@ class Aliasing:
         if node.op == "call_method":
             name = str(node.target)
             return inputs if name.endswith("_") and not name.endswith("__") else []
-        return inputs if _may_overwrite(node) else []
+        return _overwritten_in_place(node) or (inputs if _may_overwrite(node) else [])
+
+
+def _overwritten_in_place(node: Node) -> list[Node]:
+    """The one input that an in-place operator overwrites and returns; none for everything else."""
+    target = node.args[0] if node.args and node.target in _INPLACE_OPERATORS else None
+    return [target] if isinstance(target, Node) else []
 
 
 def _leaves_inputs_alone(module: nn.Module) -> bool:
@@ -190,7 +204,7 @@ def _may_overwrite(node: Node) -> bool:
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     if isinstance(target, OpOverload):
         return bool(target._schema.is_mutable)
-    if target in _INPLACE_OPERATORS or "out" in node.kwargs:
+    if "out" in node.kwargs:
         return True
     if any(node.kwargs.get(flag, False) is not False for flag in _OVERWRITING_FLAGS):
         return True

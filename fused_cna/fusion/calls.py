@@ -288,6 +288,7 @@ _FUNCTIONS: dict[Any, Callable[[Node], Call | None]] = {
     F.conv2d: _conv_function,
     F.batch_norm: _batch_norm_function,
     F.pad: _pad,
+    torch._C._nn.pad: _pad,
     F.gelu: _gelu,
     F.hardtanh: _clamp(("min_val", "max_val"), False, (-1.0, 1.0)),
     F.hardtanh_: _clamp(("min_val", "max_val"), True, (-1.0, 1.0)),

@@ -17,7 +17,9 @@ def check_module(model: object, function: str) -> None:
     """
     if not isinstance(model, nn.Module):
         what = (
-            f"the class {model.__name__}; make an instance of it" if isinstance(model, type) else repr(model)
+            f"the class {model.__name__}; make an instance of it"
+            if isinstance(model, type)
+            else f"a {type(model).__name__}"
         )
         raise TypeError(f"{function}() takes an nn.Module, but got {what}")
 
@@ -58,7 +60,7 @@ def as_arguments(example_inputs: Any, needed_for: str) -> tuple[Any, ...] | None
     """Example inputs as the positional arguments of a call.
 
     Raises:
-        TypeError: they hold no tensor.
+        TypeError: they hold nothing but plain values.
         FusionError: there are none, but something needs them.
     """
     if example_inputs is None:
@@ -68,10 +70,11 @@ def as_arguments(example_inputs: Any, needed_for: str) -> tuple[Any, ...] | None
             )
         return None
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(inputs)):
+    leaves = torch.utils._pytree.tree_leaves(inputs)
+    if all(leaf is None or isinstance(leaf, (bool, int, float, str, type)) for leaf in leaves):
         raise TypeError(
             "example_inputs must be a tensor or a tuple with the arguments of a call, some of them tensors, "
-            f"but got {example_inputs!r}"
+            f"but got {str(example_inputs)[:80]}"
         )
     return inputs
 

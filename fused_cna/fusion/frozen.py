@@ -314,6 +314,7 @@ class FrozenConv(nn.Module):
         return (
             isinstance(residual, Tensor)
             and residual.dtype == x.dtype
+            and not eager.is_autocast_enabled(x.device.type)
             and residual.device == x.device
             and residual.shape == (*x.shape[:-3], *self._output_shape(x, self._around()))
         )

@@ -136,7 +136,8 @@ class Handed(Tensor):
     def _has_input(self) -> bool:
         if self._x_version is not None:
             return self._x._version == self._x_version
-        # Inference tensors count no versions: the same result says that nothing has changed.
+        # Inference tensors count no versions. The same result once more says that nothing has changed;
+        # another one may also say that the result was, but what cannot be told is refused.
         return torch.equal(block_of(self._conv, self._steps)(self._x), self._result)
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node
 
+from fused_cna import layers
 from fused_cna.fusion.aliasing import Aliasing
 from fused_cna.fusion.calls import Act, Add, Call, Conv, Norm, Pad, Refused, Value, call_of
 
@@ -137,7 +138,8 @@ class _Finder:
             if group.add is None:
                 last = self._take_add(group, last, "act_add")
         if not group.is_fused:
-            group.reason, missed = self._why_nothing(group)
+            reason, missed = self._why_nothing(group)
+            group.reason = group.reason or reason
             group.missed = group.missed or missed
 
     def _take(self, node: Node | None) -> Node:
@@ -148,11 +150,13 @@ class _Finder:
     def _take_norm(self, group: Group) -> Node:
         following = self._following(group.conv)
         call = self.calls.get(following) if following is not None else None
-        if isinstance(call, Norm) and following is not None:
-            for value in (call.weight, call.bias, call.mean, call.var):
-                if isinstance(value, Node) and self.aliasing.changed_between(value, group.conv, following):
-                    group.reason, group.missed = "its norm is changed after the convolution has run", True
-                    return group.conv
+        if isinstance(call, Norm):
+            if call.module is None and _pads_by_itself(group.call.module):
+                group.reason, group.missed = (
+                    "its norm is a function, and no call has its kind of padding",
+                    True,
+                )
+                return group.conv
             group.norm = self._take(following)
             return group.norm
         return group.conv
@@ -212,7 +216,11 @@ class _Finder:
         """Zeros around the input join the convolution where nothing else sees them."""
         pad = group.call.x
         call = self.calls.get(pad)
-        if group.call.module is None or not isinstance(call, Pad) or len(pad.users) != 1:
+        if not isinstance(call, Pad) or len(pad.users) != 1:
+            return
+        norm = self.calls.get(group.norm) if group.norm is not None else None
+        is_block = group.call.module is not None and (not isinstance(norm, Norm) or norm.module is not None)
+        if not is_block and (isinstance(group.call.padding, str) or min(call.amounts) < 0):
             return
         if self.aliasing.changed_between(call.x, pad, group.add or group.conv) is None:
             group.pad = pad
@@ -238,6 +246,11 @@ def values_of(group: Group, calls: dict[Node, Call]) -> list[Value]:
     norm = calls.get(group.norm) if group.norm is not None else None
     vectors = [norm.weight, norm.bias, norm.mean, norm.var] if isinstance(norm, Norm) else []
     return [value for value in (group.call.weight, group.call.bias, *vectors) if value is not None]
+
+
+def _pads_by_itself(conv: nn.Conv2d | None) -> bool:
+    """Whether a convolution pads with other values than zeros, or as many as the input size asks for."""
+    return conv is not None and (conv.padding_mode != "zeros" or layers.pads_same(conv))
 
 
 def _names(nodes: Iterable[Node], modules: dict[str, nn.Module]) -> str:

@@ -22,7 +22,7 @@ _PLANS = 12
 def text_of(report: "FusionReport") -> str:
     """The report as lines of at most 100 columns, but for what cannot be broken."""
     if not report.layers:
-        return f"{report.network}: there is no nn.Conv2d in it, so there is nothing to fuse"
+        return f"{report.network}: there is no convolution (nn.Conv2d) in it, so there is nothing to fuse"
     sections = [[_headline(report)], _table(report), _totals(report), _reasons(report)]
     sections += [_python_code(report), _plans(report), list(_notes(report))]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)

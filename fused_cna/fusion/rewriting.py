@@ -4,10 +4,11 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from fused_cna import layers
+from fused_cna import eager, layers
 from fused_cna._checks import explicit_padding, pair
 from fused_cna.activation import ACTIVATIONS
 from fused_cna.fusion.calls import Act, Norm, Pad, Value
@@ -36,7 +37,9 @@ class FusedBlock(ConvNormAct):
 
     def _fits(self, x: Tensor, residual: Any) -> bool:
         """Whether the residual is what the fused call can add: the shape, dtype and device of the output."""
-        if not isinstance(residual, Tensor) or residual.dtype != x.dtype or residual.device != x.device:
+        if not isinstance(residual, Tensor) or residual.device != x.device:
+            return False
+        if residual.dtype != _dtype_of_conv(x):
             return False
         if x.dim() not in (3, 4) or residual.dim() != x.dim():
             return False
@@ -62,6 +65,12 @@ class FusedBlock(ConvNormAct):
             == (size[i] + around[i] - dilation[i] * (filter_size[i] - 1) - 1) // stride[i] + 1
             for i in range(2)
         )
+
+
+def _dtype_of_conv(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution of ``x`` comes."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if eager.is_autocast_enabled(device_type) else x.dtype
 
 
 def block_of(group: Group, matches: Matches, name: str) -> FusedBlock | None:
@@ -115,7 +124,7 @@ class Rewriter:
         norm, act = (self._calls[n] if n is not None else None for n in (group.norm, group.act))
         options: dict[str, Any] = {
             "stride": pair(call.stride, "stride"),
-            "padding": call.padding,
+            "padding": self._padding(group),
             "dilation": pair(call.dilation, "dilation"),
             "groups": call.groups,
         }
@@ -149,6 +158,14 @@ class Rewriter:
     def _value(self, value: Value, node: Node | None, name: str) -> Node | None:
         """The node that hands in a parameter: one that reads it from its module where a module holds it."""
         return self.graph.get_attr(f"{node.target}.{name}") if isinstance(value, Tensor) and node else value  # type: ignore[return-value]
+
+    def _padding(self, group: Group) -> Any:
+        pad = self._calls.get(group.pad) if group.pad is not None else None
+        if not isinstance(pad, Pad):
+            return group.call.padding
+        height, width = pair(group.call.padding, "padding")
+        top, bottom, left, right = pad.amounts
+        return top + height, bottom + height, left + width, right + width
 
     def _place(self, group: Group) -> AbstractContextManager[Any]:
         """Where the last operand is there: at the addition, else at the convolution."""

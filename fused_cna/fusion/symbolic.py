@@ -29,11 +29,20 @@ class NotTraceableError(Exception):
 
 
 class _TensorProxy(Proxy):
-    """A proxy that passes for a tensor where it is asked, and whose in-place operators stay in place."""
+    """A proxy whose in-place operators stay in place."""
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor if self.node.meta.get("is_tensor", False) else type(self)
+
+def _isinstance(value: Any, kind: Any) -> bool:
+    """``isinstance`` for code that is being traced: what stands for a tensor is one."""
+    if type(value) in (_TensorProxy, _HeldProxy) and value.node.meta.get("is_tensor", False):
+        return isinstance(value, kind) or any(issubclass(torch.Tensor, one) for one in _classes(kind))
+    return isinstance(value, kind)
+
+
+def _classes(kind: Any) -> list[type]:
+    if isinstance(kind, tuple):
+        return [one for each in kind for one in _classes(each)]
+    return [one for one in getattr(kind, "__args__", (kind,)) if isinstance(one, type)]
 
 
 def _inplace(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,6 +136,7 @@ class Tracer(fx.Tracer):
         functions = [] if timm is None else [f for f in timm.get_notrace_functions() if callable(f)]
         super().__init__(autowrap_functions=tuple(functions))
         self._live = live
+        self._answered: list[dict[str, Any]] = []
         self._modes = _modes()
         self._leaf_classes = () if timm is None else tuple(timm.get_notrace_modules())
         self.entered: list[nn.Module] = []
@@ -164,10 +174,26 @@ class Tracer(fx.Tracer):
         is_leaf = self.is_leaf_module(m, self.path_of_module(m))
         if not is_leaf:
             self.entered.append(m)
+            self.answer_isinstance(type(m))
         result = super().call_module(m, forward, args, kwargs)
         if is_leaf and kind_of(m) is not None and isinstance(result, Proxy):
             result.node.meta["is_tensor"] = True
         return result
+
+    def answer_isinstance(self, kind: type) -> None:
+        """Let the code of a class see tensors where there are proxies, until :meth:`stop_answering`.
+
+        A proxy that itself passed for a tensor would do so to torch's C++ code too, which reads its memory.
+        """
+        names = getattr(inspect.unwrap(kind.forward), "__globals__", {})  # type: ignore[attr-defined]
+        if "isinstance" not in names:
+            names["isinstance"] = _isinstance
+            self._answered.append(names)
+
+    def stop_answering(self) -> None:
+        for names in self._answered:
+            del names["isinstance"]
+        self._answered.clear()
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         inputs = [self.create_proxy("placeholder", name, (), {}) for name in required_inputs(root_fn)]
@@ -214,18 +240,38 @@ class Trace:
 
 # What returns its input in eval mode.
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_PASSING_FUNCTIONS = {
+    "torch.nn.functional.dropout": ("input", "p", "training", "inplace"),
+    "torch.nn.functional.dropout2d": ("input", "p", "training", "inplace"),
+    "torchvision.ops.stochastic_depth.stochastic_depth": ("input", "p", "mode", "training"),
+}
 
 
 def pass_through(traced: Trace) -> None:
-    """Take modules out of the graph that hand their input on in eval mode."""
+    """Take out of the graph what hands its input on in eval mode."""
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or len(node.all_input_nodes) != 1 or len(node.args) != 1:
-            continue
+        x = _passed(node, traced)
+        if x is not None:
+            node.replace_all_uses_with(x)
+            traced.graph.erase_node(node)
+
+
+def _passed(node: fx.Node, traced: Trace) -> fx.Node | None:
+    """The input that a node returns as it is; None if it does more."""
+    if node.op == "call_module" and len(node.all_input_nodes) == len(node.args) == 1:
         module = traced.modules[str(node.target)]
         if type(module) in _PASSING and not layers.has_hooks(module) and module not in traced.live:
-            node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
             traced.entered.append(module)
+            return node.all_input_nodes[0]
+    if node.op == "call_function":
+        target: Any = node.target
+        names = _PASSING_FUNCTIONS.get(
+            f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
+        )
+        given = None if names is None else {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if given is not None and given.get("training", True) is False and isinstance(given["input"], fx.Node):
+            return given["input"]
+    return None
 
 
 def trace(network: nn.Module, live: Collection[nn.Module] = ()) -> Trace:
@@ -259,14 +305,18 @@ def trace(network: nn.Module, live: Collection[nn.Module] = ()) -> Trace:
 
 def _run(network: nn.Module, live: Collection[nn.Module], *, gradients: bool) -> tuple[fx.Graph, Tracer]:
     before = SideEffects(network)
+    tracer = None
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             tracer = Tracer(live)
+            tracer.answer_isinstance(type(network))
             graph = tracer.trace(network)
     # Code that is not made for tracing fails in any way it likes.
     except Exception as error:
         raise NotTraceableError(_in_words(error)) from error
     finally:
+        if tracer is not None:
+            tracer.stop_answering()
         effect = before.undo()
     if effect:
         raise NotTraceableError(effect)

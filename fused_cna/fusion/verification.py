@@ -139,7 +139,7 @@ def _own_run(original: nn.Module, inputs: tuple[Any, ...]) -> _Run:
         repeated = _call(_copy(original, None), inputs, None)
     except Exception as error:
         raise FusionError(
-            f"{kind} itself fails on the example inputs, so there is nothing to compare with: {error}"
+            f"{kind} itself fails on example_inputs, so there is nothing to compare with: {error}"
         ) from error
     for path, leaf in run.outputs.items():
         allowed = _ROUNDOFFS_REPEATED * comparing.roundoff(leaf) if comparing.is_rounded(leaf) else 0.0

@@ -250,8 +250,8 @@ add(
     fused={
         "0.conv1": WHOLE,
         "0.conv2": WHOLE,
-        "0.conv3": ADDED,
-        "0.downsample.0": NORMED,
+        "0.conv3": NORMED,
+        "0.downsample.0": ADDED,
         "1.conv1": WHOLE,
         "1.conv2": WHOLE,
         "1.conv3": ADDED,

@@ -1,0 +1,277 @@
+"""The job models: which networks and routes there are, and what counts as wrong."""
+
+import importlib.util
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import model_cases, models
+from bench.model_cases import GOALS, MODELS, Case, Model, images_here, planned_cases
+from bench.model_result import ModelEntry, judge
+from bench.model_routes import (
+    EAGER,
+    FROZEN,
+    FUSED,
+    INDUCTOR_FROZEN,
+    Call,
+    CompiledFused,
+    EagerChannelsLast,
+    Fused,
+    FusedFrozen,
+    ModelRoute,
+    routes_for,
+)
+from bench.timing import CapturedCalls, Work
+from tests.bench_cases import setting
+from tests.bench_model_cases import (
+    NOISE,
+    TINY,
+    DropsNorms,
+    Tiny,
+    entry,
+    use_few_routes,
+    use_small_networks,
+)
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_networks(monkeypatch)
+
+
+@pytest.fixture
+def few_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_few_routes(monkeypatch)
+
+
+class Refuses(ModelRoute):
+    name = "refuses"
+
+    def prepare(self, network: nn.Module, model: Model, x: Tensor) -> Call:
+        warnings.warn("careful\nwith this", stacklevel=1)
+        raise AttributeError("no such thing\nand more")
+
+
+class TestCases:
+    def test_a_cpu_begins_with_the_goals(self) -> None:
+        planned = [(one.network, one.batch) for one in planned_cases(setting(batches=()))]
+        assert planned[:3] == [(goal.network, goal.batch) for goal in GOALS]
+        assert planned[3 : len(MODELS)] == [(name, 1) for name in list(MODELS)[3:]]
+        assert planned[len(MODELS) :] == [("resnet50", 8), ("mobilenet_v2", 1), ("efficientnet_b0", 1)]
+
+    def test_a_gpu_takes_every_network_at_both_batches(self) -> None:
+        planned = [(one.network, one.batch) for one in planned_cases(setting(batches=(), device=GPU))]
+        assert planned == [(name, batch) for batch in (32, 1) for name in MODELS]
+
+    def test_what_is_asked_for(self) -> None:
+        asked = setting(batches=(4, 2), networks=("densenet121", "resnet50"))
+        assert [one.name for one in planned_cases(asked)] == [
+            "densenet121 n4 fp32",
+            "resnet50 n4 fp32",
+            "densenet121 n2 fp32",
+            "resnet50 n2 fp32",
+        ]
+
+    def test_norms_are_calibrated_and_all_their_vectors_matter(self, tiny: None) -> None:
+        network = model_cases.build(TINY, NOISE, setting())
+        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert len(norms) == 2
+        for norm in norms:
+            for vector, untouched in (
+                (norm.weight, 1),
+                (norm.bias, 0),
+                (norm.running_mean, 0),
+                (norm.running_var, 1),
+            ):
+                assert vector is not None
+                assert bool((vector - untouched).abs().max() > 0.01)
+        assert not network.training
+        again = model_cases.build(TINY, NOISE, setting())
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+        )
+
+    @pytest.mark.parametrize(("batch", "sets"), [(1, 4), (2, 2), (3, 2), (8, 2)])
+    def test_at_least_four_different_images(self, batch: int, sets: int, tiny: None) -> None:
+        made = model_cases.input_sets_of(replace(TINY, batch=batch), NOISE, setting())
+        assert [tuple(x.shape) for (x,) in made] == [(batch, 3, 16, 16)] * sets
+        assert len({float(image.sum()) for (x,) in made for image in x}) == batch * sets
+
+    def test_noise_where_there_are_no_photographs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        images = images_here(seed=0)
+        assert "pip install scikit-learn" in images.source
+        assert [tuple(picture.shape) for picture in images.pictures] == [(1, 3, 427, 640)] * 2
+        assert min(float(p.min()) for p in images.pictures) >= 0
+        assert max(float(p.max()) for p in images.pictures) <= 1
+        assert not torch.equal(*images.pictures)
+
+
+class TestNetworks:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_every_network_fuses_and_is_right(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = MODELS[name]
+        pytest.importorskip(model.library, reason=f"{name} is a network of {model.library}")
+        monkeypatch.setitem(MODELS, name, replace(model, size_on_cpu=64))
+        monkeypatch.setattr(model_cases, "CALIBRATION_BATCHES", 1)
+        monkeypatch.setattr(models, "_time", lambda *_: None)
+        made = models.measure(
+            Case(name, 2, "fp32"), (EagerChannelsLast(), Fused(), FusedFrozen()), NOISE, setting()
+        )
+        assert made.failure is None
+        for one in made.entries:
+            assert one.error is not None
+            assert 0 < one.error < 1e-3
+            assert one.agreement is not None
+            assert one.agreement > 0.99
+        fused = made.entry(FUSED)
+        assert fused is not None
+        assert fused.conv_calls is not None
+        assert fused.fused_calls is not None
+        assert 0 < fused.fused_calls <= fused.conv_calls
+
+
+class TestRoutes:
+    def test_of_a_cpu(self) -> None:
+        names = [route.name for route in routes_for(setting(max_autotune=True))]
+        assert names == [*EAGER, FUSED, FROZEN, INDUCTOR_FROZEN, "compile fused_cna"]
+
+    def test_of_a_gpu(self) -> None:
+        names = [route.name for route in routes_for(setting(device=GPU))]
+        assert names == [*EAGER, FUSED, "torch.compile", "compile fused_cna"]
+        tuned = [route.name for route in routes_for(setting(device=GPU, max_autotune=True))]
+        assert tuned == [*names, "max-autotune"]
+
+    def test_all_routes_give_the_same_answers(self, tiny: None, few_routes: None) -> None:
+        made = models.measure(TINY, models.routes_for(setting()), NOISE, setting())
+        assert made.failure is None
+        assert [one.route for one in made.entries] == [*EAGER, FUSED, INDUCTOR_FROZEN]
+        assert {one.memory_format for one in made.entries[1:]} == {"channels_last"}
+        for one in made.entries:
+            assert one.refused is None
+            assert 0 < (one.error or 0) < 1e-5
+            assert one.agreement == 1.0
+            assert one.seconds["launched"].count == 3
+            assert one.speedups["launched"].count == 3
+        fused = made.entry(FUSED)
+        assert fused is not None
+        assert (fused.fused_calls, fused.conv_calls) == (2, 2)
+        assert made.references["launched"] in EAGER
+
+    def test_the_backend_is_taken_where_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("bench.model_routes.BACKEND_MODULE", "fused_cna.no_such_module")
+        made = models._prepare(CompiledFused(), TINY, Tiny(), [(torch.ones(1, 3, 16, 16),)], [])
+        assert made[1] == {}
+        assert "has no fused_cna.no_such_module" in str(made[0].left_out)
+        assert judge([made[0]], torch.float32) is None
+
+    def test_a_route_that_raises_leaves_the_others(self, tiny: None) -> None:
+        made = models.measure(TINY, (EagerChannelsLast(), Refuses()), NOISE, setting())
+        refused = made.entry("refuses")
+        assert refused is not None
+        assert refused.refused == "AttributeError: no such thing"
+        assert refused.notes == ["careful"]
+        assert made.failure is None
+        assert made.speedup(EAGER[1]) is not None
+
+    def test_a_result_that_is_not_written_whole_is_wrong(self, tiny: None) -> None:
+        class Reuses(EagerChannelsLast):
+            name, ours = "reuses", True
+
+            def prepare(self, network: nn.Module, model: Model, x: Tensor) -> Call:
+                kept: list[Tensor] = []
+
+                def call(x: Tensor) -> Tensor:
+                    if not kept:
+                        kept.append(network(x))
+                    return kept[0]
+
+                return call
+
+        made = models.measure(TINY, (EagerChannelsLast(), Reuses()), NOISE, setting())
+        assert "reuses: wrong result" in str(made.failure)
+
+
+class FakeGraph:
+    """Runs its calls when it is replayed, as a CUDA graph does."""
+
+    def __init__(self, output: Tensor, replayed: Tensor) -> None:
+        self.output, self.replayed = output, replayed
+
+    def replay(self) -> None:
+        self.output.copy_(self.replayed)
+
+
+class TestCapture:
+    def capture(
+        self, monkeypatch: pytest.MonkeyPatch, replayed: Tensor
+    ) -> tuple[ModelEntry, dict[str, Work]]:
+        output = torch.ones(1, 4)
+        graph: Any = FakeGraph(output, replayed)
+        calls = CapturedCalls(graph, output, Work(graph.replay, 2))
+        monkeypatch.setattr(models, "captured", lambda call, sets: calls)
+        made = entry(FUSED, error=1e-9)
+        return made, models._capture(made, lambda x: x, [], torch.ones(1, 4).double())
+
+    def test_what_a_graph_writes_is_checked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made, works = self.capture(monkeypatch, torch.ones(1, 4))
+        assert (made.error, works["graph"].calls) == (1e-9, 2)
+        made, _ = self.capture(monkeypatch, torch.tensor([[1.0, 1.0, 1.0, 3.0]]))
+        assert made.error == 1.0
+
+    def test_what_cannot_be_captured_is_timed_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        monkeypatch.setattr(models, "captured", refuse)
+        made = entry(FUSED)
+        assert models._capture(made, lambda x: x, [], torch.ones(1)) == {}
+        assert made.no_graph == "RuntimeError: operation not permitted when stream is capturing"
+        assert made.refused is None
+
+
+class TestJudge:
+    def test_a_dropped_norm_is_a_failure(self, tiny: None) -> None:
+        made = models.measure(TINY, (EagerChannelsLast(), DropsNorms()), NOISE, setting())
+        assert "fused: wrong result: relative error" in str(made.failure)
+        assert made.speedup(FUSED) is None
+        assert made.images_per_second(FUSED, "launched") is None
+
+    def test_a_wrong_rival_is_not_timed_but_no_failure(self) -> None:
+        rival = entry(INDUCTOR_FROZEN, 1.0, error=1.0)
+        assert judge([entry(EAGER[1], 2.0), rival], torch.float32) is None
+        assert "wrong result" in str(rival.refused)
+
+    def test_ours_that_did_not_run_is_a_failure(self) -> None:
+        broken = entry(FUSED, ours=True, error=None, refused="FusionError: no")
+        assert judge([entry(EAGER[1], 2.0), broken], torch.float32) == "fused did not run: FusionError: no"
+
+    def test_only_ours_has_to_run_in_a_cuda_graph(self) -> None:
+        rival = entry("torch.compile", 1.0, no_graph="RuntimeError: no")
+        assert judge([rival], torch.float32) is None
+        ours = entry(FUSED, 1.0, ours=True, no_graph="RuntimeError: no")
+        assert judge([ours], torch.float32) == "fused was not captured in a CUDA graph: RuntimeError: no"
+
+    def test_not_finite_anywhere(self) -> None:
+        whole = torch.ones(9, 4)
+        assert models._error(whole, whole[models.checked_images(9)].double()) == 0
+        (unchecked,) = set(range(9)) - set(models.checked_images(9))
+        whole[unchecked, 0] = torch.nan
+        assert models._error(whole, torch.ones(8, 4).double()) == torch.inf
+
+    def test_agreement_is_of_the_classes(self) -> None:
+        expected = torch.tensor([[1.0, 2.0, 9.0], [2.0, 1.0, 9.0]])
+        output = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0]])
+        assert models._agreement([output], [expected], classes=2) == 0.5
+        assert models._agreement([output], [expected], classes=None) == 0.0
+        pixels = torch.zeros(1, 3, 2, 2)
+        other = pixels.clone()
+        other[0, 1, 0, 0] = 1
+        assert models._agreement([other], [pixels], classes=None) == 0.75
