@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fused_cna.fusion import handover
+from fused_cna.fusion.boundaries import live_block
 from fused_cna.fusion.calls import Act, Add, Norm, kind_of
 from fused_cna.fusion.frozen import FrozenConv
 from fused_cna.fusion.handover import FunctionStep, Step
@@ -83,7 +84,7 @@ def _paths_of_parts(network: nn.Module) -> dict[nn.Module, list[str]]:
         for owner in (network, *overlays)
         for block in owner.modules()
         if isinstance(block, (ConvNormAct, FrozenConv))
-        for part in block.modules()
+        for part in live_block(block).modules()
     }
     paths: dict[nn.Module, list[str]] = {}
     for path, module in network.named_modules(remove_duplicate=False):
