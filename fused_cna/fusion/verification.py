@@ -4,9 +4,9 @@ Both run on the same inputs, and the original in float64 as well, from which err
 
 - What a block computes of its arguments, against the formula on the modules of the original. The error of a
   kernel may be ``max(1.05 e, c u)``, its contract, with ``e`` that of the modules one after another, ``u``
-  the unit roundoff and ``c`` the constant of the kernels. On a CPU, where PyTorch and oneDNN sum in an order that
-  depends on the layout, and for snapshots, whose weights are rounded once more, it may be three times that,
-  in float32 also ``64 u``.
+  the unit roundoff and ``c`` the constant of the kernels. On a CPU, where PyTorch and oneDNN sum in an order
+  that depends on the layout, and for snapshots, whose weights are rounded once more, it may be three times
+  that, in float32 also ``64 u``.
 - What a convolution gets, and what the network returns, against the original in float64. The error may be
   ``max(8 e, 64 u)`` in float32 and ``max(3 e, 16 u)`` in 16-bit types, with ``e`` the largest error up to
   there of the original itself. So a network that amplifies rounding errors is allowed as much, and no more
@@ -53,6 +53,7 @@ from fused_cna.fusion.reference_runs import (
     dtype_of,
     outputs_of,
     own_run,
+    perturbed_outputs,
     try_run,
     words_of,
 )
