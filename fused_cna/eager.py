@@ -1,10 +1,12 @@
 """Convolution, batch norm, residual and activation in plain PyTorch: the fallback."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_cna import activation
 from fused_cna._checks import check_residual, check_residual_order
@@ -20,8 +22,10 @@ def is_autocast_enabled(device_type: str) -> bool:
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def add_residual(z: Tensor, residual: Tensor) -> Tensor:
+def add_residual(z: Tensor, residual: Tensor, inplace: bool = False) -> Tensor:
     """``z + residual`` without broadcasting or type promotion; under autocast the residual is cast.
+
+    With ``inplace`` the sum may take the memory of ``z``.
 
     Raises:
         RuntimeError: the residual has not the shape, dtype or device of ``z``.
@@ -34,7 +38,7 @@ def add_residual(z: Tensor, residual: Tensor) -> Tensor:
     if residual.dtype != z.dtype and is_autocast_enabled(z.device.type):
         residual = residual.to(z.dtype)
     check_residual(residual, z.shape, z)
-    return z + residual
+    return z.add_(residual) if inplace else z + residual
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
@@ -44,6 +48,38 @@ def _pad(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
     if top != bottom or left != right:
         x = F.pad(x, (left - width, right - width, top - height, bottom - height))
     return x, (height, width)
+
+
+def is_plain_call() -> bool:
+    """Whether nothing observes or transforms the operators that run now, so that any of them may run."""
+    return (
+        not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _overwritten_by_norm(z: Tensor, vectors: Sequence[Tensor | None]) -> bool:
+    """Whether batch norm can take the memory of ``z``, by an operator that checks none of its arguments."""
+    return (
+        type(z) is Tensor
+        and z.is_cpu
+        and all(v is None or (v.is_cpu and v.dtype is z.dtype and v.shape == z.shape[1:2]) for v in vectors)
+        and is_plain_call()
+    )
+
+
+def _batch_norm(z: Tensor, vectors: tuple[Any, ...], eps: float, inplace: bool) -> Tensor:
+    """In eval mode; ``inplace`` on a CPU, where fresh memory costs more than the arithmetic."""
+    weight, bias, mean, var = vectors
+    if inplace and _overwritten_by_norm(z, vectors):
+        unused = z.new_empty(0)
+        torch.native_batch_norm(z, weight, bias, mean, var, False, 0.0, eps, out=(z, unused, unused))
+        return z
+    cudnn = z.is_cuda and torch.backends.cudnn.enabled
+    return torch.batch_norm(z, weight, bias, mean, var, False, 0.0, eps, cudnn)
 
 
 def conv_norm_act(
@@ -72,15 +108,14 @@ def conv_norm_act(
     if len(padding) == 4:
         x, padding = _pad(x, padding)
     z = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if running_mean is not None:
-        cudnn = z.is_cuda and torch.backends.cudnn.enabled
-        z = torch.batch_norm(z, norm_weight, norm_bias, running_mean, running_var, False, 0.0, eps, cudnn)
     # Nothing else refers to z, and without autograd nothing needs its value later. A TorchScript trace is
     # taken with grad mode on and compared with one taken with it off, so both have to be the same.
     inplace = not torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if running_mean is not None:
+        z = _batch_norm(z, (norm_weight, norm_bias, running_mean, running_var), eps, inplace)
     if residual is None:
         return activation.apply(z, act, act_params, inplace)
     if residual_order == "add_act":
-        return activation.apply(add_residual(z, residual), act, act_params, inplace)
+        return activation.apply(add_residual(z, residual, inplace), act, act_params, inplace)
     check_residual_order(residual_order)
-    return add_residual(activation.apply(z, act, act_params, inplace), residual)
+    return add_residual(activation.apply(z, act, act_params, inplace), residual, inplace)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_cna import ConvNormAct
-from fused_cna.fusion import cpu_batches, frozen
-from fused_cna.fusion.cpu_batches import InParts, images_per_part
+from fused_cna.fusion import frozen
 from fused_cna.fusion.cpu_memory import multiply_into, reuse_memory
 from fused_cna.fusion.frozen import FrozenConv
 
@@ -146,69 +145,3 @@ def test_multiplies_elsewhere_where_it_does_not_fit() -> None:
     assert multiply_into(large, small).data_ptr() == large.data_ptr()
     torch.testing.assert_close(large, expected)
     assert multiply_into(large.half(), small).dtype == torch.float32
-
-
-def head(m: Graph, x: Tensor) -> Tensor:
-    return m.linear(torch.flatten(m.pool(squeeze_and_excite(m, x)), 1))
-
-
-MIXING: dict[str, Callable[..., Tensor]] = {
-    "mean over the batch": lambda m, x: m.a(x) + m.b(x).mean(0, keepdim=True),
-    "flip of the batch": lambda m, x: m.a(x).flip(0),
-    "cat of batches": lambda m, x: torch.cat([m.a(x), m.b(x)]),
-    "flatten of all": lambda m, x: m.a(x).flatten(),
-    "another number of dimensions": lambda m, x: m.a(x) + m.b(x).mean((2, 3)),
-    "softmax over the batch": lambda m, x: m.a(x).softmax(0),
-}
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts that hold two images of 8 channels and 9 x 7 pixels."""
-    monkeypatch.setattr(cpu_batches, "_BYTES_PER_THREAD", 2 * 8 * 9 * 7 * 4 // torch.get_num_threads() + 8)
-
-
-@pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("run", [residual_block, squeeze_and_excite, head])
-@pytest.mark.parametrize(("images", "parts"), [(1, [1]), (2, [2]), (5, [2, 2, 1]), (8, [2, 2, 2, 2])])
-def test_runs_in_parts(run: Callable[..., Tensor], images: int, parts: list[int]) -> None:
-    graph, x = trace(run), image(images, 8, 9, 7)
-    expected = graph(x)
-    sizes: list[int] = []
-    graph.a.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
-    module = InParts(graph)
-    torch.testing.assert_close(module(x), expected)
-    sizes.clear()
-    torch.testing.assert_close(module(x), expected)
-    assert sizes == parts
-
-
-@pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("run", MIXING.values(), ids=MIXING)
-def test_whole_where_images_may_mix(run: Callable[..., Tensor]) -> None:
-    graph, x = trace(run), image(8, 8, 9, 7)
-    if run is MIXING["another number of dimensions"]:
-        x = image(8, 8, 8, 8)
-    assert images_per_part(graph, x) == 8
-    torch.testing.assert_close(InParts(graph)(x), graph(x))
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_whole_where_a_module_is_not_known() -> None:
-    class Shuffle(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.roll(1, 0)
-
-    graph = trace(lambda m, x: m.pool(m.a(x)))
-    graph.pool = Shuffle()
-    assert images_per_part(fx.GraphModule(graph, graph.graph), image(8, 8, 9, 7)) == 8
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_parts_are_seen_by_no_compiler() -> None:
-    module, x = InParts(trace(head)), image(8, 8, 9, 7)
-    expected = module(x)
-    torch.testing.assert_close(
-        torch.compile(module, backend="aot_eager", fullgraph=True)(x), expected, rtol=1e-4, atol=1e-5
-    )
-    torch.testing.assert_close(copy.deepcopy(module)(x), expected)

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 import fused_cna
 from fused_cna import FusionError, fuse
-from fused_cna.fusion import boundaries, cpu_batches, handover, verification
+from fused_cna.fusion import boundaries, handover, verification
+from fused_cna.fusion.reference_runs import copied
 from fused_cna.fusion.verification import verify_fused
 
 
@@ -332,7 +333,7 @@ def test_a_network_in_training_mode_is_verified_in_eval_mode() -> None:
 def test_an_original_that_fails_is_told_from_a_fused_one_that_does() -> None:
     plain = network()
     fused = fuse(plain)
-    with pytest.raises(FusionError, match="Network itself fails on the example inputs"):
+    with pytest.raises(FusionError, match="Network itself fails on example_inputs"):
         verify_fused(plain, fused, (image()[:, :2],))
     block_of(fused, "second.conv1").zero_pad = (0, 0, 0, -30)
     with pytest.raises(FusionError, match=r"the fused Network fails .* after first\.conv2"):
@@ -426,23 +427,22 @@ def test_what_python_code_gets_is_compared() -> None:
         verify_fused(plain, fused, (image(),))
 
 
-def test_a_frozen_network_that_splits_batches_is_compared_whole_and_as_it_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cpu_batches, "_BYTES_PER_THREAD", 8 * 8 * 8 * 4)
+def test_what_goes_wrong_only_where_nothing_observes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = network()
-    images = torch.cat([image()] * 3)
-    fused = fuse(plain, example_inputs=images, verify=True, freeze=True)
-    parts = fused.fused_cna_overlay.graph
-    assert isinstance(parts, cpu_batches.InParts)
-    with torch.no_grad():
-        fused(images)
-    assert set(parts._images_per_part.values()) == {1}, (
-        "the batch has to be split for this test to say anything"
-    )
-    monkeypatch.setattr(cpu_batches.InParts, "forward", lambda self, x: self.graph_module(x[:1]).expand(6, 5))
+    fused = fuse(plain, example_inputs=image())
+    copies: list[Any] = []
+
+    def second_is_spoilt(given: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+        made = copied(given, dtype)
+        if given is fused:
+            copies.append(made)
+            made.head.bias.data += len(copies) - 1
+        return made
+
+    monkeypatch.setattr(verification, "copied", second_is_spoilt)
     with pytest.raises(FusionError, match="returns, but only when nothing observes the run"):
-        verify_fused(plain, fused, (images,))
+        verify_fused(plain, fused, (image(),))
+    assert len(copies) == 2
 
 
 class Doubled(nn.Module):

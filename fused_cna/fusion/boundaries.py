@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_map
 from fused_cna import _accuracy, activation, layers
 from fused_cna.fusion import handover
 from fused_cna.fusion.comparing import ROUNDOFF
-from fused_cna.fusion.cpu_batches import InParts
 from fused_cna.fusion.frozen import FrozenConv
 from fused_cna.fusion.handover import FusedConv
 from fused_cna.fusion.overlay import NAME as OVERLAY
@@ -122,13 +121,6 @@ def modules_of_blocks(fused: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for _, overlay in overlays_of(fused):
         for _, block in overlay.blocks():
             yield str(block.group_name), block
-
-
-def run_whole(fused: nn.Module) -> None:
-    """Have every batch run at once: what is observed of a part of it is that of no layer."""
-    for _, overlay in overlays_of(fused):
-        if isinstance(overlay.graph, InParts):
-            overlay.graph = overlay.graph.graph_module
 
 
 def find_blocks(fused: nn.Module, plain: nn.Module) -> list[Block]:

@@ -6,7 +6,6 @@ import torch
 from torch import fx, nn
 
 from fused_cna.fusion.calls import kind_of
-from fused_cna.fusion.cpu_batches import InParts
 from fused_cna.fusion.cpu_memory import reuse_memory
 from fused_cna.fusion.frozen import FrozenConv
 from fused_cna.fusion.matching import Group, Matches
@@ -71,8 +70,6 @@ def build_overlay(
     graph = fx.GraphModule({name: module for name, module in modules.items() if name in called}, traced.graph)
     if freeze:
         reuse_memory(graph)
-        if len(traced.inputs) == 1 and not values:
-            return Overlay(InParts(graph), traced.inputs, values, places, [network, *traced.entered])
     return Overlay(graph, traced.inputs, values, places, [network, *traced.entered])
 
 

@@ -71,7 +71,7 @@ def as_arguments(example_inputs: Any, needed_for: str) -> tuple[Any, ...] | None
         return None
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     leaves = torch.utils._pytree.tree_leaves(inputs)
-    if all(leaf is None or isinstance(leaf, (bool, int, float, str, type)) for leaf in leaves):
+    if all(leaf is None or isinstance(leaf, (bool, int, float, str, type, nn.Module)) for leaf in leaves):
         raise TypeError(
             "example_inputs must be a tensor or a tuple with the arguments of a call, some of them tensors, "
             f"but got {str(example_inputs)[:80]}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fused_cna.fusion.frozen import FrozenConv, is_plain, is_plain_call
+from fused_cna.fusion.frozen import FrozenConv, is_plain, runs_onednn
 
 # What reads its input without returning a view of it.
 _READING_MODULES = (FrozenConv, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d)
@@ -25,7 +25,7 @@ def multiply_into(x: Tensor, scale: Tensor) -> Tensor:
     """``x * scale``, in the memory of ``x`` where it fits there and nothing keeps ``x``."""
     if (
         isinstance(scale, Tensor)
-        and is_plain_call()
+        and runs_onednn()
         and is_plain(x, x.dtype)
         and is_plain(scale, x.dtype)
         and x.dim() == scale.dim()

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fused_cna import activation, eager, layers, modules, ops
 from fused_cna._checks import explicit_padding, pair, unsqueeze
@@ -137,17 +136,9 @@ def is_plain(tensor: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def is_plain_call() -> bool:
-    """Whether nothing observes or transforms the operators that run now, so that any of them may run."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_mkldnn_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-    )
+def runs_onednn() -> bool:
+    """Whether a call may go to oneDNN's own operators, which know no autocast."""
+    return eager.is_plain_call() and torch._C._get_mkldnn_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def _obstacle(block: ConvNormAct, parts: Sequence[nn.Module]) -> str:
@@ -329,7 +320,7 @@ class FrozenConv(nn.Module):
             is_plain(x, weight.dtype)
             and x.dim() == 4
             and (residual is None or is_plain(residual, weight.dtype))
-            and is_plain_call()
+            and runs_onednn()
         ):
             packed_weight = self._packed_weight(weight, x)
             if packed_weight is not None:

@@ -39,7 +39,6 @@ from fused_cna.fusion.boundaries import (
     find_blocks,
     input_of,
     modules_of_blocks,
-    run_whole,
     watch_calls,
     watch_convs,
 )
@@ -118,7 +117,6 @@ class _Comparison:
         self._exact = exact or own
         self._is_measured = exact is not None
         self._fused, self._unobserved = copied(fused, dtype), copied(fused, dtype)
-        run_whole(self._fused)
         record = getattr(fused, RECORD, None)
         self._recorded = {} if record is None else {layer.name: layer.parts for layer in record.layers}
         self._blocks = find_blocks(self._fused, copied(original, dtype))
