@@ -154,3 +154,20 @@ def disassembled(compiled: Compiled) -> Compiled:
     if find_disassembler() is None:
         pytest.skip("needs nvdisasm, of the CUDA toolkit or of the triton package")
     return compiled
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing was compiled before, and nothing that is compiled now stays."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs(fresh_dynamo: None) -> object:
+    """The backend of ``torch.compile``, which remembers the graphs that it was given."""
+    from tests.compiled_networks import Graphs
+
+    return Graphs()

@@ -11,82 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import fused_cna
 from fused_cna import FusionError, fuse
 from fused_cna.fusion import boundaries, handover, verification
 from fused_cna.fusion.reference_runs import copied
 from fused_cna.fusion.verification import verify_fused
-
-
-class Block(nn.Module):
-    """ResNet's, and a squeeze-and-excitation in it."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.gate = nn.Conv2d(channels, channels, 1)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
-        return self.relu(self.bn2(self.conv2(y)) + x)
-
-
-class Network(nn.Module):
-    """Two blocks between a stem with padding of its own and a head without an activation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
-        self.stem = nn.Conv2d(3, 8, 3, stride=2)
-        self.bn = nn.BatchNorm2d(8)
-        self.first = Block(8)
-        self.second = Block(8)
-        self.head = nn.Conv2d(8, 5, 1)
-
-    def forward(self, x: Tensor) -> Any:
-        x = nn.functional.silu(self.bn(self.stem(self.pad(x))))
-        return self.head(self.second(self.first(x))).mean((2, 3))
-
-
-def network(kind: Callable[[], nn.Module] = Network, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """One whose batch norms do something."""
-    torch.manual_seed(0)
-    made = kind()
-    for module in made.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    return made.eval().to(dtype)
-
-
-def image(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def graph_of(fused: nn.Module) -> fx.GraphModule:
-    graph = fused.fused_cna_overlay.graph
-    return graph if isinstance(graph, fx.GraphModule) else graph.graph_module
-
-
-def block_of(fused: nn.Module, name: str) -> Any:
-    return next(m for m in graph_of(fused).modules() if getattr(m, "group_name", "") == name)
-
-
-def call_of(fused: nn.Module, name: str) -> fx.Node:
-    block = block_of(fused, name)
-    graph = graph_of(fused)
-    return next(
-        n for n in graph.graph.nodes if n.op == "call_module" and graph.get_submodule(n.target) is block
-    )
+from tests.verified_networks import InPython, Network, block_of, call_of, graph_of, image, network
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -391,15 +323,6 @@ def test_verify_needs_inputs() -> None:
         fuse(network(), verify=True)
 
 
-class InPython(Network):
-    """A network that FX cannot follow."""
-
-    def forward(self, x: Tensor) -> Any:
-        if x.isnan().any():
-            return x
-        return super().forward(x)
-
-
 def handed_block(fused: nn.Module, name: str) -> Any:
     conv: Any = fused.get_submodule(name)
     return handover.block_of(conv, vars(conv)[handover.STEPS])
@@ -443,56 +366,3 @@ def test_what_goes_wrong_only_where_nothing_observes_is_found(monkeypatch: pytes
     with pytest.raises(FusionError, match="returns, but only when nothing observes the run"):
         verify_fused(plain, fused, (image(),))
     assert len(copies) == 2
-
-
-class Doubled(nn.Module):
-    """A convolution whose result is normalised, and used besides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Conv2d(3, 3, 1)
-        self.norm = nn.BatchNorm2d(3)
-        self.last = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.gate(x)
-        return self.last(self.norm(y) * y)
-
-
-def test_strict_names_what_looks_fusible_and_nothing_else() -> None:
-    plain = network(Doubled)
-    assert fuse(plain) is not plain
-    message = (
-        r"but 1 convolution of Doubled looks fusible and is not .*:\n  gate: its result goes to 2 places"
-    )
-    with pytest.raises(FusionError, match=message) as raised:
-        fuse(plain, strict=True, inplace=True)
-    assert "last" not in str(raised.value)
-    assert type(plain) is Doubled
-    fuse(network(), strict=True)
-
-
-class Pair(nn.Module):
-    """Two of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = Doubled(), Doubled()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) + self.b(x)
-
-
-def test_strict_names_all() -> None:
-    with pytest.raises(FusionError, match=r"but 2 convolutions of Pair look .*:\n  a\.gate: .*\n  b\.gate: "):
-        fuse(network(Pair), strict=True)
-
-
-def test_strict_without_inputs_says_that_they_help() -> None:
-    plain = network(InPython)
-    plain.first, plain.second = nn.Identity(), nn.Identity()
-    with pytest.raises(
-        FusionError, match=r"cannot follow all of InPython .*; pass example_inputs=\(\.\.\.\)"
-    ):
-        fuse(plain, strict=True)
-    fuse(plain, strict=True, example_inputs=image())
