@@ -271,13 +271,22 @@ def test_judge_reports_what_is_raised() -> None:
     assert not result.is_right
 
 
+# Beside attention that keeps its biases in an attribute or branches on its input, and in a pyramid of features.
+ADDS_IN_PYTHON = {
+    "timm/efficientvit_b0": 4,
+    "timm/levit_conv_128": 26,
+    "tvdet/fasterrcnn_mobilenet_v3_large_320_fpn": 1,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
 def test_fused_networks(name: str) -> None:
     result = judge(name, frozen=judging.fuse_frozen)
     assert summary.failures([result]) == []
-    totals = summary.Totals([result])
-    assert totals.shortfalls() == [], (result.missed_pairs, result.missed_adds)
+    assert result.missed_pairs == []
+    assert len(result.missed_adds) == ADDS_IN_PYTHON.get(name, 0), result.missed_adds
+    assert all("Python code" in why for _, why in result.missed_adds)
     assert ("norm" in result.spoiled) == (result.fused_pairs > 0)
     assert ("add" in result.spoiled) == (result.fused_adds > 0)
 

@@ -128,6 +128,9 @@ def unfuse(model: Network, *, inplace: bool = False) -> Network:
     return network
 
 
+_TO_PYTHON = "Python code that cannot be followed takes its result"
+
+
 class _Fuser:
     """Lays overlays over a network, or over the largest of its submodules that can be traced."""
 
@@ -148,7 +151,7 @@ class _Fuser:
             self._note(f"{path}.conv", " + ".join(filter(None, words)), "", missed=False)
             return
         if kind_of(network) is not None:
-            self._note(path, "conv", "Python code that cannot be followed takes its result", missed=True)
+            self._note(path, "conv", _TO_PYTHON, missed=True)
             return
         try:
             check_class(type(network))
@@ -174,7 +177,12 @@ class _Fuser:
         self._leave_training(matches)
         for group in matches.groups:
             name = f"{path}.{_name_of(group.conv)}"
-            self._note(name, parts_of(group, matches), group.reason, group.missed)
+            leaves = (
+                bool(path)
+                and group.act is None
+                and any(user.op == "output" for user in group.nodes[-1].users)
+            )
+            self._note(name, parts_of(group, matches), group.reason or _TO_PYTHON * leaves, group.missed)
         for node, reason in matches.refused.items():
             self._note(f"{path}.{_name_of(node)}", "conv", reason, missed=True)
         overlay = build_overlay(network, traced, matches, path, freeze=self._freeze)

@@ -103,8 +103,8 @@ def _keep_what_can_be_swapped(group: Group, matches: Matches) -> None:
         group.leave(f"its norm's parameters are used before the norm, by {user.name}")
     elif isinstance(act, Act) and act.module is None and _function_step(group.act, act) is None:
         group.act = None
-    elif not group.is_fused and isinstance(_call_of(next(iter(group.conv.users), None), matches), Add):
-        group.reason, group.missed = "what follows is an addition in Python code", False
+    if not group.missed and any(isinstance(_call_of(user, matches), Add) for user in group.nodes[-1].users):
+        group.reason = "what follows is an addition in Python code"
 
 
 def _user_of_parameters(group: Group, norm: Norm) -> Node | None:
@@ -171,6 +171,6 @@ def _swap(
         groups[0].missed,
     )
     if steps:
-        layer.reason, layer.looks_fusible = "", False
+        layer.looks_fusible = False
         handover.join(conv, steps)
         record.swaps.append(Swap(layer.name, conv, steps))

@@ -33,10 +33,16 @@ class _TensorProxy(Proxy):
 
 
 def _isinstance(value: Any, kind: Any) -> bool:
-    """``isinstance`` for code that is being traced: what stands for a tensor is one."""
-    if type(value) in (_TensorProxy, _HeldProxy) and value.node.meta.get("is_tensor", False):
-        return isinstance(value, kind) or any(issubclass(torch.Tensor, one) for one in _classes(kind))
-    return isinstance(value, kind)
+    """``isinstance`` for code that is being traced: what stands for a tensor is one.
+
+    Raises:
+        TraceError: what the value stands for is not known.
+    """
+    if type(value) not in (_TensorProxy, _HeldProxy) or isinstance(value, kind):
+        return isinstance(value, kind)
+    if not value.node.meta.get("is_tensor", False):
+        raise TraceError(f"it asks for the type of what {value.node.name} returns")
+    return any(issubclass(torch.Tensor, one) for one in _classes(kind))
 
 
 def _classes(kind: Any) -> list[type]:
