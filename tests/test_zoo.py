@@ -271,7 +271,7 @@ def test_judge_reports_what_is_raised() -> None:
     assert not result.is_right
 
 
-# Beside attention that keeps its biases in an attribute or branches on its input, and in a pyramid of features.
+# Beside attention that keeps biases in an attribute or branches on its input, and in a feature pyramid.
 ADDS_IN_PYTHON = {
     "timm/efficientvit_b0": 4,
     "timm/levit_conv_128": 26,

@@ -301,7 +301,7 @@ def trace(network: nn.Module, live: Collection[nn.Module] = ()) -> Trace:
         raise NotTraceableError("it computes something else where gradients are off")
     for node in graph.nodes:
         node.meta.pop("is_tensor", None)
-        # Annotations say nothing about the graph, and those that are strings keep torch 2.11 from pickling it.
+        # Annotations say nothing about the graph, and torch 2.11 cannot pickle those that are strings.
         node.type = None
     modules = {
         str(node.target): network.get_submodule(str(node.target))
