@@ -118,7 +118,8 @@ class CompiledFused(ModelRoute):
 
 def _compiled_for(x: Tensor, network: nn.Module, during: Any, options: dict[str, Any]) -> Call:
     call = torch.compile(network, dynamic=False, **options)
-    with during:
+    # As it will be timed: in another grad mode the timed calls would compile once more, without `during`.
+    with torch.inference_mode(), during:
         call(x)
     return call
 

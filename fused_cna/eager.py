@@ -38,7 +38,7 @@ def add_residual(z: Tensor, residual: Tensor, inplace: bool = False) -> Tensor:
     if residual.dtype != z.dtype and is_autocast_enabled(z.device.type):
         residual = residual.to(z.dtype)
     check_residual(residual, z.shape, z)
-    return z.add_(residual) if inplace else z + residual
+    return z.add_(residual) if inplace and type(residual) is type(z) is Tensor else z + residual
 
 
 def _pad(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
@@ -48,6 +48,10 @@ def _pad(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
     if top != bottom or left != right:
         x = F.pad(x, (left - width, right - width, top - height, bottom - height))
     return x, (height, width)
+
+
+# Bytes from which on fresh memory costs more than the call of another operator.
+_LARGE = 1 << 20
 
 
 def is_plain_call() -> bool:
@@ -62,12 +66,12 @@ def is_plain_call() -> bool:
 
 
 def _overwritten_by_norm(z: Tensor, vectors: Sequence[Tensor | None]) -> bool:
-    """Whether batch norm can take the memory of ``z``, by an operator that checks none of its arguments."""
+    """Whether batch norm is to take the memory of ``z``, by an operator that checks none of its arguments."""
     return (
         type(z) is Tensor
         and z.is_cpu
+        and z.nbytes >= _LARGE
         and all(v is None or (v.is_cpu and v.dtype is z.dtype and v.shape == z.shape[1:2]) for v in vectors)
-        and is_plain_call()
     )
 
 
@@ -110,7 +114,7 @@ def conv_norm_act(
     z = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     # Nothing else refers to z, and without autograd nothing needs its value later. A TorchScript trace is
     # taken with grad mode on and compared with one taken with it off, so both have to be the same.
-    inplace = not torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    inplace = not torch.is_grad_enabled() and is_plain_call()
     if running_mean is not None:
         z = _batch_norm(z, (norm_weight, norm_bias, running_mean, running_var), eps, inplace)
     if residual is None:

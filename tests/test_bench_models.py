@@ -18,6 +18,7 @@ from bench.model_routes import (
     FUSED,
     INDUCTOR_FROZEN,
     Call,
+    Compiled,
     CompiledFused,
     EagerChannelsLast,
     Fused,
@@ -275,3 +276,17 @@ class TestJudge:
         other = pixels.clone()
         other[0, 1, 0, 0] = 1
         assert models._agreement([other], [pixels], classes=None) == 0.75
+
+
+def test_the_rival_on_a_cpu_is_frozen_when_it_is_timed() -> None:
+    """Compiled in another grad mode than it is timed in, inductor would compile it anew, and not frozen."""
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, 20, 20)
+    route = Compiled(INDUCTOR_FROZEN, "cpu", freezing=True)
+    call = route.prepare(Tiny().eval().requires_grad_(False), MODELS["resnet50"], x)
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        call(x)
+    names = {event.key for event in profile.key_averages()}
+    assert "mkldnn::_convolution_pointwise" in names
+    assert not any("batch_norm" in name for name in names)
+    torch._dynamo.reset()

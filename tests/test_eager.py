@@ -42,7 +42,8 @@ def three_steps(
 
 
 @pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
+def no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(eager, "_LARGE", 1)
     with torch.no_grad():
         yield
 
@@ -118,6 +119,11 @@ def test_forward_gradient_and_vmap() -> None:
     )
     stacked = torch.stack([x, x + 1])
     torch.testing.assert_close(torch.vmap(run)(stacked), torch.vmap(plain)(stacked))
+    residuals = random(3, 2, 6, 7, 9)
+    torch.testing.assert_close(
+        torch.vmap(lambda residual: eager.conv_norm_act(*args, residual, "add_act"))(residuals),
+        torch.stack([three_steps(args, residual) for residual in residuals]),
+    )
 
 
 def test_under_a_compiler() -> None:

@@ -12,6 +12,7 @@ from fused_cna.fusion.matching import Group, Matches
 from fused_cna.fusion.overlay import Overlay
 from fused_cna.fusion.rewriting import Rewriter, block_of, keep_layout_of, keep_views_apart, values_as_inputs
 from fused_cna.fusion.symbolic import Trace
+from fused_cna.fusion.unchanged import AsTraced
 
 # What tells how a tensor lies in memory.
 _READS_LAYOUT = {"as_strided", "stride", "is_contiguous", "data_ptr", torch.as_strided}
@@ -35,8 +36,6 @@ def build_overlay(
     groups = [group for group in matches.groups if _becomes_a_block(group, freeze)]
     if not groups:
         return None
-    # Before anything is replaced: where the modules are that the graph stands for.
-    places = _places(network, traced)
     rewriter = Rewriter(traced.graph, matches)
     blocks: dict[tuple[Any, ...], str] = {}
     modules = dict(traced.modules)
@@ -70,7 +69,10 @@ def build_overlay(
     graph = fx.GraphModule({name: module for name, module in modules.items() if name in called}, traced.graph)
     if freeze:
         reuse_memory(graph)
-    return Overlay(graph, traced.inputs, values, places, [network, *traced.entered])
+    # Else graph and module refer to each other, and the weights stay until the garbage collector comes by.
+    graph.graph.owning_module = None
+    as_traced = AsTraced(network, _read_by(network, traced), traced.entered, traced.live)
+    return Overlay(graph, traced.inputs, values, as_traced)
 
 
 def _becomes_a_block(group: Group, freeze: bool) -> bool:
@@ -111,14 +113,12 @@ def _make_channels_last(conv: nn.Conv2d) -> None:
         conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _places(network: nn.Module, traced: Trace) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    """Where every module on the way to a leaf of the graph is kept."""
-    places: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
-    for path in traced.modules:
-        owner, done = network, ""
-        for name in path.split("."):
-            module = owner.get_submodule(name)
-            done = f"{done}.{name}"
-            places[done] = (owner._modules, name, module)  # type: ignore[assignment]
-            owner = module
-    return list(places.values())
+def _read_by(network: nn.Module, traced: Trace) -> list[nn.Module]:
+    """The modules whose attributes the network's code may have read: all but those that are called."""
+    called = {part for leaf in traced.modules.values() for part in leaf.modules()}
+    entered = set(traced.entered)
+    return [
+        module
+        for module in network.modules()
+        if module is not network and (module not in called or module in entered)
+    ]

@@ -15,16 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_cna import layers
 from fused_cna.fusion.symbolic import NotTraceableError
+from fused_cna.fusion.unchanged import AsTraced
 
 NAME = "fused_cna_overlay"
 """The attribute of a network that holds its overlay."""
-
-
-_GONE = object()
-# Attributes that may be another object of the same value, as after pickling.
-_PLAIN = (bool, int, float, str, tuple)
 
 
 class Overlay(nn.Module):
@@ -36,31 +31,17 @@ class Overlay(nn.Module):
         graph: takes the inputs, then the values of ``values``.
         inputs: the names of the arguments of the network's ``forward`` that the graph takes.
         values: paths of the parameters and buffers, from the network on, that the graph takes.
-        places: modules that the graph stands for: where each is kept, by what name, and which it is.
-        entered: modules whose ``forward`` is part of the graph, the network first.
+        as_traced: what the network was like.
     """
 
     def __init__(
-        self,
-        graph: nn.Module,
-        inputs: Sequence[str],
-        values: Sequence[str],
-        places: Sequence[tuple[dict[str, Any], str, nn.Module]],
-        entered: Sequence[nn.Module],
+        self, graph: nn.Module, inputs: Sequence[str], values: Sequence[str], as_traced: AsTraced
     ) -> None:
         super().__init__()
         self.graph = graph
         self.inputs = tuple(inputs)
         self.values = tuple(values)
-        self._places = list(places)
-        self._entered = list(entered)
-        self._children = [(module, len(module._modules)) for module in self._entered]
-        self._attributes = [
-            (vars(module), name, value)
-            for module in self._entered
-            for name, value in vars(module).items()
-            if not name.startswith("_") and name != "training"
-        ]
+        self._as_traced = as_traced
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The graph's inputs for a call of the network; None where the call is none that was traced."""
@@ -74,22 +55,9 @@ class Overlay(nn.Module):
         return args
 
     @torch.compiler.assume_constant_result
-    def holds(self) -> bool:
-        """Whether the network still is what was traced: nothing exchanged, hooked or put in training mode."""
-        for owner, name, module in self._places:
-            if owner.get(name) is not module:
-                return False
-        for attributes, name, value in self._attributes:
-            now = attributes.get(name, _GONE)
-            if now is not value and (type(now) not in _PLAIN or now != value):
-                return False
-        for module, count in self._children:
-            if module.training or len(module._modules) != count:
-                return False
-        # Those of the network itself run before and after its forward, as always.
-        if any(map(layers.has_hooks, self._entered[1:])):
-            return False
-        return not layers.has_global_hooks()
+    def holds(self, network: nn.Module) -> bool:
+        """Whether the network still is what was traced, as :class:`AsTraced` knows."""
+        return self._as_traced.holds(network)
 
     def forward(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """What ``network`` returns for ``inputs`` as :meth:`bind` gives them."""
@@ -121,7 +89,7 @@ class FusedNetwork(nn.Module):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A class that makes more of its own kind, as a slice of nn.Sequential is made, makes plain ones.
         overlay: Any = self.__dict__.get(NAME)
-        if overlay is not None and not self.training and overlay.holds():
+        if overlay is not None and not self.training and overlay.holds(self):
             inputs = overlay.bind(args, kwargs)
             if inputs is not None:
                 return overlay(self, inputs)

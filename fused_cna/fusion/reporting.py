@@ -235,7 +235,7 @@ def _as_written(model: nn.Module) -> list[str]:
         if isinstance(module, FusedNetwork)
         and not module.training
         and OVERLAY in module.__dict__
-        and not module.__dict__[OVERLAY].holds()
+        and not module.__dict__[OVERLAY].holds(module)
     ]
 
 

@@ -145,6 +145,7 @@ class Tracer(fx.Tracer):
         self._answered: list[dict[str, Any]] = []
         self._modes = _modes()
         self._leaf_classes = () if timm is None else tuple(timm.get_notrace_modules())
+        self._caches: list[dict[str, Any]] = []
         self.entered: list[nn.Module] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -169,6 +170,7 @@ class Tracer(fx.Tracer):
         for name, held in (*self.root.named_parameters(), *self.root.named_buffers()):
             if held is attr_val:
                 if name not in parameter_proxy_cache:
+                    self._caches.append(parameter_proxy_cache)
                     proxy = _HeldProxy(self.create_node("get_attr", name, (), {}), self)
                     proxy.node.meta["is_tensor"] = True
                     proxy.held = attr_val
@@ -200,6 +202,14 @@ class Tracer(fx.Tracer):
         for names in self._answered:
             del names["isinstance"]
         self._answered.clear()
+
+    def let_go(self) -> None:
+        """Refer to the network no more, since FX leaves tracers in circles behind, and its weights with them."""
+        self.stop_answering()
+        self.root = nn.Module()
+        self.submodule_paths = None
+        for cache in self._caches:
+            cache.clear()
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         inputs = [self.create_proxy("placeholder", name, (), {}) for name in required_inputs(root_fn)]
@@ -324,7 +334,7 @@ def _run(network: nn.Module, live: Collection[nn.Module], *, gradients: bool) ->
         raise NotTraceableError(_in_words(error)) from error
     finally:
         if tracer is not None:
-            tracer.stop_answering()
+            tracer.let_go()
         effect = before.undo()
     if effect:
         raise NotTraceableError(effect)
