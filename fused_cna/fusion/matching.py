@@ -194,8 +194,11 @@ class _Finder:
     def _why_not_added(self, group: Group, add: Node, call: Add, last: Node, residual: Node) -> str:
         if residual.op == "get_attr":
             return "what is added is a parameter"
-        if self.same_shape(last, residual) is False:
+        same_shape = self.same_shape(last, residual)
+        if same_shape is False:
             return "what is added has another shape, dtype or device"
+        if same_shape is None and not self._is_block(group):
+            return "the shape of what is added is not known, and functions do not look"
         if call.overwritten is residual and not self.aliasing.is_forgotten(residual, add):
             return "the addition overwrites a tensor that is seen elsewhere"
         changed = self.aliasing.changed_between(group.call.x, group.conv, add)
@@ -212,15 +215,18 @@ class _Finder:
                 return changed
         return None
 
+    def _is_block(self, group: Group) -> bool:
+        """Whether its parts are modules, so that a module can stand for it, which looks at each residual."""
+        norm = self.calls.get(group.norm) if group.norm is not None else None
+        return group.call.module is not None and (not isinstance(norm, Norm) or norm.module is not None)
+
     def _take_pad(self, group: Group) -> None:
         """Zeros around the input join the convolution where nothing else sees them."""
         pad = group.call.x
         call = self.calls.get(pad)
         if not isinstance(call, Pad) or len(pad.users) != 1:
             return
-        norm = self.calls.get(group.norm) if group.norm is not None else None
-        is_block = group.call.module is not None and (not isinstance(norm, Norm) or norm.module is not None)
-        if not is_block and (isinstance(group.call.padding, str) or min(call.amounts) < 0):
+        if not self._is_block(group) and (isinstance(group.call.padding, str) or min(call.amounts) < 0):
             return
         if self.aliasing.changed_between(call.x, pad, group.add or group.conv) is None:
             group.pad = pad

@@ -5,11 +5,14 @@ stay in place, and constants that the code makes are no part of a graph.
 """
 
 import copy
+import gc
 import inspect
 import operator
 import random
 import sys
-from collections import OrderedDict
+import threading
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +24,12 @@ from torch.nn.utils import parametrize
 
 from fused_cna import layers
 from fused_cna.fusion.calls import kind_of
+from fused_cna.fusion.watching import Watch
 from fused_cna.modules import ConvNormAct
+
+_CONTROL_FLOW = "its control flow depends on the input"
+
+_lock = threading.RLock()
 
 
 class NotTraceableError(Exception):
@@ -29,7 +37,23 @@ class NotTraceableError(Exception):
 
 
 class _TensorProxy(Proxy):
-    """A proxy whose in-place operators stay in place."""
+    """A proxy whose in-place operators stay in place, and that passes for nothing that a tensor is not."""
+
+    def __getattr__(self, name: str) -> Any:
+        if self.node.meta.get("is_tensor", False) and not hasattr(torch.Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "held"):
+            self.tracer.refuse(f"it sets {name} of a tensor")  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
+
+    def __hash__(self) -> int:
+        return self.tracer.refuse("it looks up what depends on the input")  # type: ignore[attr-defined,no-any-return]
+
+    def __len__(self) -> int:
+        return self.tracer.refuse("it asks for a length that depends on the input")  # type: ignore[attr-defined,no-any-return]
 
 
 def _isinstance(value: Any, kind: Any) -> bool:
@@ -41,7 +65,7 @@ def _isinstance(value: Any, kind: Any) -> bool:
     if type(value) not in (_TensorProxy, _HeldProxy) or isinstance(value, kind):
         return isinstance(value, kind)
     if not value.node.meta.get("is_tensor", False):
-        raise TraceError(f"it asks for the type of what {value.node.name} returns")
+        value.tracer.refuse(f"it asks for the type of what {value.node.name} returns")
     return any(issubclass(torch.Tensor, one) for one in _classes(kind))
 
 
@@ -142,8 +166,11 @@ class Tracer(fx.Tracer):
         functions = [] if timm is None else [f for f in timm.get_notrace_functions() if callable(f)]
         super().__init__(autowrap_functions=tuple(functions))
         self._live = live
-        self._answered: list[dict[str, Any]] = []
         self._modes = _modes()
+        self._thread = threading.get_ident()
+        self._proxies: list[weakref.ref[Proxy]] = []
+        self.refused = ""
+        """Why there can be no graph, whether or not the code has caught the error."""
         self._leaf_classes = () if timm is None else tuple(timm.get_notrace_modules())
         self._caches: list[dict[str, Any]] = []
         self.entered: list[nn.Module] = []
@@ -158,14 +185,30 @@ class Tracer(fx.Tracer):
             or super().is_leaf_module(m, module_qualified_name)
         )
 
+    def refuse(self, reason: str) -> Any:
+        """Give up, also where the code that is traced goes on.
+
+        Raises:
+            TraceError: always.
+        """
+        self.refused = self.refused or reason
+        raise TraceError(reason)
+
+    def note_refusal(self, reason: str) -> None:
+        """Give up at the end, from where nothing can be raised."""
+        self.refused = self.refused or reason
+
+    def to_bool(self, obj: Proxy) -> bool:
+        return self.refuse(_CONTROL_FLOW)  # type: ignore[no-any-return]
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
-            raise TraceError("it switches gradients or autocast on or off")
+            self.refuse("it switches gradients or autocast on or off")
         return super().create_node(*args, **kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers are values that the graph takes, whatever they hold now."""
-        if not isinstance(attr_val, torch.Tensor):
+        if threading.get_ident() != self._thread or not isinstance(attr_val, torch.Tensor):
             return attr_val
         for name, held in (*self.root.named_parameters(), *self.root.named_buffers()):
             if held is attr_val:
@@ -179,33 +222,18 @@ class Tracer(fx.Tracer):
         return attr_val
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         is_leaf = self.is_leaf_module(m, self.path_of_module(m))
         if not is_leaf:
             self.entered.append(m)
-            self.answer_isinstance(type(m))
         result = super().call_module(m, forward, args, kwargs)
         if is_leaf and kind_of(m) is not None and isinstance(result, Proxy):
             result.node.meta["is_tensor"] = True
         return result
 
-    def answer_isinstance(self, kind: type) -> None:
-        """Let the code of a class see tensors where there are proxies, until :meth:`stop_answering`.
-
-        A proxy that itself passed for a tensor would do so to torch's C++ code too, which reads its memory.
-        """
-        names = getattr(inspect.unwrap(kind.forward), "__globals__", {})  # type: ignore[attr-defined]
-        if "isinstance" not in names:
-            names["isinstance"] = _isinstance
-            self._answered.append(names)
-
-    def stop_answering(self) -> None:
-        for names in self._answered:
-            del names["isinstance"]
-        self._answered.clear()
-
     def let_go(self) -> None:
-        """Refer to the network no more, since FX leaves tracers in circles behind, and its weights with them."""
-        self.stop_answering()
+        """Refer to the network no more, since FX leaves tracers in circles behind, and weights with them."""
         self.root = nn.Module()
         self.submodule_paths = None
         for cache in self._caches:
@@ -220,7 +248,15 @@ class Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> Proxy:
         if node.op == "get_attr":
             node.meta["is_tensor"] = True
-        return _TensorProxy(node, self)
+        made = _TensorProxy(node, self)
+        self._proxies.append(weakref.ref(made))
+        return made
+
+    def has_leaked(self) -> bool:
+        """Whether an object outside has kept what stands for a tensor."""
+        if any(ref() is not None for ref in self._proxies):
+            gc.collect()
+        return any(ref() is not None for ref in self._proxies)
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), Proxy):
@@ -229,9 +265,9 @@ class Tracer(fx.Tracer):
             items = [(self.create_arg(key), self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
         if isinstance(a, dict) and type(a) is not dict:
-            raise TraceError(f"it makes a {type(a).__name__}")
+            self.refuse(f"it makes a {type(a).__name__}")
         if isinstance(a, torch.Tensor) and not self._is_held(a):
-            raise TraceError("its code makes a tensor, which would become a constant")
+            self.refuse("its code makes a tensor, which would become a constant")
         return super().create_arg(a)
 
     def _is_held(self, tensor: torch.Tensor) -> bool:
@@ -322,22 +358,23 @@ def trace(network: nn.Module, live: Collection[nn.Module] = ()) -> Trace:
 
 
 def _run(network: nn.Module, live: Collection[nn.Module], *, gradients: bool) -> tuple[fx.Graph, Tracer]:
-    before = SideEffects(network)
-    tracer = None
-    try:
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            tracer = Tracer(live)
-            tracer.answer_isinstance(type(network))
-            graph = tracer.trace(network)
-    # Code that is not made for tracing fails in any way it likes.
-    except Exception as error:
-        raise NotTraceableError(_in_words(error)) from error
-    finally:
-        if tracer is not None:
+    # FX patches what all threads call.
+    with _lock, torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        before = SideEffects(network)
+        tracer = Tracer(live)
+        try:
+            with Watch(_isinstance, tracer.note_refusal):
+                graph = tracer.trace(network)
+        # Code that is not made for tracing fails in any way it likes.
+        except Exception as error:
+            raise NotTraceableError(tracer.refused or _in_words(error)) from error
+        finally:
             tracer.let_go()
-        effect = before.undo()
-    if effect:
-        raise NotTraceableError(effect)
+            effect = before.undo()
+        if tracer.has_leaked():
+            effect = effect or "its forward keeps a tensor in an object that is none of its modules"
+    if tracer.refused or effect:
+        raise NotTraceableError(tracer.refused or effect)
     return graph, tracer
 
 
@@ -362,7 +399,7 @@ class SideEffects:
 
 
 def _copy_of(attributes: dict[str, Any]) -> dict[str, Any]:
-    containers = (dict, list, set)
+    containers = (dict, list, set, deque)
     return {
         name: (value, copy.copy(value) if isinstance(value, containers) else None)
         for name, value in attributes.items()
@@ -390,11 +427,11 @@ def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:
         attributes[name] = value
         if content is not None and not _same_content(value, content):
             value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
 
 
 def _in_words(error: Exception) -> str:
     message = str(error).strip().split("\n")[0] or type(error).__name__
     if isinstance(error, TraceError) and "control flow" in message:
-        return "its control flow depends on the input"
+        return _CONTROL_FLOW
     return message if len(message) <= 200 else message[:197] + "..."
