@@ -284,6 +284,14 @@ def copy_into(out: Tensor, y: Tensor, x: Tensor, residual: Tensor | None) -> Ten
     return out.copy_(y)
 
 
+def _node_of(arguments: dict[str, Any]) -> Any:
+    """A call of :func:`conv_norm_act` as FX records it, also when it reads a pickled graph module back."""
+    x, weight, bias, *options = arguments
+    first = tuple(arguments[name] for name in (x, weight, bias))
+    rest = {name: arguments[name] for name in options}
+    return first[0].tracer.create_proxy("call_function", conv_norm_act, first, rest)
+
+
 def conv_norm_act(
     x: Tensor,
     weight: Tensor,
@@ -361,6 +369,8 @@ def conv_norm_act(
             ``fused_cna.config.strict`` any CUDA call that cannot be fused.
         TypeError: something else than a tensor where one is due, or a size that is no integer.
     """
+    if isinstance(x, torch.fx.Proxy):
+        return _node_of(locals())  # type: ignore[no-any-return]
     _check_tensors(
         {"x": x, "weight": weight},
         {

@@ -34,7 +34,7 @@ def with_residual(between: Callable[..., object]) -> Callable[..., Tensor]:
 
 def parts(network: Callable[..., Tensor]) -> tuple[bool, bool, bool]:
     """Whether norm, addition and activation are fused with the one convolution."""
-    (group,) = match(fx.symbolic_trace(network).graph, {}, lambda a, b: None).groups
+    (group,) = match(fx.symbolic_trace(network).graph, {}, lambda a, b: True).groups
     return group.norm is not None, group.add is not None, group.act is not None
 
 

@@ -130,6 +130,41 @@ def test_statistics_change_before_the_norm(exchanges: bool) -> None:
         fused(x.clone())
 
 
+BETWEEN: dict[str, Callable[[Any], object]] = {
+    "training": lambda net: net.bn1.train(),
+    "eps": lambda net: setattr(net.bn1, "eps", 0.5),
+    "hook": lambda net: net.bn1.register_forward_hook(lambda module, args, y: y * 2),
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN.values(), ids=BETWEEN)
+def test_the_norm_changes_before_it_runs(change: Callable[[Any], object]) -> None:
+    def between(net: Any, x: Tensor) -> Tensor:
+        y = net.conv1(x)
+        if x.sum() < 0:
+            change(net)
+        return net.relu(net.bn1(y))
+
+    plain = untraceable(between)
+    fused = observed(plain, image().abs())
+    assert parts_of(fused)["conv1"] == "conv + norm + relu"
+    x = -image().abs()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_not_a_number_used_in_another_way_in_inference_mode() -> None:
+    plain = untraceable(
+        lambda net, x: net.relu(net.bn1(y)) if (y := net.conv1(x)).dim() and x[0, 0, 0, 0] > 0 else y
+    )
+    x = image().abs()
+    fused = observed(plain, x)
+    x = -x
+    x[1, 0, 3, 3] = torch.nan
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x.clone()), plain(x.clone()), equal_nan=True)
+
+
 def test_result_used_outside_of_autocast() -> None:
     def between(net: Any, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

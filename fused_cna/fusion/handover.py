@@ -68,8 +68,10 @@ class FunctionStep:
 Step = nn.Module | FunctionStep
 
 
-_State = list[tuple[int, int]]
-"""The tensors of a module, and how often each has been written to."""
+_State = tuple[Any, ...]
+"""Of a module: its tensors, how often each has been written to, its mode and its numbers."""
+
+_NUMBERS = (bool, int, float, str, tuple)
 
 
 class Handed(Tensor):
@@ -163,7 +165,9 @@ class Handed(Tensor):
             return self._x._version == self._x_version
         # Inference tensors count no versions. The same result once more says that nothing has changed;
         # another one may also say that the result was, but what cannot be told is refused.
-        return torch.equal(block_of(self._conv, self._steps)(self._x), self._result)
+        with torch.no_grad():
+            again = block_of(self._conv, self._steps)(self._x)
+            return torch.allclose(again, self._result, rtol=0, atol=0, equal_nan=True)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -244,12 +248,13 @@ class FusedStep(_Part):
 def _state_of(step: Step) -> _State | None:
     """The state of a module; None where its tensors do not tell."""
     if not isinstance(step, nn.Module):
-        return []
+        return ()
     held = (*step._parameters.values(), *step._buffers.values())
     tensors = [tensor for tensor in held if tensor is not None]
     if any(tensor.is_inference() for tensor in tensors):
         return None
-    return [(id(tensor), tensor._version) for tensor in tensors]
+    numbers = {name: value for name, value in vars(step).items() if type(value) in _NUMBERS}
+    return [(id(tensor), tensor._version) for tensor in tensors], layers.has_hooks(step), numbers
 
 
 def _is_unchanged(step: Step, state: _State) -> bool:

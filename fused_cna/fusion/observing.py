@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_cna.fusion.handover import METADATA
 from fused_cna.fusion.records import FusionError
-from fused_cna.fusion.symbolic import SideEffects
+from fused_cna.fusion.side_effects import SideEffects
 
 GIVEN = "tensor"
 """In the ``meta`` of nodes for tensors that were there before the run: which one, by ``id``."""

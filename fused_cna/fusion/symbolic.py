@@ -4,15 +4,13 @@ What FX would bake in unseen is refused here: options of ``forward`` keep their 
 stay in place, and constants that the code makes are no part of a graph.
 """
 
-import copy
 import gc
 import inspect
 import operator
-import random
 import sys
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from fused_cna import layers
 from fused_cna.fusion.calls import kind_of
+from fused_cna.fusion.side_effects import SideEffects
 from fused_cna.fusion.watching import Watch
 from fused_cna.modules import ConvNormAct
 
@@ -42,7 +41,7 @@ class _TensorProxy(Proxy):
     def __getattr__(self, name: str) -> Any:
         if self.node.meta.get("is_tensor", False) and not hasattr(torch.Tensor, name):
             raise AttributeError(f"'Tensor' object has no attribute '{name}'")
-        return super().__getattr__(name)
+        return _Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node", "held"):
@@ -54,6 +53,13 @@ class _TensorProxy(Proxy):
 
     def __len__(self) -> int:
         return self.tracer.refuse("it asks for a length that depends on the input")  # type: ignore[attr-defined,no-any-return]
+
+
+class _Attribute(fx.proxy.Attribute):
+    """What is read of a proxy, such as a dtype."""
+
+    def __hash__(self) -> int:
+        return self.tracer.refuse("it looks up what depends on the input")  # type: ignore[attr-defined,no-any-return]
 
 
 def _isinstance(value: Any, kind: Any) -> bool:
@@ -376,58 +382,6 @@ def _run(network: nn.Module, live: Collection[nn.Module], *, gradients: bool) ->
     if tracer.refused or effect:
         raise NotTraceableError(tracer.refused or effect)
     return graph, tracer
-
-
-class SideEffects:
-    """What running Python code leaves behind besides its result: attributes, and random numbers drawn."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._attributes = [(module, _copy_of(vars(module))) for module in network.modules()]
-        self._random = (random.getstate(), torch.get_rng_state())
-
-    def undo(self) -> str:
-        """Put attributes back as they were; which effect there was, in words, empty for none."""
-        effect = ""
-        state, torch_state = self._random
-        if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
-            effect = "its forward draws random numbers"
-        for module, before in self._attributes:
-            if not _same(vars(module), before):
-                effect = f"its forward changes attributes of {type(module).__name__}"
-                _restore(vars(module), before)
-        return effect
-
-
-def _copy_of(attributes: dict[str, Any]) -> dict[str, Any]:
-    containers = (dict, list, set, deque)
-    return {
-        name: (value, copy.copy(value) if isinstance(value, containers) else None)
-        for name, value in attributes.items()
-    }
-
-
-def _same(attributes: dict[str, Any], before: dict[str, Any]) -> bool:
-    if attributes.keys() != before.keys():
-        return False
-    return all(
-        attributes[name] is value and (content is None or _same_content(value, content))
-        for name, (value, content) in before.items()
-    )
-
-
-def _same_content(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    attributes.clear()
-    for name, (value, content) in before.items():
-        attributes[name] = value
-        if content is not None and not _same_content(value, content):
-            value.clear()
-            value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
 
 
 def _in_words(error: Exception) -> str:
