@@ -137,6 +137,8 @@ class FrozenConv(nn.Module):
     wanted, autocast is on, or a compiler or another transform looks on, it is eager PyTorch on the folded
     weight. CUDA tensors go to the operator of :func:`fused_cna.conv_norm_act`.
 
+    oneDNN's ReLU, ReLU6 and Hardsigmoid turn NaN into numbers, where PyTorch's keep it.
+
     ``weight`` and ``bias`` are buffers that ``state_dict`` does not have. They move and cast with the module
     and are copied and pickled; the packed weight is not, and made anew.
 

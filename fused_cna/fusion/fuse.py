@@ -37,8 +37,10 @@ def fuse(
     :class:`ConvNormAct` blocks that share the modules of the network. (They are in its attribute
     ``fused_cna_overlay``, not among its modules, so code that walks these sees what it always saw.) In
     training mode, with options of ``forward`` other than their defaults, or after a module was exchanged or
-    hooked or an attribute set, it runs as it was written. Nothing derived from a parameter is kept (but see
-    ``freeze``). Weights of blocks are laid out in channels_last where the network's code cannot tell, and
+    hooked or an attribute set, it runs as it was written. (Not seen are changes outside of its modules, such
+    as of global variables; and a network that ``torch.compile`` has compiled sees what it sees when that
+    compiles, so compile anew after an attribute or a module was changed.) Nothing derived from a parameter is
+    kept (but see ``freeze``). Weights of blocks are laid out in channels_last where the network's code cannot tell, and
     results come in that layout then.
 
     A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
@@ -57,7 +59,7 @@ def fuse(
         verify: compare with ``model`` on the example inputs, see :func:`verify_fused`.
         freeze: fold the batch norms into weights of the blocks' own, once, and pack these for the CPU: a
             snapshot that does not see later changes of a parameter, for inference on a CPU; ``unfuse`` gives
-            back the network with its parameters as they were.
+            back the network with its parameters. oneDNN's ReLU, ReLU6 and Hardsigmoid make numbers of NaN.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``example_inputs`` no tensors.
