@@ -40,8 +40,8 @@ def fuse(
     hooked or an attribute set, it runs as it was written. (Not seen are changes outside of its modules, such
     as of global variables; and a network that ``torch.compile`` has compiled sees what it sees when that
     compiles, so compile anew after an attribute or a module was changed.) Nothing derived from a parameter is
-    kept (but see ``freeze``). Weights of blocks are laid out in channels_last where the network's code cannot tell, and
-    results come in that layout then.
+    kept (but see ``freeze``). Weights of blocks are laid out in channels_last where the network's code
+    cannot tell, and results come in that layout then.
 
     A convolution is fused with what follows as far as nothing else sees what is between. Left alone are
     convolutions that share a weight or a norm with different groups, have hooks or parametrizations, or
