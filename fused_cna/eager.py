@@ -50,8 +50,8 @@ def _pad(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
     return x, (height, width)
 
 
-# Bytes from which on fresh memory costs more than the call of another operator.
-_LARGE = 1 << 20
+# Bytes from which on fresh memory costs more than a call with checks of its own.
+_LARGE = 1 << 16
 
 
 def is_plain_call() -> bool:
