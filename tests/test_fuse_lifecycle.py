@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import fused_cna
-from tests.fusion_cases import CASES, DRAWS, Group, Snapshot, assert_same, compare, randomise
+from tests.fusion_cases import (
+    CASES,
+    DRAWS,
+    Group,
+    Snapshot,
+    assert_equal_answers,
+    assert_same,
+    compare,
+    number_fused,
+    randomise,
+)
 from tests.fusion_cases.sums import Bottleneck, chain
 
 TOLERANCE = 1e-10
@@ -36,17 +46,6 @@ def fuse(name: str, network: nn.Module | None = None, **options: Any) -> Any:
 
 def pair(name: str, **options: Any) -> tuple[Any, Any]:
     return fuse(name, **options), CASES[name].build()
-
-
-def assert_equal_answers(fused: nn.Module, plain: nn.Module, tolerance: float = TOLERANCE) -> None:
-    for seed in (0, 1):
-        x = image(seed).to(next(plain.parameters()).dtype)
-        with torch.no_grad():
-            assert_same(fused(x), plain(x), tolerance)
-
-
-def number_fused(network: nn.Module) -> int:
-    return sum(layer.fused for layer in fused_cna.report(network).layers)
 
 
 @every_network

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fused_cna
 from tests.conftest import needs_gpu
-from tests.fusion_cases import CASES, DRAWS, assert_same
+from tests.fusion_cases import CASES, DRAWS, assert_equal_answers, assert_same, number_fused
 from tests.fusion_cases.sums import Bottleneck
 
 TOLERANCE = 1e-10
@@ -34,17 +34,6 @@ def pair(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple
     if not CASES[name].traceable:
         options["example_inputs"] = (image().to(dtype),)
     return fused_cna.fuse(plain, **options), plain
-
-
-def assert_equal_answers(fused: nn.Module, plain: nn.Module, tolerance: float = TOLERANCE) -> None:
-    for seed in (0, 1):
-        x = image(seed).to(next(plain.parameters()).dtype)
-        with torch.no_grad():
-            assert_same(fused(x), plain(x), tolerance)
-
-
-def number_fused(network: nn.Module) -> int:
-    return sum(layer.fused for layer in fused_cna.report(network).layers)
 
 
 @every_network

@@ -20,9 +20,11 @@ from tests.fusion_cases.compare import (
     MODES,
     Snapshot,
     assert_different,
+    assert_equal_answers,
     assert_same,
     compare,
     gradients,
+    number_fused,
     storages,
 )
 
@@ -39,6 +41,7 @@ __all__ = [
     "activations",
     "arguments",
     "assert_different",
+    "assert_equal_answers",
     "assert_same",
     "compare",
     "containers",
@@ -48,6 +51,7 @@ __all__ = [
     "gradients",
     "mutation",
     "norms",
+    "number_fused",
     "order",
     "padding",
     "randomise",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tests.fusion_cases.case import Case
+import fused_cna
+from tests.fusion_cases.case import DRAWS, Case
 
 MODES = {
     "no_grad": torch.no_grad,
@@ -58,6 +59,19 @@ def assert_same(actual: Any, expected: Any, tolerance: float, what: str = "resul
         assert math.isclose(actual, expected, rel_tol=tolerance), what
     else:
         assert actual == expected, what
+
+
+def assert_equal_answers(fused: nn.Module, plain: nn.Module, tolerance: float = 1e-10) -> None:
+    """The same results for two images, which both networks take alone."""
+    for draw in DRAWS[:2]:
+        x = draw.image().to(next(plain.parameters()).dtype)
+        with torch.no_grad():
+            assert_same(fused(x), plain(x), tolerance)
+
+
+def number_fused(network: nn.Module) -> int:
+    """How many convolutions are fused with something."""
+    return sum(layer.fused for layer in fused_cna.report(network).layers)
 
 
 def seed() -> None:
