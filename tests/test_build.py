@@ -229,7 +229,7 @@ def test_wheel_without_torch_is_for_the_cpu_and_says_so(checkout: Path, tmp_path
     with zipfile.ZipFile(packed) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         record = json.loads(wheel.read("fused_cna/_build.json"))
-    modules = {f"fused_cna/{path.name}" for path in (ROOT / "fused_cna").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fused_cna").rglob("*.py")}
     compiled = {name for name in names if name.endswith(".so")}
     assert [name.partition(".")[0] for name in compiled] == ["fused_cna/_plan"]
     assert names - compiled == modules | {"fused_cna/py.typed", "fused_cna/_build.json"}
