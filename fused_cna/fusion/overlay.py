@@ -54,7 +54,6 @@ class Overlay(nn.Module):
             return None
         return args
 
-    @torch.compiler.assume_constant_result
     def holds(self, network: nn.Module) -> bool:
         """Whether the network still is what was traced, as :class:`AsTraced` knows."""
         return self._as_traced.holds(network)
@@ -86,10 +85,15 @@ class FusedNetwork(nn.Module):
 
     plain_class: type[nn.Module]
 
+    # Of a method without arguments, since torch 2.11 takes no module as a constant one.
+    @torch.compiler.assume_constant_result
+    def _overlay_holds(self) -> bool:
+        return bool(self.__dict__[NAME].holds(self))
+
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A class that makes more of its own kind, as a slice of nn.Sequential is made, makes plain ones.
         overlay: Any = self.__dict__.get(NAME)
-        if overlay is not None and not self.training and overlay.holds(self):
+        if overlay is not None and not self.training and self._overlay_holds():
             inputs = overlay.bind(args, kwargs)
             if inputs is not None:
                 return overlay(self, inputs)
