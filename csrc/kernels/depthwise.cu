@@ -32,7 +32,7 @@ template <class T, DepthwiseTile Tile, int AccessBytes>
 const char* launch_tile(const ConvArgs& args, const Plan& plan, Stream stream) {
     using Traits = DepthwiseTraits<T, Tile, AccessBytes>;
     const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::DepthwiseShared<Traits>)};
-    return device::launch(kernels::depthwise<Traits>, shape, stream, make_depthwise_args<Traits>(args, plan));
+    return device::launch<kernels::depthwise<Traits>>(shape, stream, make_depthwise_args<Traits>(args, plan));
 }
 
 template <class T, int Index>

@@ -34,7 +34,7 @@ const char* launch_rows(const ConvArgs& conv, const Plan& plan, Stream stream) {
     const int filter_rows = static_cast<int>(ceil_div(conv.problem.r, FilterRows)) * FilterRows;
     const ToeplitzArgs args = make_toeplitz_args(conv, plan, filter_rows);
     const device::LaunchShape shape{plan.blocks, kernels::toeplitz_threads, args.memory.total};
-    return device::launch(kernels::depthwise_toeplitz<T, FilterRows>, shape, stream, args);
+    return device::launch<kernels::depthwise_toeplitz<T, FilterRows>>(shape, stream, args);
 }
 
 template <class T>

@@ -9,7 +9,7 @@ using kernels::DirectTile;
 template <class T, class Traits>
 const char* launch_tile(const ConvArgs& args, const Plan& plan, Stream stream) {
     const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::DirectShared<Traits>)};
-    return device::launch(kernels::direct<T, Traits>, shape, stream, args);
+    return device::launch<kernels::direct<T, Traits>>(shape, stream, args);
 }
 
 template <class T>

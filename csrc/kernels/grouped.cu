@@ -96,7 +96,7 @@ const char* launch_dtype(const ConvArgs& conv, const Plan& plan, Stream stream) 
     const char* error = "grouped has no instantiation of this tile";
     const auto launch_index = [&]<size_t... I>(std::index_sequence<I...>) {
         ((plan.tile_index == static_cast<int>(I) &&
-          (error = device::launch(kernels::grouped<kernels::GroupedTraits<T, grouped_tiles[I]>>, launch_shape, stream, args),
+          (error = device::launch<kernels::grouped<kernels::GroupedTraits<T, grouped_tiles[I]>>>(launch_shape, stream, args),
            true)) ||
          ...);
     };

@@ -71,7 +71,7 @@ const char* launch_gemm(const ConvArgs& conv, const Plan& plan, Stream stream) {
                   "the plan's shared memory must be the kernel's");
     const ImplicitGemmArgs args = make_gemm_args<Traits>(conv, plan);
     const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(ImplicitGemmShared<Traits>)};
-    if (const char* error = device::launch(implicit_gemm<Traits, Rows>, shape, stream, args)) return error;
+    if (const char* error = device::launch<implicit_gemm<Traits, Rows>>(shape, stream, args)) return error;
     if (plan.split_k == 1) return nullptr;
     return launch_split_k(conv, plan.split_k, int64_t{args.tiles_m} * Traits::m, int64_t{args.tiles_n} * Traits::n,
                           int64_t{args.tiles_per_group} * Traits::n, stream);

@@ -29,7 +29,7 @@ kernels::SmallMArgs make_args(const ConvArgs& conv, const Plan& plan) {
 template <class Traits>
 const char* launch_traits(const ConvArgs& conv, const Plan& plan, Stream stream) {
     const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::SmallMShared<Traits>)};
-    return device::launch(kernels::small_m<Traits>, shape, stream, make_args<Traits>(conv, plan));
+    return device::launch<kernels::small_m<Traits>>(shape, stream, make_args<Traits>(conv, plan));
 }
 
 // Filters of one tap with accesses of 16 bytes are nearly all layers; one version with coordinates serves the others, for

@@ -9,9 +9,9 @@ const char* launch_split_k(const ConvArgs& args, int split_k, int64_t rows, int6
     const device::LaunchShape shape{ceil_div(args.problem.gemm_m(), Tile::rows) * (columns / Tile::columns), Tile::threads,
                                     sizeof(kernels::SplitKShared)};
     switch (args.problem.dtype) {
-        case DType::float32: return device::launch(kernels::split_k<float>, shape, stream, split_args);
-        case DType::float16: return device::launch(kernels::split_k<device::half>, shape, stream, split_args);
-        case DType::bfloat16: return device::launch(kernels::split_k<device::bfloat16>, shape, stream, split_args);
+        case DType::float32: return device::launch<kernels::split_k<float>>(shape, stream, split_args);
+        case DType::float16: return device::launch<kernels::split_k<device::half>>(shape, stream, split_args);
+        case DType::bfloat16: return device::launch<kernels::split_k<device::bfloat16>>(shape, stream, split_args);
     }
     return "split_k has no instantiation of this dtype";
 }

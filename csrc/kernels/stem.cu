@@ -73,7 +73,7 @@ const char* launch_tile(const ConvArgs& conv, const Plan& plan, Stream stream) {
     const int64_t shared_bytes =
         stem_geometry(conv.problem, tile, {plan.tile_p, plan.tile_q, plan.filter_rows}).shared_bytes;
     const device::LaunchShape shape{plan.blocks, tile.threads(), shared_bytes};
-    return device::launch(kernels::stem<kernels::StemTraits<T, tile>>, shape, stream, make_stem_args(conv, plan));
+    return device::launch<kernels::stem<kernels::StemTraits<T, tile>>>(shape, stream, make_stem_args(conv, plan));
 }
 
 template <class T>
