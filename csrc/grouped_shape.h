@@ -10,8 +10,6 @@
 
 namespace fused_cna {
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-
 // Output pixels are taken in octets, eight neighbours of one row: the rows of one matrix of ldmatrix. A row's last octet may
 // be partly empty. A slot is a place for an output pixel in an octet.
 inline constexpr int octet = 8;

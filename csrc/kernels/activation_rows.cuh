@@ -9,7 +9,7 @@
 #include "../conv_args.h"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // A position in the reduction, which is walked with the channels of a tap fastest, then s, then r.
 struct Walk {
@@ -138,4 +138,4 @@ class PointwiseRows {
     int remaining_, step_;
 };
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

@@ -13,7 +13,7 @@
 #include "epilogue.cuh"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::depthwise {
 
 struct DepthwiseArgs {
     ConvArgs conv;
@@ -355,4 +355,4 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::depthwise

@@ -16,7 +16,7 @@
 #include "rows.cuh"
 #include "strip_operands.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::depthwise_toeplitz {
 
 inline constexpr int toeplitz_channels_per_warp = StripTile::channels / toeplitz_warps;
 
@@ -217,4 +217,4 @@ __global__ void __launch_bounds__(toeplitz_threads, StripTile::blocks_per_multip
     store_strips<T>(args, block, shared);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::depthwise_toeplitz

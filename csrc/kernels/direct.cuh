@@ -13,7 +13,7 @@
 #include "epilogue.cuh"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::direct {
 
 // A block makes tile.m pixels x tile.n channels of one group, tile.k products a step; a thread ThreadM x ThreadN of them.
 template <Tile tile, int ThreadM, int ThreadN>
@@ -194,4 +194,4 @@ __global__ void __launch_bounds__(Traits::threads, 3) direct(const __grid_consta
         {block.output_channel(0), block.channels_in_group - block.first_channel});
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::direct

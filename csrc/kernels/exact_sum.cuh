@@ -11,7 +11,7 @@
 
 #include "implicit_gemm.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // Products of one output over the main-loop steps of the block's split.
 template <class Traits>
@@ -56,4 +56,4 @@ __device__ __forceinline__ void repair_sums(const ImplicitGemmArgs& args, const 
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

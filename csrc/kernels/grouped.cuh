@@ -18,7 +18,7 @@
 #include "grouped_operands.cuh"
 #include "walk.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::grouped {
 
 template <class T, GroupedTile Tile>
 struct GroupedTraits {
@@ -183,4 +183,4 @@ __global__ void __launch_bounds__(Traits::tile.most_threads, Traits::tile.blocks
     store_outputs<T>(args, block, memory);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::grouped

@@ -14,7 +14,7 @@
 #include "activation_rows.cuh"
 #include "epilogue.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // Everything that is the same for all threads and dear to compute, made on the host once per launch.
 struct ImplicitGemmArgs {
@@ -376,4 +376,4 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

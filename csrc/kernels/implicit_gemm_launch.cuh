@@ -6,7 +6,7 @@
 #include "../layout.h"
 #include "implicit_gemm.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // A dimension of size 1 may have any stride. Copies that are masked out do step along it, read nothing there, but need an
 // aligned address all the same.
@@ -113,4 +113,4 @@ const char* launch_implicit_gemm(const ConvArgs& conv, const Plan& plan, Stream 
     return launch_index(std::make_index_sequence<tiles.size()>{});
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

@@ -16,7 +16,7 @@
 #include "epilogue.cuh"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::small_m {
 
 // Made on the host once per launch.
 struct SmallMArgs {
@@ -340,4 +340,4 @@ __global__ void __launch_bounds__(Traits::threads, SmallMTile::blocks_per_multip
     store_sums(args, block, shared);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::small_m

@@ -12,7 +12,7 @@
 #include "epilogue.cuh"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::split_k {
 
 struct SplitKTile {
     static constexpr int rows = 32, columns = 32, pitch = columns + 8, width = 8;
@@ -66,4 +66,4 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
                                                                          columns);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::split_k

@@ -18,7 +18,7 @@
 #include "epilogue.cuh"
 #include "stem_operands.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::stem {
 
 template <class Traits>
 struct StemShared {
@@ -202,4 +202,4 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::stem

@@ -12,7 +12,7 @@
 #include "../conv_args.h"
 #include "../tiles.h"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::stem {
 
 // How x allows its window to be read.
 enum class StemLoads : int32_t {
@@ -309,4 +309,4 @@ __device__ void load_weights(const StemArgs& args, int first_channel, unsigned c
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::stem

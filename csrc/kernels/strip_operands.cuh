@@ -12,7 +12,7 @@
 #include "epilogue.cuh"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::depthwise_toeplitz {
 
 inline constexpr int toeplitz_threads = StripTile::threads, toeplitz_warps = toeplitz_threads / 32;
 inline constexpr int chunk_bytes = 16;
@@ -223,4 +223,4 @@ __device__ __forceinline__ void stage_planes(const ToeplitzArgs& args, const Str
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::depthwise_toeplitz

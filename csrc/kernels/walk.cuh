@@ -5,7 +5,7 @@
 
 #include <device/ptx.cuh>
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::grouped {
 
 // Divides numbers from 0 to 2^31 - 1 by a positive one that the host knows: a multiplication instead of a chain of some
 // twenty instructions. Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
@@ -82,4 +82,4 @@ class Walk {
     const Shares& shares_;
 };
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::grouped
