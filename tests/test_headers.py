@@ -1,4 +1,4 @@
-"""The headers of csrc/ beside each other: one name is one thing, or two files of one program would disagree about it."""
+"""The headers of csrc/ beside each other: one name is one thing, in every file of one program."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from tests.simt.build import CSRC, ROOT, _common_flags, _compiler
 
+# What needs torch stands for itself; the simulator's device/ comes first.
+LIBRARIES = ("ATen", "torch", "c10", "pybind11")
 HEADERS = sorted(
     str(path.relative_to(CSRC))
     for path in CSRC.rglob("*")
     if path.suffix in (".h", ".cuh")
-    and path.parent.name != "device"  # the simulator's come first
-    and not any(
-        f"#include <{library}/" in path.read_text() for library in ("ATen", "torch", "c10", "pybind11")
-    )
+    and path.parent.name != "device"
+    and not any(f"#include <{library}/" in path.read_text() for library in LIBRARIES)
 )
 
 
