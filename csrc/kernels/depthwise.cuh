@@ -11,6 +11,7 @@
 
 #include "../conv_args.h"
 #include "epilogue.cuh"
+#include "residual.cuh"
 #include "rows.cuh"
 
 namespace fused_cna::kernels::depthwise {
@@ -112,8 +113,8 @@ __device__ __forceinline__ void prepare_folds(const DepthwiseArgs& args, const D
                                               DepthwiseShared<Traits>& shared) {
     for (int i = device::thread_x(); i < args.chunks * Traits::values; i += Traits::threads) {
         const int channel = thread.slab_channel + i;
-        shared.folds[i] = channel < args.conv.problem.k ? fold_channel<typename Traits::Value>(args.conv.epilogue, channel)
-                                                        : ChannelFold{};
+        const ChannelVectors<typename Traits::Value> vectors(args.conv.epilogue, channel, channel < args.conv.problem.k);
+        shared.folds[i] = vectors.fold(args.conv.epilogue);
     }
 }
 
@@ -324,15 +325,18 @@ __device__ __forceinline__ void store_strip(const DepthwiseArgs& args, const Dep
     const T* residual = static_cast<const T*>(conv.residual);
     if (residual) residual += place.residual + thread.first_channel * conv.residual_strides.c;
     T* y = static_cast<T*>(conv.y) + place.y + thread.first_channel * conv.y_strides.c;
-    const int remaining = args.q - strip.q;
+    const int remaining = args.q - strip.q, valid = thread.valid<Traits>();
     const int columns = remaining < Traits::columns ? remaining : Traits::columns;
+    NextResidual<Traits::values, T> next;
+    next.ask({residual, conv.residual_strides.c}, valid);
 #pragma unroll 1
     for (int column = 0; column < columns; ++column, y += conv.y_strides.w) {
-        float sums[Traits::values];
-        read_chunk(shared.sums[column][0][device::thread_x()], Traits::threads * 4, sums);
-        finish_channels<Traits::values, T>(sums, folds, thread.valid<Traits>(), {residual, conv.residual_strides.c},
-                                           {y, conv.y_strides.c}, conv.epilogue);
+        float added[Traits::values], sums[Traits::values];
+        next.take(added);
         if (residual) residual += conv.residual_strides.w;
+        if (column + 1 < columns) next.ask({residual, conv.residual_strides.c}, valid);
+        read_chunk(shared.sums[column][0][device::thread_x()], Traits::threads * 4, sums);
+        finish_channels<Traits::values, T>(sums, folds, valid, added, {y, conv.y_strides.c}, conv.epilogue);
     }
 }
 

@@ -13,6 +13,7 @@
 
 #include "../conv_args.h"
 #include "epilogue.cuh"
+#include "residual.cuh"
 #include "rows.cuh"
 #include "strip_operands.cuh"
 
@@ -182,15 +183,18 @@ __device__ __forceinline__ void store_strips(const ToeplitzArgs& args, const Str
 #pragma unroll
     for (int j = 0; j < width; ++j) folds[j] = shared.tables.folds[column + j];
     const int rows = args.output.p - pixel.p < StripTile::strip_rows ? args.output.p - pixel.p : StripTile::strip_rows;
+    const int valid = remaining < width ? remaining : width;
+    NextResidual<width, T> next;
+    next.ask({residual, conv.residual_strides.c}, valid);
 #pragma unroll 1
-    for (int row = 0; row < rows; ++row) {
-        float values[width];
+    for (int row = 0; row < rows; ++row, y += conv.y_strides.h) {
+        float added[width], values[width];
+        next.take(added);
+        if (residual) residual += conv.residual_strides.h;
+        if (row + 1 < rows) next.ask({residual, conv.residual_strides.c}, valid);
 #pragma unroll
         for (int j = 0; j < width; ++j) values[j] = staged[row * StripMemory::row_pitch + j];
-        finish_channels<width, T>(values, folds, remaining < width ? remaining : width, {residual, conv.residual_strides.c},
-                                  {y, conv.y_strides.c}, conv.epilogue);
-        y += conv.y_strides.h;
-        if (residual) residual += conv.residual_strides.h;
+        finish_channels<width, T>(values, folds, valid, added, {y, conv.y_strides.c}, conv.epilogue);
     }
 }
 
@@ -204,8 +208,8 @@ __global__ void __launch_bounds__(toeplitz_threads, StripTile::blocks_per_multip
     const int thread = device::thread_x();
     if (thread < StripTile::most_strips) shared.tables.strips[thread] = block.strip(args, thread);
     if (thread < StripTile::channels) {
-        shared.tables.folds[thread] =
-            thread < block.channels ? fold_channel<T>(args.conv.epilogue, block.first_channel + thread) : ChannelFold{};
+        const ChannelVectors<T> vectors(args.conv.epilogue, block.first_channel + thread, thread < block.channels);
+        shared.tables.folds[thread] = vectors.fold(args.conv.epilogue);
     }
     device::sync_threads();
 

@@ -8,7 +8,7 @@ using kernels::direct::DirectTile;
 
 template <class T, class Traits>
 const char* launch_tile(const ConvArgs& args, const Plan& plan, Stream stream) {
-    const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::direct::DirectShared<Traits>)};
+    const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::direct::DirectShared<T, Traits>)};
     return device::launch<kernels::direct::direct<T, Traits>>(shape, stream, args);
 }
 

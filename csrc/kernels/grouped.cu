@@ -7,7 +7,6 @@ namespace fused_cna {
 
 namespace {
 
-using kernels::grouped::Divisor;
 using kernels::grouped::GroupedArgs;
 using kernels::grouped::Shares;
 

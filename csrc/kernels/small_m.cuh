@@ -263,7 +263,8 @@ __device__ void prepare_rows(const SmallMArgs& args, const SmallMBlock& block, S
 template <class Traits>
 __device__ void prepare_folds(const SmallMArgs& args, const SmallMBlock& block, SmallMShared<Traits>& shared) {
     for (int i = device::thread_x(); i < block.columns; i += Traits::threads) {
-        shared.folds[i] = fold_channel<typename Traits::Value>(args.conv.epilogue, block.output_channel(args, i));
+        const ChannelVectors<typename Traits::Value> vectors(args.conv.epilogue, block.output_channel(args, i), true);
+        shared.folds[i] = vectors.fold(args.conv.epilogue);
     }
 }
 
@@ -305,10 +306,11 @@ __device__ __forceinline__ void store_sums(const SmallMArgs& args, const SmallMB
         for (int warp = 1; warp * 32 < args.lanes; ++warp) sum[0] += shared.sums[warp * Traits::rows * args.columns + i];
         const RowPlace& place = shared.places[row];
         const int64_t channel = block.output_channel(args, column);
-        const Strides &in = conv.residual_strides, &out = conv.y_strides;
-        finish_channels<1, T>(sum, shared.folds + column, 1,
-                              {residual ? residual + place.residual + channel * in.c : nullptr, in.c},
-                              {static_cast<T*>(conv.y) + place.y + channel * out.c, out.c}, conv.epilogue);
+        const ChannelFold fold[1] = {shared.folds[column]};
+        float added[1] = {};
+        if (residual) added[0] = device::to_float(residual[place.residual + channel * conv.residual_strides.c]);
+        T* y = static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c;
+        finish_channels<1, T>(sum, fold, 1, added, {y, conv.y_strides.c}, conv.epilogue);
     }
 }
 

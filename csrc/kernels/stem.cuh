@@ -16,6 +16,8 @@
 
 #include "../conv_args.h"
 #include "epilogue.cuh"
+#include "residual.cuh"
+#include "rows.cuh"
 #include "stem_operands.cuh"
 
 namespace fused_cna::kernels::stem {
@@ -46,8 +48,8 @@ __device__ void prepare_tables(const StemArgs& args, int first_channel, StemShar
                             .q = static_cast<int16_t>(q)};
     }
     for (int i = device::thread_x(); i < Traits::n; i += Traits::threads) {
-        const bool exists = first_channel + i < args.k;
-        shared.folds[i] = exists ? fold_channel<T>(args.conv.epilogue, first_channel + i) : ChannelFold{};
+        const ChannelVectors<T> vectors(args.conv.epilogue, first_channel + i, first_channel + i < args.k);
+        shared.folds[i] = vectors.fold(args.conv.epilogue);
     }
 }
 
@@ -154,19 +156,27 @@ __device__ __forceinline__ void store_pixels(const StemArgs& args, const StemTil
             pieces[i] = reinterpret_cast<const device::Vector16*>(shared.folds + column)[i];
         }
         memcpy(folds, pieces, sizeof(folds));
+        const int valid = remaining < width ? remaining : width;
+        const T* all_residuals = static_cast<const T*>(conv.residual);
+        const auto exists = [&](const StemPixel& pixel) {
+            return pixel.p >= 0 && origin.p + pixel.p < args.p && origin.q + pixel.q < args.q && valid > 0;
+        };
+        const auto residual_of = [&](const StemPixel& pixel) -> Channels<const T> {
+            const int64_t offset = first.residual + pixel.residual + channel * conv.residual_strides.c;
+            return {all_residuals && exists(pixel) ? all_residuals + offset : nullptr, conv.residual_strides.c};
+        };
+        NextResidual<width, T> next;
+        next.ask(residual_of(pixel_of_lane(shared, 0)), valid);
 #pragma unroll 1
         for (int i = 0; i < Traits::pixels_per_lane; ++i) {
-            float values[width];
+            float added[width], values[width];
+            next.take(added);
+            if (i + 1 < Traits::pixels_per_lane) next.ask(residual_of(pixel_of_lane(shared, i + 1)), valid);
             take_slice<Traits>(total, group * Traits::pixels_per_lane + i, values);
             const StemPixel& pixel = pixel_of_lane(shared, i);
-            const bool exists = pixel.p >= 0 && origin.p + pixel.p < args.p && origin.q + pixel.q < args.q;
-            if (exists && remaining > 0) {
-                const T* residual = static_cast<const T*>(conv.residual);
-                if (residual) residual += first.residual + pixel.residual + channel * conv.residual_strides.c;
-                T* y = static_cast<T*>(conv.y) + first.y + pixel.y + channel * conv.y_strides.c;
-                finish_channels<width, T>(values, folds, remaining < width ? remaining : width,
-                                          {residual, conv.residual_strides.c}, {y, conv.y_strides.c}, conv.epilogue);
-            }
+            if (!exists(pixel)) continue;
+            T* y = static_cast<T*>(conv.y) + first.y + pixel.y + channel * conv.y_strides.c;
+            finish_channels<width, T>(values, folds, valid, added, {y, conv.y_strides.c}, conv.epilogue);
         }
     }
 }
