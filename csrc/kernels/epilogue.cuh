@@ -65,4 +65,14 @@ __device__ __forceinline__ void finish_channels(const float (&accumulators)[Widt
     store_channels<Width, T>(y, valid, values);
 }
 
+// The same with the residual in memory; residual.data is null where the layer has none.
+template <int Width, class T>
+__device__ __forceinline__ void finish_channels(const float (&accumulators)[Width], const ChannelFold (&folds)[Width],
+                                                int valid, const Channels<const T>& residual, const Channels<T>& y,
+                                                const Epilogue& epilogue) {
+    float added[Width] = {};
+    if (residual.data) load_channels<Width, T>(residual, valid, added);
+    finish_channels<Width, T>(accumulators, folds, valid, added, y, epilogue);
+}
+
 }  // namespace fused_cna::kernels

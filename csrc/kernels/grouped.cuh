@@ -16,7 +16,6 @@
 #include "epilogue.cuh"
 #include "grouped_fragments.cuh"
 #include "grouped_operands.cuh"
-#include "residual.cuh"
 #include "walk.cuh"
 
 namespace fused_cna::kernels::grouped {
@@ -61,6 +60,9 @@ struct GroupedWarp {
 template <class T>
 __device__ __forceinline__ void prepare_tables(const GroupedArgs& args, const GroupedBlock& block,
                                                const GroupedMemory& memory) {
+    // A block has a thread for every column, and for those that fill up the last eight.
+    const int thread = device::thread_x();
+    const ChannelVectors<T> vectors(args.conv.epilogue, block.first_channel + thread, thread < block.columns());
     // Rolled, because an unrolled loop divides by the number of threads to know how often it turns.
 #pragma unroll 1
     for (int i = device::thread_x(); i < args.pieces; i += args.threads) memory.offsets[i] = offset_of_piece(args, i);
@@ -68,11 +70,7 @@ __device__ __forceinline__ void prepare_tables(const GroupedArgs& args, const Gr
     for (int i = device::thread_x(); i < args.slots; i += args.threads) {
         memory.places[i] = place_of_pixel(args.conv, output_pixel(args, block, i));
     }
-#pragma unroll 1
-    for (int i = device::thread_x(); i < (args.columns + 7) / 8 * 8; i += args.threads) {
-        const ChannelVectors<T> vectors(args.conv.epilogue, block.first_channel + i, i < block.columns());
-        memory.folds[i] = vectors.fold(args.conv.epilogue);
-    }
+    if (thread < (args.columns + 7) / 8 * 8) memory.folds[thread] = vectors.fold(args.conv.epilogue);
 }
 
 template <class Traits>
@@ -127,10 +125,20 @@ __device__ __forceinline__ void stage_accumulators(const GroupedArgs& args, cons
     }
 }
 
-// Eight columns of one slot, of which the first `valid` exist, if any.
-struct Turn {
-    int slot, column, valid;
-};
+// Asks for the residual, so that it is on its way to the L2 while the products are made.
+template <class T>
+__device__ __forceinline__ void prefetch_residual(const GroupedArgs& args, const GroupedBlock& block,
+                                                  const GroupedMemory& memory) {
+    const ConvArgs& conv = args.conv;
+    const T* first = static_cast<const T*>(conv.residual) + block.first_channel * conv.residual_strides.c;
+#pragma unroll 1
+    for (Walk at(args.output_shares); at.slow == 0; at.advance()) {
+        const int piece = args.channels_dense ? at.fast : at.middle, slot = args.channels_dense ? at.middle : at.fast;
+        const RowPlace& place = memory.places[slot];
+        if (!place.exists() || piece * 8 >= block.columns()) continue;
+        device::prefetch(first + place.residual + piece * 8 * conv.residual_strides.c);
+    }
+}
 
 // Finishes and stores the block's outputs from the staged accumulators, eight columns at a time, in a rolled loop.
 template <class T>
@@ -139,48 +147,28 @@ __device__ __forceinline__ void store_outputs(const GroupedArgs& args, const Gro
     constexpr int width = 8;
     const ConvArgs& conv = args.conv;
     const int columns = block.columns();
-    const T* all_residuals = static_cast<const T*>(conv.residual);
-    const auto turn_at = [&](const Walk& at) {
-        const int piece = args.channels_dense ? at.fast : at.middle, slot = args.channels_dense ? at.middle : at.fast;
-        const int column = piece * width, remaining = columns - column;
-        return Turn{slot, column, remaining < width ? remaining : width};
-    };
-    const auto residual_of = [&](const Turn& turn) -> Channels<const T> {
-        const RowPlace& place = memory.places[turn.slot];
-        const int64_t channel = block.first_channel + turn.column, stride = conv.residual_strides.c;
-        const bool is_there = all_residuals && place.exists() && turn.valid > 0;
-        return {is_there ? all_residuals + place.residual + channel * stride : nullptr, stride};
-    };
     // Most threads keep their columns, and need not read the folds again.
     ChannelFold folds[width];
     int folds_of = -1;
-    Walk at(args.output_shares);
-    if (at.slow > 0) return;
-    Turn next_turn = turn_at(at);
-    NextResidual<width, T> next;
-    next.ask(residual_of(next_turn), next_turn.valid);
 #pragma unroll 1
-    for (bool is_last = false; !is_last;) {
-        const Turn turn = next_turn;
-        float added[width];
-        next.take(added);
-        at.advance();
-        is_last = at.slow > 0;
-        if (!is_last) {
-            next_turn = turn_at(at);
-            next.ask(residual_of(next_turn), next_turn.valid);
-        }
-        const RowPlace& place = memory.places[turn.slot];
-        if (!place.exists() || turn.valid <= 0) continue;
-        if (turn.column != folds_of) {
+    for (Walk at(args.output_shares); at.slow == 0; at.advance()) {
+        const int piece = args.channels_dense ? at.fast : at.middle, slot = args.channels_dense ? at.middle : at.fast;
+        const RowPlace& place = memory.places[slot];
+        const int column = piece * width, remaining = columns - column;
+        if (!place.exists() || remaining <= 0) continue;
+        if (piece != folds_of) {
 #pragma unroll
-            for (int i = 0; i < width; ++i) folds[i] = memory.folds[turn.column + i];
-            folds_of = turn.column;
+            for (int i = 0; i < width; ++i) folds[i] = memory.folds[column + i];
+            folds_of = piece;
         }
         float values[width];
-        device::load_vector(memory.staged + turn.slot * args.staging_pitch + turn.column, values);
-        T* y = static_cast<T*>(conv.y) + place.y + (block.first_channel + turn.column) * conv.y_strides.c;
-        finish_channels<width, T>(values, folds, turn.valid, added, {y, conv.y_strides.c}, conv.epilogue);
+        device::load_vector(memory.staged + slot * args.staging_pitch + column, values);
+        const int64_t channel = block.first_channel + column;
+        const T* residual = static_cast<const T*>(conv.residual);
+        finish_channels<width, T>(
+            values, folds, remaining < width ? remaining : width,
+            {residual ? residual + place.residual + channel * conv.residual_strides.c : nullptr, conv.residual_strides.c},
+            {static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c, conv.y_strides.c}, conv.epilogue);
     }
 }
 
@@ -199,6 +187,7 @@ __global__ void __launch_bounds__(Traits::tile.most_threads, Traits::tile.blocks
     device::wait_copies<0>();
     device::sync_threads();
 
+    if (args.conv.residual) prefetch_residual<T>(args, block, memory);
     const GroupedWarp warp = GroupedWarp::of<Traits>(args, block);
     GroupedAccumulators<Traits> total = {};
     if (warp.exists()) accumulate<Traits>(args, block, warp, memory, total);

@@ -13,37 +13,6 @@
 
 namespace fused_cna::kernels {
 
-// One turn ahead, in registers.
-template <int Width, class T>
-class NextResidual {
-   public:
-    // Zeros where there is no residual: where source.data is null.
-    __device__ __forceinline__ void ask(const Channels<const T>& source, int valid) {
-#pragma unroll
-        for (T& value : values_) value = device::from_float<T>(0.0f);
-        if (!source.data) return;
-        if constexpr (Width % device::values_per_vector<T> == 0) {
-            if (takes_vectors<Width>(source, valid)) {
-                memcpy(values_, __builtin_assume_aligned(source.data, 16), sizeof(values_));
-                return;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < Width; ++i) {
-            if (i < valid) values_[i] = source.data[i * source.stride];
-        }
-    }
-
-    // What was asked for last.
-    __device__ __forceinline__ void take(float (&values)[Width]) const {
-#pragma unroll
-        for (int i = 0; i < Width; ++i) values[i] = device::to_float(values_[i]);
-    }
-
-   private:
-    T values_[Width];  // as they were loaded: a conversion would wait for them
-};
-
 // Depth turns ahead, in shared memory: dense channels on 16-byte boundaries only. A thread reads nothing but what it has
 // copied itself, so no barrier is needed.
 template <int Width, class T, int Threads, int Depth>

@@ -291,6 +291,20 @@ __device__ __forceinline__ void reduce(const SmallMArgs& args, SmallMSums<Traits
     }
 }
 
+// Asks for the residual, so that it is on its way to the L2 while the products are made.
+template <class Traits>
+__device__ __forceinline__ void prefetch_residual(const SmallMArgs& args, const SmallMBlock& block,
+                                                  const SmallMShared<Traits>& shared) {
+    const ConvArgs& conv = args.conv;
+    const auto* residual = static_cast<const typename Traits::Value*>(conv.residual);
+    for (int i = device::thread_x(); i < block.rows * args.columns; i += Traits::threads) {
+        const int row = i / args.columns, column = i % args.columns;
+        if (column >= block.columns) continue;
+        device::prefetch(residual + shared.places[row].residual +
+                         block.output_channel(args, column) * conv.residual_strides.c);
+    }
+}
+
 // Adds up over the warps of a team, finishes and stores: value by value, because there are few.
 template <class Traits>
 __device__ __forceinline__ void store_sums(const SmallMArgs& args, const SmallMBlock& block,
@@ -307,10 +321,9 @@ __device__ __forceinline__ void store_sums(const SmallMArgs& args, const SmallMB
         const RowPlace& place = shared.places[row];
         const int64_t channel = block.output_channel(args, column);
         const ChannelFold fold[1] = {shared.folds[column]};
-        float added[1] = {};
-        if (residual) added[0] = device::to_float(residual[place.residual + channel * conv.residual_strides.c]);
-        T* y = static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c;
-        finish_channels<1, T>(sum, fold, 1, added, {y, conv.y_strides.c}, conv.epilogue);
+        const Strides &in = conv.residual_strides, &out = conv.y_strides;
+        finish_channels<1, T>(sum, fold, 1, {residual ? residual + place.residual + channel * in.c : nullptr, in.c},
+                              {static_cast<T*>(conv.y) + place.y + channel * out.c, out.c}, conv.epilogue);
     }
 }
 
@@ -326,6 +339,7 @@ __global__ void __launch_bounds__(Traits::threads, SmallMTile::blocks_per_multip
     prepare_rows(args, block, shared);
     device::sync_threads();
     operands.load_x(0, shared.windows);
+    if (args.conv.residual) prefetch_residual(args, block, shared);
     prepare_folds(args, block, shared);
 
     SmallMSums<Traits> total = {};
