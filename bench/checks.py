@@ -5,41 +5,33 @@ import math
 import torch
 from torch import Tensor
 
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-OURS_TIMES_EAGER = 1.05
-OURS_ROUNDOFFS = 4
-NETWORK_TIMES_EAGER = 2
-RIVAL_TIMES_EAGER = 16
+from bench.setting import Precision
+from fused_cna._accuracy import error_bound, relative_error
+
+NETWORK_ROOM = 2
+"""Roundings of dozens of layers compound by chance, so a network has more room than a layer."""
+
+RIVAL_ROOM = 16
+"""A rival beyond this computes something else, and its time is not compared.
+
+Wide on purpose: folding into low-precision weights and tf32 are legitimate.
+"""
 
 
-def relative_error(output: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of float64 `expected`; inf where anything is not finite."""
-    difference = torch.linalg.vector_norm(output.double() - expected)
-    error = float(difference / torch.linalg.vector_norm(expected))
-    return error if math.isfinite(error) else math.inf
+def allowed_error(eager_error: float, precision: Precision, room: float = 1) -> float:
+    """The contract of our kernels, given the error of eager PyTorch, times the `room` that something has.
+
+    An eager result that is not finite permits nothing.
+    """
+    known = eager_error if math.isfinite(eager_error) else 0.0
+    return room * error_bound(precision.dtype, precision.float32_products == "tf32", known)
 
 
 def largest_image_error(output: Tensor, expected: Tensor) -> float:
     """The largest relative error among the images of a batch (N, ...)."""
-    return max(relative_error(one, other) for one, other in zip(output, expected, strict=True))
-
-
-def allowed_for_us(eager_error: float, dtype: torch.dtype) -> float:
-    """The numerics contract: eager's own error with a margin, or a few roundoffs of the storage type."""
-    return max(OURS_TIMES_EAGER * eager_error, OURS_ROUNDOFFS * UNIT_ROUNDOFF[dtype])
-
-
-def allowed_for_networks(eager_error: float, dtype: torch.dtype) -> float:
-    """Roundings of dozens of layers compound by chance, so a network has more room than a layer."""
-    return max(NETWORK_TIMES_EAGER * eager_error, OURS_ROUNDOFFS * UNIT_ROUNDOFF[dtype])
-
-
-def allowed_for_rivals(eager_error: float, dtype: torch.dtype) -> float:
-    """A rival beyond this computes something else, and its time is not compared.
-
-    Wide on purpose: folding into low-precision weights and tf32 are legitimate.
-    """
-    return RIVAL_TIMES_EAGER * max(eager_error, UNIT_ROUNDOFF[dtype])
+    return max(
+        relative_error(one, other) for one, other in zip(output.split(1), expected.split(1), strict=True)
+    )
 
 
 POISON = 1e4

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from bench.checks import allowed_for_rivals, allowed_for_us
+from bench.checks import RIVAL_ROOM, allowed_error
 from bench.layer_list import Layer
 from bench.plans import Plan
 from bench.roofline import Floor, share
 from bench.rows import Row
+from bench.setting import Precision
 from bench.stats import Summary, paired_ratio, summarize, verdict
 
 BASELINE = "three-step"
@@ -133,7 +132,7 @@ class LayerResult:
         )
 
 
-def judge(entries: Sequence[Entry], dtype: torch.dtype) -> str | None:
+def judge(entries: Sequence[Entry], precision: Precision) -> str | None:
     """Refuse rivals that compute something else, and say what is wrong with ours; None if nothing is.
 
     Eager's error, which both bounds refer to, is the one of the same memory format.
@@ -146,7 +145,7 @@ def judge(entries: Sequence[Entry], dtype: torch.dtype) -> str | None:
         if entry.error is None:
             continue
         eager_error = eager.get(entry.memory_format) or 0.0
-        allowed = (allowed_for_us if entry.ours else allowed_for_rivals)(eager_error, dtype)
+        allowed = allowed_error(eager_error, precision, 1 if entry.ours else RIVAL_ROOM)
         if entry.error <= allowed:
             continue
         entry.refused = f"wrong result: relative error {entry.error:.2e}, at most {allowed:.2e} is allowed"

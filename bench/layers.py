@@ -163,7 +163,7 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
                 entries.append(entry)
                 works |= {(len(entries) - 1, launch): work for launch, work in launches.items()}
         _time(entries, works, setting)
-    failure = judge(entries, precision.dtype)
+    failure = judge(entries, precision)
     floor_time = floor(layer, row.batch, row.itemsize, ceilings)
     plan, why_no_plan = plan_of(row, setting.device, device_name(setting.device))
     return LayerResult(

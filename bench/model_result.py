@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from bench.checks import allowed_for_networks, allowed_for_rivals
+from bench.checks import NETWORK_ROOM, RIVAL_ROOM, allowed_error
 from bench.layer_result import Entry
 from bench.model_cases import GOALS, Case
 from bench.model_routes import EAGER, FROZEN, FUSED, INDUCTOR_FROZEN
 from bench.report import ratio_text
+from bench.setting import Precision
 from bench.stats import Summary, paired_ratio, summarize, verdict
 from bench.summary import LAUNCHES
 
@@ -110,7 +111,7 @@ class ModelResult:
         )
 
 
-def judge(entries: Sequence[ModelEntry], dtype: torch.dtype) -> str | None:
+def judge(entries: Sequence[ModelEntry], precision: Precision) -> str | None:
     """Refuse routes that compute something else, and say what is wrong with ours; None if nothing is.
 
     Eager's error, which both bounds refer to, is that in channels_last, in which all but one route run.
@@ -119,7 +120,7 @@ def judge(entries: Sequence[ModelEntry], dtype: torch.dtype) -> str | None:
     eager_error = next((one.error for one in entries if one.route == EAGER[1]), None) or 0.0
     for entry in entries:
         if entry.error is not None:
-            allowed = (allowed_for_networks if entry.ours else allowed_for_rivals)(eager_error, dtype)
+            allowed = allowed_error(eager_error, precision, NETWORK_ROOM if entry.ours else RIVAL_ROOM)
             if entry.error > allowed:
                 entry.refused = (
                     f"wrong result: relative error {entry.error:.2e}, at most {allowed:.2e} is allowed"

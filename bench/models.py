@@ -22,7 +22,7 @@ from bench.model_cases import (
 )
 from bench.model_result import ModelEntry, ModelResult, ModelsResult, compare, judge
 from bench.model_routes import Call, ModelRoute, routes_for
-from bench.setting import Setting
+from bench.setting import PRECISIONS, Setting
 from bench.timing import InputSets, Work, captured, interleaved, rotating, stopwatch_for
 from fused_cna.fusion import records
 
@@ -136,7 +136,7 @@ def measure(case: Case, routes: Sequence[ModelRoute], images: Images, setting: S
         image_size=case.model.size(setting.device),
         images=images.source,
         entries=entries,
-        failure=judge(entries, case.dtype),
+        failure=judge(entries, PRECISIONS[case.precision]),
     )
     compare(result, setting.device)
     return result

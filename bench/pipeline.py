@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.checks import allowed_for_networks, largest_image_error
+from bench.checks import NETWORK_ROOM, allowed_error, largest_image_error
 from bench.photographs import crops, photographs
-from bench.setting import Setting
+from bench.setting import Precision, Setting
 from bench.stats import Summary, paired_ratio, summarize
 from bench.timing import InputSets, Work, captured, interleaved, rotating, stopwatch_for
 from fused_cna import ConvNormAct
@@ -96,12 +96,12 @@ def measure(name: str, images: list[Tensor], setting: Setting, size: int) -> Net
         fused_against_eager=largest_image_error(after, before.double()),
         top1_agreement=float((after.argmax(1) == before.argmax(1)).double().mean()),
         latency=latency,
-        failure=failure_of(fused_error, eager_error, setting.dtype),
+        failure=failure_of(fused_error, eager_error, setting.precision),
     )
 
 
-def failure_of(fused_error: float, eager_error: float, dtype: torch.dtype) -> str | None:
-    allowed = allowed_for_networks(eager_error, dtype)
+def failure_of(fused_error: float, eager_error: float, precision: Precision) -> str | None:
+    allowed = allowed_error(eager_error, precision, NETWORK_ROOM)
     if fused_error <= allowed:
         return None
     return f"wrong result: relative error {fused_error:.2e}, at most {allowed:.2e} is allowed"

@@ -22,6 +22,7 @@ from bench.model_routes import (
     Fused,
     ModelRoute,
 )
+from bench.setting import PRECISIONS
 
 NOISE = Images([torch.rand(1, 3, 128, 160, generator=torch.Generator().manual_seed(1))], "noise")
 TINY = Case("tiny", 2, "fp32")
@@ -64,7 +65,7 @@ def entry(
 
 
 def result(*entries: ModelEntry, case: Case = TINY, device: str = "cpu") -> ModelResult:
-    made = ModelResult(case, 16, "noise", list(entries), failure=judge(entries, torch.float32))
+    made = ModelResult(case, 16, "noise", list(entries), failure=judge(entries, PRECISIONS["fp32"]))
     models.compare(made, torch.device(device))
     return made
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bench import cli, overhead, provenance
+from bench.setting import PRECISIONS
 from tests.bench_cases import setting
 
 
@@ -88,8 +89,8 @@ class TestPipeline:
         pytest.importorskip("torchvision", reason="the pipeline's networks are torchvision's")
         from bench.pipeline import failure_of
 
-        assert failure_of(1e-5, 9e-6, torch.float32) is None
-        assert "at most 1.80e-05 is allowed" in str(failure_of(1e-4, 9e-6, torch.float32))
+        assert failure_of(1e-5, 9e-6, PRECISIONS["fp32"]) is None
+        assert "at most 1.89e-05 is allowed" in str(failure_of(1e-4, 9e-6, PRECISIONS["fp32"]))
 
 
 class TestProvenance:

@@ -26,6 +26,7 @@ from bench.model_routes import (
     ModelRoute,
     routes_for,
 )
+from bench.setting import PRECISIONS
 from bench.timing import CapturedCalls, Work
 from tests.bench_cases import setting
 from tests.bench_model_cases import (
@@ -171,7 +172,7 @@ class TestRoutes:
         made = models._prepare(CompiledFused(), TINY, Tiny(), [(torch.ones(1, 3, 16, 16),)], [])
         assert made[1] == {}
         assert "has no fused_cna.no_such_module" in str(made[0].left_out)
-        assert judge([made[0]], torch.float32) is None
+        assert judge([made[0]], PRECISIONS["fp32"]) is None
 
     def test_a_route_that_raises_leaves_the_others(self, tiny: None) -> None:
         made = models.measure(TINY, (EagerChannelsLast(), Refuses()), NOISE, setting())
@@ -247,18 +248,20 @@ class TestJudge:
 
     def test_a_wrong_rival_is_not_timed_but_no_failure(self) -> None:
         rival = entry(INDUCTOR_FROZEN, 1.0, error=1.0)
-        assert judge([entry(EAGER[1], 2.0), rival], torch.float32) is None
+        assert judge([entry(EAGER[1], 2.0), rival], PRECISIONS["fp32"]) is None
         assert "wrong result" in str(rival.refused)
 
     def test_ours_that_did_not_run_is_a_failure(self) -> None:
         broken = entry(FUSED, ours=True, error=None, refused="FusionError: no")
-        assert judge([entry(EAGER[1], 2.0), broken], torch.float32) == "fused did not run: FusionError: no"
+        assert (
+            judge([entry(EAGER[1], 2.0), broken], PRECISIONS["fp32"]) == "fused did not run: FusionError: no"
+        )
 
     def test_only_ours_has_to_run_in_a_cuda_graph(self) -> None:
         rival = entry("torch.compile", 1.0, no_graph="RuntimeError: no")
-        assert judge([rival], torch.float32) is None
+        assert judge([rival], PRECISIONS["fp32"]) is None
         ours = entry(FUSED, 1.0, ours=True, no_graph="RuntimeError: no")
-        assert judge([ours], torch.float32) == "fused was not captured in a CUDA graph: RuntimeError: no"
+        assert judge([ours], PRECISIONS["fp32"]) == "fused was not captured in a CUDA graph: RuntimeError: no"
 
     def test_not_finite_anywhere(self) -> None:
         whole = torch.ones(9, 4)
