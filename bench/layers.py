@@ -52,10 +52,7 @@ def run(
     for precision in setting.precisions:
         if precision.name not in ceilings:
             step(f"ceilings: large copy, large matrix product, {precision.name}")
-            with precision.applied():
-                ceilings[precision.name] = measure_ceilings(
-                    setting.device, precision.dtype, seed=setting.seed
-                )
+            ceilings[precision.name] = measure_ceilings(setting.device, precision, seed=setting.seed)
     names = [precision.name for precision in setting.precisions]
     rows = ordered_rows(setting.suites, setting.layer_batches, names, ceilings)
     outcome = _begin(setting, rows, ceilings, earlier)

@@ -1,7 +1,7 @@
 """What all jobs of the bench share: device, precisions, sizes, effort, and the time that is left."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ LAYER_BATCHES = (1, 8, 32, 128)
 
 @dataclass(frozen=True)
 class Precision:
-    """A storage type and, for float32, how convolutions on a GPU multiply it: "tf32" or "ieee"."""
+    """A storage type and, for float32, how a GPU multiplies it: "tf32" or "ieee"."""
 
     name: str
     dtype: torch.dtype
@@ -24,16 +24,32 @@ class Precision:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """PyTorch's switch for convolutions, which every route follows, set for the time inside."""
-        # torch's stubs do not know this module attribute; the older switch raises once this one was used.
-        switch: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009
-        before = switch.fp32_precision
-        if self.float32_products is not None:
-            switch.fp32_precision = self.float32_products
+        """PyTorch's switches, which every route follows, set for the time inside."""
+        if self.float32_products is None:
+            yield
+            return
+        before = [switch.fp32_precision for switch in _switches()]
+        _set_switches([self.float32_products] * len(before))
         try:
             yield
         finally:
-            switch.fp32_precision = before
+            _set_switches(before)
+
+
+def _switches() -> tuple[Any, Any, Any]:
+    return torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+
+
+def _set_switches(precisions: Sequence[str]) -> None:
+    """Of convolutions, RNNs and matrix products, and the older switches with them.
+
+    Where all of cuDNN's do not agree, whoever reads `allow_tf32`, as inductor does, gets an error.
+    """
+    torch.backends.cudnn.allow_tf32 = precisions[0] == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precisions[2] == "tf32"
+    # Last, as the older switches have set them too.
+    for switch, precision in zip(_switches(), precisions, strict=True):
+        switch.fp32_precision = precision
 
 
 PRECISIONS = {

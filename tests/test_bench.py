@@ -71,11 +71,10 @@ class TestRoofline:
         assert share(1.0, 4.0) == 0.25
 
     def test_ceilings_are_measured(self) -> None:
-        measured = measure_ceilings(CPU, torch.float32, seed=0, small=True)
+        measured = measure_ceilings(CPU, PRECISIONS["fp32"], seed=0, small=True)
         assert measured.bytes_per_second > 0
         assert measured.flops_per_second > 0
         assert measured.matrix_precision == "float32"
-        assert torch.backends.cuda.matmul.fp32_precision == "none"
 
 
 class TestTiming:
@@ -208,17 +207,17 @@ class TestTiming:
 
 class TestPrecision:
     @pytest.mark.parametrize(("name", "inside"), [("tf32", "tf32"), ("fp32", "ieee"), ("fp16", "before")])
-    def test_switch_is_set_inside_and_put_back(self, name: str, inside: str) -> None:
-        switch = torch.backends.cudnn.conv
-        found = switch.fp32_precision
-        before = "ieee" if inside == "tf32" else "tf32"
-        switch.fp32_precision = before
-        try:
-            with PRECISIONS[name].applied():
-                assert switch.fp32_precision == (before if inside == "before" else inside)
-            assert switch.fp32_precision == before
-        finally:
-            switch.fp32_precision = found
+    def test_switches_are_set_inside_agree_and_are_put_back(self, name: str, inside: str) -> None:
+        def switches() -> tuple[object, ...]:
+            cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+            newer = (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision)
+            return (*newer, cudnn.allow_tf32, matmul.allow_tf32)
+
+        before = switches()
+        with PRECISIONS[name].applied():
+            expected = before if inside == "before" else (*[inside] * 3, *[inside == "tf32"] * 2)
+            assert switches() == expected
+        assert switches() == before
 
     def test_names_and_types(self) -> None:
         assert {name: one.dtype for name, one in PRECISIONS.items()} == {

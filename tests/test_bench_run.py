@@ -123,7 +123,7 @@ class TestRun:
         monkeypatch.setattr(
             layers,
             "measure_ceilings",
-            lambda device, dtype, *, seed: measure_ceilings(device, dtype, seed=seed, small=True),
+            lambda device, precision, *, seed: measure_ceilings(device, precision, seed=seed, small=True),
         )
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
         console = terminal.make_console()
