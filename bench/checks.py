@@ -1,6 +1,7 @@
 """Is the answer right? Measured in the run that measures the time."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +33,24 @@ def largest_image_error(output: Tensor, expected: Tensor) -> float:
     return max(
         relative_error(one, other) for one, other in zip(output.split(1), expected.split(1), strict=True)
     )
+
+
+CHECKED_IMAGES = 8
+
+
+def checked_images(batch: int) -> list[int]:
+    """Which images are compared with float64: at most 8, spread over the batch, first and last included."""
+    count = min(batch, CHECKED_IMAGES)
+    return [index * (batch - 1) // max(count - 1, 1) for index in range(count)]
+
+
+def error_of(
+    output: Tensor, expected: Tensor, measure: Callable[[Tensor, Tensor], float] = relative_error
+) -> float:
+    """The error of the checked images, by `measure`; inf if anything in the whole batch is not finite."""
+    if not bool(torch.isfinite(output).all()):
+        return torch.inf
+    return measure(output[checked_images(len(output))], expected)
 
 
 POISON = 1e4

@@ -1,46 +1,17 @@
 """What was measured on a row, and what it comes to: the comparison with the best rival; as JSON and back."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.checks import RIVAL_ROOM, allowed_error
+from bench.entry import Entry
 from bench.layer_list import Layer
 from bench.plans import Plan
 from bench.roofline import Floor, share
 from bench.rows import Row
-from bench.setting import Precision
 from bench.stats import Summary, paired_ratio, summarize, verdict
 
 BASELINE = "three-step"
-
-
-@dataclass
-class Entry:
-    """One route in one memory format on one row. `refused` says why it was not timed.
-
-    `samples` are seconds per call, by way of launching, while the row is measured; `seconds` sums them up.
-    """
-
-    route: str
-    memory_format: str
-    ours: bool
-    refused: str | None = None
-    error: float | None = None
-    samples: dict[str, list[float]] = field(default_factory=dict)
-    seconds: dict[str, Summary] = field(default_factory=dict)
-
-    def summarize(self) -> None:
-        self.seconds = {launch: summarize(samples) for launch, samples in self.samples.items()}
-
-    def as_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "samples"}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Entry":
-        seconds = {launch: Summary(**summary) for launch, summary in content["seconds"].items()}
-        error = None if content["error"] is None else float(content["error"])
-        return cls(**(content | {"seconds": seconds, "error": error}))
 
 
 @dataclass(frozen=True)
@@ -130,28 +101,6 @@ class LayerResult:
             },
             plan=None if plan is None else Plan(**(plan | {"tile": tuple(plan["tile"])})),
         )
-
-
-def judge(entries: Sequence[Entry], precision: Precision) -> str | None:
-    """Refuse rivals that compute something else, and say what is wrong with ours; None if nothing is.
-
-    Eager's error, which both bounds refer to, is the one of the same memory format.
-    """
-    failures = []
-    eager = {entry.memory_format: entry.error for entry in entries if entry.route == BASELINE}
-    for entry in entries:
-        if entry.ours and entry.refused is not None:
-            failures.append(f"{entry.route} ({entry.memory_format}) did not run: {entry.refused}")
-        if entry.error is None:
-            continue
-        eager_error = eager.get(entry.memory_format) or 0.0
-        allowed = allowed_error(eager_error, precision, 1 if entry.ours else RIVAL_ROOM)
-        if entry.error <= allowed:
-            continue
-        entry.refused = f"wrong result: relative error {entry.error:.2e}, at most {allowed:.2e} is allowed"
-        if entry.ours:
-            failures.append(f"{entry.route} ({entry.memory_format}): {entry.refused}")
-    return "; ".join(failures) or None
 
 
 def compare(entries: Sequence[Entry], floor: Floor, rivals: str | None = None) -> dict[str, Comparison]:

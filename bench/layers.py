@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.checks import POISON, poison, relative_error
-from bench.layer_result import BASELINE, Entry, LayerResult, compare, judge
+from bench.checks import checked_images, error_of, poison
+from bench.entry import Entry, Works, attempt, first_line, judge, time_entries, works_of
+from bench.layer_result import BASELINE, LayerResult, compare
 from bench.networks import NETWORKS, source_of
 from bench.plans import plan_of
 from bench.provenance import device_name
@@ -19,21 +20,10 @@ from bench.routes import ROUTES, Case, Route, make_case, reference
 from bench.rows import Row, layers_of, network_floor, ordered_rows
 from bench.setting import PRECISIONS, Setting
 from bench.summary import LayersResult
-from bench.timing import (
-    InputSets,
-    RandomPool,
-    Work,
-    cache_bytes_of,
-    captured,
-    input_sets_needed,
-    interleaved,
-    rotating,
-    stopwatch_for,
-)
+from bench.timing import InputSets, RandomPool, Work, bound, cache_bytes_of, input_sets_needed
 
 SECONDS_KEPT_FOR_OVERHEAD = 10.0
 SECONDS_BETWEEN_SAVES = 30.0
-CHECKED_IMAGES = 8
 
 
 def run(
@@ -134,7 +124,7 @@ def _attempt(row: Row, setting: Setting, pools: Pools, ceilings: Ceilings, outco
             if not tries_left:
                 outcome.too_large.append(row.name)
         except RuntimeError as error:
-            outcome.broke_off.append(f"{row.name}: {_first_line(error)}")
+            outcome.broke_off.append(f"{row.name}: {first_line(error)}")
             return
         pools.free()
 
@@ -159,8 +149,8 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
                 entry, launches = _prepare(route, case, input_sets, expected, memory_format)
                 entries.append(entry)
                 works |= {(len(entries) - 1, launch): work for launch, work in launches.items()}
-        _time(entries, works, setting)
-    failure = judge(entries, precision)
+        time_entries(entries, works, setting, setting.effort.layer_limit_seconds)
+    failure = judge(entries, precision, (BASELINE,))
     floor_time = floor(layer, row.batch, row.itemsize, ceilings)
     plan, why_no_plan = plan_of(row, setting.device, device_name(setting.device))
     return LayerResult(
@@ -178,12 +168,6 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
     )
 
 
-def checked_images(batch: int) -> list[int]:
-    """Which images are compared with float64: at most 8, spread over the batch, first and last included."""
-    count = min(batch, CHECKED_IMAGES)
-    return [index * (batch - 1) // max(count - 1, 1) for index in range(count)]
-
-
 def _expected(case: Case, inputs: tuple[Tensor, ...]) -> Tensor:
     """The float64 answer for the checked images of one input set.
 
@@ -198,57 +182,17 @@ def _expected(case: Case, inputs: tuple[Tensor, ...]) -> Tensor:
         torch.backends.cudnn.benchmark = searching
 
 
-def _error(output: Tensor, expected: Tensor) -> float:
-    """The relative error of the checked images; inf if anything in the whole batch is not finite."""
-    if not bool(torch.isfinite(output).all()):
-        return torch.inf
-    return relative_error(output[checked_images(output.shape[0])], expected)
-
-
 def _prepare(
     route: Route, case: Case, input_sets: InputSets, expected: Tensor, memory_format: torch.memory_format
-) -> tuple[Entry, dict[str, Work]]:
+) -> tuple[Entry, Works]:
     """Check one route on poisoned memory, and make what is to be timed for each way of launching."""
     entry = Entry(route.name, str(memory_format).removeprefix("torch."), route.ours)
     entry.refused = route.why_not(case.layer, case.device)
-    if entry.refused is not None:
-        return entry, {}
-    try:
-        call = route.prepare(case, memory_format)
-        poison(call(*input_sets[0]))
-        entry.error = _error(call(*input_sets[0]), expected)
-        works = {"launched": rotating(call, input_sets)}
-        if case.device.type == "cuda":
-            graph = captured(call, input_sets)
-            graph.first_output.fill_(POISON)
-            graph.graph.replay()
-            entry.error = max(entry.error, _error(graph.first_output, expected))
-            works["graph"] = graph.work
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if case.device.type == "cuda":
-            # A library that refuses leaves the device alive; a lost device raises here again.
-            torch.cuda.synchronize()
-        entry.refused = _first_line(error)
-        return entry, {}
-    return entry, works
 
+    def prepare() -> Works:
+        calls = bound(route.prepare(case, memory_format), input_sets)
+        poison(calls[0]())
+        entry.error = error_of(calls[0](), expected)
+        return works_of(entry, calls, lambda output: error_of(output, expected), case.device)
 
-def _first_line(error: RuntimeError) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def _time(entries: list[Entry], works: dict[tuple[int, str], Work], setting: Setting) -> None:
-    """Time all works of a row side by side and file the samples with their entries."""
-    samples = interleaved(
-        works,
-        stopwatch_for(setting.device),
-        rounds=setting.effort.rounds,
-        sample_seconds=setting.effort.sample_seconds,
-        limit_seconds=setting.effort.layer_limit_seconds,
-    )
-    for (index, launch), seconds in samples.items():
-        entries[index].samples[launch] = seconds
-    for entry in entries:
-        entry.summarize()
+    return entry, {} if entry.refused else attempt(entry, case.device, prepare)

@@ -12,7 +12,7 @@ from bench.checks import NETWORK_ROOM, allowed_error, largest_image_error
 from bench.photographs import crops, photographs
 from bench.setting import Precision, Setting
 from bench.stats import Summary, paired_ratio, summarize
-from bench.timing import InputSets, Work, captured, interleaved, rotating, stopwatch_for
+from bench.timing import InputSets, Work, bound, captured, interleaved, rotating, stopwatch_for
 from fused_cna import ConvNormAct
 
 NETWORKS = ("mobilenet_v2", "efficientnet_b0")
@@ -181,12 +181,12 @@ def _answers(network: nn.Module, input_sets: InputSets) -> Tensor:
 
 def _time(eager: nn.Module, fused: nn.Module, input_sets: InputSets, setting: Setting) -> dict[str, Latency]:
     """Both networks by every way of launching, interleaved."""
+    calls = {"before": bound(eager, input_sets), "after": bound(fused, input_sets)}
     works: dict[str, dict[str, Work]] = {
-        "launched": {"before": rotating(eager, input_sets), "after": rotating(fused, input_sets)}
+        "launched": {name: rotating(of_network) for name, of_network in calls.items()}
     }
     if setting.device.type == "cuda":
-        graphs = {"before": captured(eager, input_sets), "after": captured(fused, input_sets)}
-        works["graph"] = {name: graph.work for name, graph in graphs.items()}
+        works["graph"] = {name: captured(of_network).work for name, of_network in calls.items()}
     latency = {}
     for launch, pair in works.items():
         samples = interleaved(

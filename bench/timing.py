@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ ASSUMED_CPU_CACHE = 32 << 20
 
 Shape = tuple[int, int, int, int]
 InputSets = list[tuple[Tensor, ...]]
+Call = Callable[[], Tensor]
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -163,33 +165,38 @@ def _shaped(numbers: Tensor, shape: Shape, memory_format: torch.memory_format) -
     return numbers.view(shape)
 
 
-def rotating(call: Callable[..., Tensor], input_sets: InputSets) -> Work:
-    """A work that calls with the next input set each time, launched eagerly."""
-    inputs = itertools.cycle(input_sets)
-    return Work(lambda: call(*next(inputs)))
+def bound(call: Callable[..., Tensor], input_sets: InputSets) -> list[Call]:
+    """A call for each input set."""
+    return [partial(call, *inputs) for inputs in input_sets]
+
+
+def rotating(calls: Sequence[Call]) -> Work:
+    """A work that makes the next of the calls each time, launched eagerly."""
+    turns = itertools.cycle(calls)
+    return Work(lambda: next(turns)())
 
 
 @dataclass(frozen=True)
 class CapturedCalls:
-    """A CUDA graph with one call per input set; `first_output` is what its first call writes."""
+    """Calls in a CUDA graph; `first_output` is what the first of them writes."""
 
     graph: "torch.cuda.CUDAGraph"
     first_output: Tensor
     work: Work
 
 
-def captured(call: Callable[..., Tensor], input_sets: InputSets) -> CapturedCalls:
-    """Capture one call per input set. The warm-up on a side stream lets libraries choose algorithms first."""
+def captured(calls: Sequence[Call]) -> CapturedCalls:
+    """Capture all calls in one graph. The warm-up on a side stream lets libraries choose algorithms first."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            call(*input_sets[0])
+            calls[0]()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        first_output = call(*input_sets[0])
-        for inputs in input_sets[1:]:
-            call(*inputs)
-    return CapturedCalls(graph, first_output, Work(graph.replay, len(input_sets)))
+        first_output = calls[0]()
+        for call in calls[1:]:
+            call()
+    return CapturedCalls(graph, first_output, Work(graph.replay, len(calls)))

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from bench.entry import Entry
 from bench.layer_list import Layer, parse
-from bench.layer_result import BASELINE, Comparison, Entry, LayerResult
+from bench.layer_result import BASELINE, Comparison, LayerResult
 from bench.roofline import Ceilings, Floor
 from bench.rows import Row
 from bench.setting import PRECISIONS, Budget, Effort, Setting

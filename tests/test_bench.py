@@ -12,7 +12,16 @@ from torch import Tensor
 from bench.roofline import Floor, floor, flops, least_bytes, measure_ceilings, share
 from bench.setting import PRECISIONS, Budget
 from bench.stats import Summary, geometric_mean, paired_ratio, summarize, verdict
-from bench.timing import EventStopwatch, RandomPool, Work, captured, input_sets_needed, interleaved, rotating
+from bench.timing import (
+    EventStopwatch,
+    RandomPool,
+    Work,
+    bound,
+    captured,
+    input_sets_needed,
+    interleaved,
+    rotating,
+)
 from tests.bench_cases import CEILINGS, CPU, FORMATS, FakeClock, layer
 
 
@@ -111,12 +120,7 @@ class TestTiming:
 
     def test_inputs_rotate(self) -> None:
         seen: list[float] = []
-
-        def call(x: Tensor) -> Tensor:
-            seen.append(float(x))
-            return x
-
-        work = rotating(call, [(torch.tensor(1.0),), (torch.tensor(2.0),), (torch.tensor(3.0),)])
+        work = rotating(bound(lambda x: seen.append(float(x)), [(torch.tensor(v),) for v in (1.0, 2.0, 3.0)]))
         for _ in range(4):
             work.run()
         assert seen == [1.0, 2.0, 3.0, 1.0]
@@ -186,7 +190,7 @@ class TestTiming:
             log.append(str(int(x)))
             return x + 1
 
-        graph = captured(call, [(torch.tensor(index),) for index in range(3)])
+        graph = captured(bound(call, [(torch.tensor(index),) for index in range(3)]))
         warmup = ["wait", "side", "0", "0", "0", "end", "wait", "synchronize"]
         assert log == [*warmup, "capture", "0", "1", "2", "end"]
         assert int(graph.first_output) == 1

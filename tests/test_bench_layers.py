@@ -1,7 +1,6 @@
 """The layers job: what is checked, timed, left out, broken off, resumed, and what it comes to."""
 
 import json
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ from bench import layers
 from bench.layer_result import BASELINE, LayerResult
 from bench.plans import Plan
 from bench.roofline import Ceilings
-from bench.routes import Call, Case, Fused, Route, ThreeStep, make_case
+from bench.routes import Call, Case, Fused, Route, ThreeStep
 from bench.rows import Row, layers_of
 from bench.setting import Budget
 from bench.summary import LayersResult
-from bench.timing import CapturedCalls, RandomPool, Work
+from bench.timing import RandomPool
 from tests.bench_cases import CEILINGS, CPU, FakeClock, layer, layer_result, row, setting
 
 SMALL = layer(h=6, w=6)
@@ -93,51 +92,6 @@ class TestLayers:
         result = self.measure((Broken(), ThreeStep()), monkeypatch)
         assert "wrong result" in str(result.failure)
         assert result.comparisons == {}
-
-    @pytest.mark.parametrize("writes", [True, False])
-    def test_a_graph_that_writes_nothing_is_found(
-        self, writes: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        @dataclass
-        class Graph:
-            call: Call
-            inputs: tuple[Tensor, ...]
-            output: Tensor
-
-            def replay(self) -> None:
-                if writes:
-                    self.output.copy_(self.call(*self.inputs))
-
-        def capture(call: Call, input_sets: list[tuple[Tensor, ...]]) -> CapturedCalls:
-            graph = Graph(call, input_sets[0], call(*input_sets[0]))
-            return CapturedCalls(graph, graph.output, Work(graph.replay, len(input_sets)))  # type: ignore[arg-type]
-
-        monkeypatch.setattr(layers, "captured", capture)
-        case = replace(make_case(SMALL, CPU, torch.float32, seed=0), device=torch.device("cuda"))
-        shape = (2, SMALL.cin, SMALL.h, SMALL.w)
-        input_sets = RandomPool(CPU, torch.float32, seed=0).input_sets([shape], 2, torch.channels_last)
-        with torch.inference_mode():
-            expected = layers._expected(case, input_sets[0])
-            prepared, works = layers._prepare(ThreeStep(), case, input_sets, expected, torch.channels_last)
-        assert set(works) == {"launched", "graph"}
-        assert works["graph"].calls == 2
-        assert prepared.error is not None
-        assert (prepared.error < 1e-6) == writes
-
-    def test_checked_images_are_spread_and_hold_both_ends(self) -> None:
-        assert layers.checked_images(1) == [0]
-        assert layers.checked_images(3) == [0, 1, 2]
-        spread = layers.checked_images(128)
-        assert (len(spread), spread[0], spread[-1]) == (8, 0, 127)
-        assert len(set(spread)) == 8
-
-    def test_an_image_between_the_checked_ones_must_be_finite(self) -> None:
-        output = torch.ones(32, 1, 1, 1)
-        expected = torch.ones(8, 1, 1, 1, dtype=torch.float64)
-        assert layers._error(output, expected) == 0.0
-        assert 1 not in layers.checked_images(32)
-        output[1] = torch.nan
-        assert layers._error(output, expected) == float("inf")
 
 
 class TestRun:

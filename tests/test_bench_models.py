@@ -3,15 +3,14 @@
 import importlib.util
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from bench import model_cases, models
+from bench.entry import judge
 from bench.model_cases import GOALS, MODELS, Case, Model, images_here, planned_cases
-from bench.model_result import ModelEntry, judge
 from bench.model_routes import (
     EAGER,
     FROZEN,
@@ -27,14 +26,12 @@ from bench.model_routes import (
     routes_for,
 )
 from bench.setting import PRECISIONS
-from bench.timing import CapturedCalls, Work
 from tests.bench_cases import setting
 from tests.bench_model_cases import (
     NOISE,
     TINY,
     DropsNorms,
     Tiny,
-    entry,
     use_few_routes,
     use_small_networks,
 )
@@ -123,7 +120,7 @@ class TestNetworks:
         pytest.importorskip(model.library, reason=f"{name} is a network of {model.library}")
         monkeypatch.setitem(MODELS, name, replace(model, size_on_cpu=64))
         monkeypatch.setattr(model_cases, "CALIBRATION_BATCHES", 1)
-        monkeypatch.setattr(models, "_time", lambda *_: None)
+        monkeypatch.setattr(models, "time_entries", lambda *_, **__: None)
         made = models.measure(
             Case(name, 2, "fp32"), (EagerChannelsLast(), Fused(), FusedFrozen()), NOISE, setting()
         )
@@ -172,7 +169,7 @@ class TestRoutes:
         made = models._prepare(CompiledFused(), TINY, Tiny(), [(torch.ones(1, 3, 16, 16),)], [])
         assert made[1] == {}
         assert "has no fused_cna.no_such_module" in str(made[0].left_out)
-        assert judge([made[0]], PRECISIONS["fp32"]) is None
+        assert judge([made[0]], PRECISIONS["fp32"], EAGER) is None
 
     def test_a_route_that_raises_leaves_the_others(self, tiny: None) -> None:
         made = models.measure(TINY, (EagerChannelsLast(), Refuses()), NOISE, setting())
@@ -198,77 +195,15 @@ class TestRoutes:
                 return call
 
         made = models.measure(TINY, (EagerChannelsLast(), Reuses()), NOISE, setting())
-        assert "reuses: wrong result" in str(made.failure)
-
-
-class FakeGraph:
-    """Runs its calls when it is replayed, as a CUDA graph does."""
-
-    def __init__(self, output: Tensor, replayed: Tensor) -> None:
-        self.output, self.replayed = output, replayed
-
-    def replay(self) -> None:
-        self.output.copy_(self.replayed)
-
-
-class TestCapture:
-    def capture(
-        self, monkeypatch: pytest.MonkeyPatch, replayed: Tensor
-    ) -> tuple[ModelEntry, dict[str, Work]]:
-        output = torch.ones(1, 4)
-        graph: Any = FakeGraph(output, replayed)
-        calls = CapturedCalls(graph, output, Work(graph.replay, 2))
-        monkeypatch.setattr(models, "captured", lambda call, sets: calls)
-        made = entry(FUSED, error=1e-9)
-        return made, models._capture(made, lambda x: x, [], torch.ones(1, 4).double())
-
-    def test_what_a_graph_writes_is_checked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made, works = self.capture(monkeypatch, torch.ones(1, 4))
-        assert (made.error, works["graph"].calls) == (1e-9, 2)
-        made, _ = self.capture(monkeypatch, torch.tensor([[1.0, 1.0, 1.0, 3.0]]))
-        assert made.error == 1.0
-
-    def test_what_cannot_be_captured_is_timed_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*_: object) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-        monkeypatch.setattr(models, "captured", refuse)
-        made = entry(FUSED)
-        assert models._capture(made, lambda x: x, [], torch.ones(1)) == {}
-        assert made.no_graph == "RuntimeError: operation not permitted when stream is capturing"
-        assert made.refused is None
+        assert "reuses (channels_last): wrong result" in str(made.failure)
 
 
 class TestJudge:
     def test_a_dropped_norm_is_a_failure(self, tiny: None) -> None:
         made = models.measure(TINY, (EagerChannelsLast(), DropsNorms()), NOISE, setting())
-        assert "fused: wrong result: relative error" in str(made.failure)
+        assert "fused (channels_last): wrong result: relative error" in str(made.failure)
         assert made.speedup(FUSED) is None
         assert made.images_per_second(FUSED, "launched") is None
-
-    def test_a_wrong_rival_is_not_timed_but_no_failure(self) -> None:
-        rival = entry(INDUCTOR_FROZEN, 1.0, error=1.0)
-        assert judge([entry(EAGER[1], 2.0), rival], PRECISIONS["fp32"]) is None
-        assert "wrong result" in str(rival.refused)
-
-    def test_ours_that_did_not_run_is_a_failure(self) -> None:
-        broken = entry(FUSED, ours=True, error=None, refused="FusionError: no")
-        assert (
-            judge([entry(EAGER[1], 2.0), broken], PRECISIONS["fp32"]) == "fused did not run: FusionError: no"
-        )
-
-    def test_only_ours_has_to_run_in_a_cuda_graph(self) -> None:
-        rival = entry("torch.compile", 1.0, no_graph="RuntimeError: no")
-        assert judge([rival], PRECISIONS["fp32"]) is None
-        ours = entry(FUSED, 1.0, ours=True, no_graph="RuntimeError: no")
-        assert judge([ours], PRECISIONS["fp32"]) == "fused was not captured in a CUDA graph: RuntimeError: no"
-
-    def test_not_finite_anywhere(self) -> None:
-        whole = torch.ones(9, 4)
-        assert models._error(whole, whole[models.checked_images(9)].double()) == 0
-        (unchecked,) = set(range(9)) - set(models.checked_images(9))
-        whole[unchecked, 0] = torch.nan
-        assert models._error(whole, torch.ones(8, 4).double()) == torch.inf
 
     def test_agreement_is_of_the_classes(self) -> None:
         expected = torch.tensor([[1.0, 2.0, 9.0], [2.0, 1.0, 9.0]])
