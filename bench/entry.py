@@ -1,5 +1,6 @@
 """One route of a layer or of a network: is its answer right, and how long does it take?"""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -62,10 +63,14 @@ def attempt(entry: Entry, device: torch.device, prepare: Callable[[], Works]) ->
 
 
 def works_of(
-    entry: Entry, calls: Sequence[Call], error_of: Callable[[Tensor], float], device: torch.device
+    entry: Entry,
+    calls: Sequence[Call],
+    error_of: Callable[[Tensor], float],
+    device: torch.device,
+    recent: deque[Tensor] | None = None,
 ) -> Works:
     """What is to be timed for each way of launching, with what a CUDA graph writes checked by `error_of`."""
-    works = {"launched": rotating(calls)}
+    works = {"launched": rotating(calls, recent)}
     if device.type != "cuda":
         return works
     try:

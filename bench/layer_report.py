@@ -11,6 +11,7 @@ MOST_NAMES = 12
 ABOVE_THE_ROOF = (
     "roofline above 100%: data stayed in a cache, or other work ran as the ceilings were measured"
 )
+IN_CACHE = "*: too small to outrun the cache, so every route finds its tensors there"
 COLORS = {"slower": "red", "even": "default", "faster": "green"}
 
 
@@ -110,6 +111,7 @@ def _rows_caption(shown: list[LayerResult], total: int) -> str:
     devices = sorted({one.plan.device for one in shown if one.plan is not None})
     said += [f"plans are for {', '.join(devices)}, plan us by its model, not measured"] if devices else []
     said += sorted({f"no plan: {one.why_no_plan}" for one in shown if one.why_no_plan is not None})
+    said += [] if all(one.rotation.outruns_cache for one in shown) else [IN_CACHE]
     return "; ".join(said)
 
 
@@ -122,7 +124,7 @@ def _row_cells(one: LayerResult, comparison: Comparison) -> tuple[str, ...]:
         f"{comparison.rival_seconds.median * 1e6:.1f}",
         f"[{COLORS[comparison.verdict]}]{speedup.median:.2f}[/]",
         f"{speedup.low:.2f}-{speedup.high:.2f}",
-        f"{comparison.roofline_share:.0%} {one.floor.bound}",
+        f"{comparison.roofline_share:.0%} {one.floor.bound}{'' if one.rotation.outruns_cache else ' *'}",
         comparison.rival,
         "-" if plan is None else plan.text,
     )

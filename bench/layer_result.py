@@ -1,7 +1,7 @@
 """What was measured on a row, and what it comes to: the comparison with the best rival; as JSON and back."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bench.entry import Entry
@@ -10,6 +10,7 @@ from bench.plans import Plan
 from bench.roofline import Floor, share
 from bench.rows import Row
 from bench.stats import Summary, paired_ratio, summarize, verdict
+from bench.timing import Rotation
 
 BASELINE = "three-step"
 
@@ -45,7 +46,7 @@ class LayerResult:
     floor: Floor
     flops: int
     least_bytes: int
-    input_sets: int
+    rotation: Rotation
     entries: list[Entry]
     comparisons: dict[str, Comparison]
     against_baseline: dict[str, Comparison]
@@ -68,7 +69,7 @@ class LayerResult:
 
     def as_json(self) -> dict[str, Any]:
         row = self.row
-        plain = ("floor", "flops", "least_bytes", "input_sets", "comparisons", "against_baseline", "failure")
+        plain = ("floor", "flops", "least_bytes", "comparisons", "against_baseline", "failure")
         plan = None if self.plan is None else asdict(self.plan)
         everything = asdict(self)
         return {
@@ -79,6 +80,7 @@ class LayerResult:
             "uses": row.uses,
             "layer": asdict(row.layer),
             **{name: everything[name] for name in plain},
+            "rotation": self.rotation.as_json(),
             "plan": plan,
             "why_no_plan": self.why_no_plan,
             "routes": [entry.as_json() for entry in self.entries],
@@ -90,10 +92,8 @@ class LayerResult:
         return cls(
             row=Row(Layer(**content["layer"]), content["batch"], content["precision"], dict(content["uses"])),
             floor=Floor(**content["floor"]),
-            **{
-                name: content[name]
-                for name in ("flops", "least_bytes", "input_sets", "failure", "why_no_plan")
-            },
+            **{name: content[name] for name in ("flops", "least_bytes", "failure", "why_no_plan")},
+            rotation=Rotation(**{one.name: content["rotation"][one.name] for one in fields(Rotation)}),
             entries=[Entry.from_json(entry) for entry in content["routes"]],
             **{
                 name: {launch: Comparison.from_json(one) for launch, one in content[name].items()}

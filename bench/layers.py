@@ -2,9 +2,12 @@
 
 import gc
 import itertools
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from bench.routes import ROUTES, Case, Route, make_case, reference
 from bench.rows import Row, layers_of, network_floor, ordered_rows
 from bench.setting import PRECISIONS, Setting
 from bench.summary import LayersResult
-from bench.timing import InputSets, RandomPool, Work, bound, cache_bytes_of, input_sets_needed
+from bench.timing import InputSets, RandomPool, Work, cache_bytes_of, rotation_of
 
 SECONDS_KEPT_FOR_OVERHEAD = 10.0
 SECONDS_BETWEEN_SAVES = 30.0
@@ -137,16 +140,20 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
     shapes = [(row.batch, layer.cin, layer.h, layer.w)]
     if layer.residual_order is not None:
         shapes.append((row.batch, layer.cout, layer.out_h, layer.out_w))
-    set_bytes = row.itemsize * sum(n * c * h * w for n, c, h, w in shapes)
-    count = input_sets_needed(set_bytes, cache_bytes_of(setting.device))
+    output = row.batch * layer.cout * layer.out_h * layer.out_w
+    numbers = sum(math.prod(shape) for shape in shapes) + case.conv.weight.numel() + output
+    rotation = rotation_of(row.itemsize * numbers, cache_bytes_of(setting.device))
+    recent: deque[Tensor] = deque(maxlen=rotation.sets)
     entries: list[Entry] = []
     works: dict[tuple[int, str], Work] = {}
     with precision.applied(), torch.inference_mode():
         for memory_format in case.memory_formats:
-            input_sets = pool.input_sets(shapes, count, memory_format)
+            input_sets = pool.input_sets(shapes, rotation.sets, memory_format)
+            cases = [case.laid_out(memory_format) for _ in input_sets]
             expected = _expected(case, input_sets[0])
             for route in ROUTES:
-                entry, launches = _prepare(route, case, input_sets, expected, memory_format)
+                entry = Entry(route.name, str(memory_format).removeprefix("torch."), route.ours)
+                launches = _prepare(entry, route, cases, input_sets, expected, recent)
                 entries.append(entry)
                 works |= {(len(entries) - 1, launch): work for launch, work in launches.items()}
         time_entries(entries, works, setting, setting.effort.layer_limit_seconds)
@@ -158,7 +165,7 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
         floor=floor_time,
         flops=flops(layer, row.batch),
         least_bytes=least_bytes(layer, row.batch, row.itemsize),
-        input_sets=count,
+        rotation=rotation,
         entries=entries,
         comparisons=compare(entries, floor_time),
         against_baseline=compare(entries, floor_time, BASELINE),
@@ -183,16 +190,23 @@ def _expected(case: Case, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def _prepare(
-    route: Route, case: Case, input_sets: InputSets, expected: Tensor, memory_format: torch.memory_format
-) -> tuple[Entry, Works]:
+    entry: Entry,
+    route: Route,
+    cases: Sequence[Case],
+    input_sets: InputSets,
+    expected: Tensor,
+    recent: deque[Tensor],
+) -> Works:
     """Check one route on poisoned memory, and make what is to be timed for each way of launching."""
-    entry = Entry(route.name, str(memory_format).removeprefix("torch."), route.ours)
-    entry.refused = route.why_not(case.layer, case.device)
+    device = cases[0].device
+    entry.refused = route.why_not(cases[0].layer, device)
 
     def prepare() -> Works:
-        calls = bound(route.prepare(case, memory_format), input_sets)
+        calls = [
+            partial(route.prepare(case), *inputs) for case, inputs in zip(cases, input_sets, strict=True)
+        ]
         poison(calls[0]())
         entry.error = error_of(calls[0](), expected)
-        return works_of(entry, calls, lambda output: error_of(output, expected), case.device)
+        return works_of(entry, calls, lambda output: error_of(output, expected), device, recent)
 
-    return entry, {} if entry.refused else attempt(entry, case.device, prepare)
+    return {} if entry.refused else attempt(entry, device, prepare)

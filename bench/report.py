@@ -10,7 +10,7 @@ from bench.pipeline import NetworkResult
 from bench.stats import Summary
 from bench.terminal import Console, make_table
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def time_text(summary: Summary) -> str:

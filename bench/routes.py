@@ -8,7 +8,7 @@ user can write them by hand.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,10 @@ class Case:
     act: nn.Module | None
     device: torch.device
     dtype: torch.dtype
+
+    def laid_out(self, memory_format: torch.memory_format) -> "Case":
+        """The same with a convolution of its own, whose weight lies in `memory_format`."""
+        return replace(self, conv=copy.deepcopy(self.conv).to(memory_format=memory_format))
 
     @property
     def memory_formats(self) -> tuple[torch.memory_format, ...]:
@@ -77,7 +81,7 @@ def make_case(layer: Layer, device: torch.device, dtype: torch.dtype, seed: int)
 
 
 def folded_weight_and_bias(case: Case) -> tuple[Tensor, Tensor]:
-    """The convolution with its batch norm folded in, in float64 and rounded once to the case's dtype."""
+    """The convolution with its batch norm folded in, in float64 and rounded once; the weight as it lay."""
     weight = case.conv.weight.double()
     bias = weight.new_zeros(case.layer.cout) if case.conv.bias is None else case.conv.bias.double()
     norm = case.norm
@@ -140,8 +144,11 @@ class Route(ABC):
         return None
 
     @abstractmethod
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
-        """A callable `(x)` or `(x, residual)`; everything that need not be done per call is done here."""
+    def prepare(self, case: Case) -> Call:
+        """A callable `(x)` or `(x, residual)`, which may hold the case's own modules.
+
+        Everything that need not be done per call is done here.
+        """
 
 
 class Fused(Route):
@@ -150,11 +157,10 @@ class Fused(Route):
     name = "fused"
     ours = True
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
+    def prepare(self, case: Case) -> Call:
         order = case.layer.residual_order
-        conv = copy.deepcopy(case.conv)
-        module = ConvNormAct.from_modules(conv, case.norm, case.act, residual_order=order or "add_act")
-        return module.eval().to(memory_format=memory_format)
+        module = ConvNormAct.from_modules(case.conv, case.norm, case.act, residual_order=order or "add_act")
+        return module.eval()
 
 
 class ThreeStep(Route):
@@ -162,8 +168,8 @@ class ThreeStep(Route):
 
     name = BASELINE
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
-        conv = copy.deepcopy(case.conv).to(memory_format=memory_format)
+    def prepare(self, case: Case) -> Call:
+        conv = case.conv
         norm: Callable[[Tensor], Tensor] = case.norm if case.norm is not None else _unchanged
         done = finish(case)
         return lambda x, residual=None: done(norm(conv(x)), residual)
@@ -181,9 +187,8 @@ class Folded(Route):
             )
         return None if layer.has_norm else "there is no norm to fold: the same as the eager three-step"
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
+    def prepare(self, case: Case) -> Call:
         weight, bias = folded_weight_and_bias(case)
-        weight = weight.contiguous(memory_format=memory_format)
         geometry, done = case.layer.geometry, finish(case)
         return lambda x, residual=None: done(F.conv2d(x, weight, bias, *geometry), residual)
 
@@ -200,9 +205,8 @@ class CudnnRelu(Route):
             return f"does only ReLU, the layer has {layer.act}"
         return "has no residual" if layer.residual_order is not None else None
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
+    def prepare(self, case: Case) -> Call:
         weight, bias = folded_weight_and_bias(case)
-        weight = weight.contiguous(memory_format=memory_format)
         geometry = case.layer.geometry
         return lambda x: torch.cudnn_convolution_relu(x, weight, bias, *geometry)
 
@@ -223,9 +227,8 @@ class CudnnAddRelu(Route):
             else "needs a residual that is added before the activation"
         )
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
+    def prepare(self, case: Case) -> Call:
         weight, bias = folded_weight_and_bias(case)
-        weight = weight.contiguous(memory_format=memory_format)
         geometry = case.layer.geometry
         return lambda x, residual: torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 

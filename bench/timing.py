@@ -1,21 +1,22 @@
-"""Clocks, interleaved repeats, rotating inputs, CUDA graphs."""
+"""Clocks, interleaved repeats, rotating operands and outputs, CUDA graphs."""
 
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from fused_cna._device_timer import CACHES_TO_OUTRUN, MOST_INPUT_SETS
+
 ALIGNMENT_BYTES = 256
 FEWEST_ROUNDS = 3
-MAX_INPUT_SETS = 512
-MIN_INPUT_SETS = 2
-CACHES_TO_OUTRUN = 3
+FEWEST_SETS = 2
 ASSUMED_CPU_CACHE = 32 << 20
 
 Shape = tuple[int, int, int, int]
@@ -110,10 +111,30 @@ def _repeated(run: Callable[[], object], times: int) -> Callable[[], None]:
     return work
 
 
-def input_sets_needed(set_bytes: int, cache_bytes: int) -> int:
-    """How many sets of `set_bytes` outrun a cache of `cache_bytes` three times; between 2 and 512."""
-    wanted = math.ceil(CACHES_TO_OUTRUN * cache_bytes / max(set_bytes, 1))
-    return min(max(wanted, MIN_INPUT_SETS), MAX_INPUT_SETS)
+@dataclass(frozen=True)
+class Rotation:
+    """How many sets of operands and outputs a layer is called with in turn, and whether a cache holds them.
+
+    As fused_cna.tune does it: input, weight, residual and output, because in a network each of them was last
+    touched a whole pass ago. A few small sets fit the cache all the same, as the number of sets is bounded.
+    """
+
+    sets: int
+    set_bytes: int
+    cache_bytes: int
+
+    @property
+    def outruns_cache(self) -> bool:
+        return self.sets * self.set_bytes >= CACHES_TO_OUTRUN * self.cache_bytes
+
+    def as_json(self) -> dict[str, int | bool]:
+        return {**asdict(self), "outruns_cache": self.outruns_cache}
+
+
+def rotation_of(set_bytes: int, cache_bytes: int) -> Rotation:
+    """Enough sets to outrun the cache three times, as far as the bound on their number allows."""
+    wanted = math.ceil(CACHES_TO_OUTRUN * cache_bytes / set_bytes)
+    return Rotation(min(max(wanted, FEWEST_SETS), MOST_INPUT_SETS), set_bytes, cache_bytes)
 
 
 def cache_bytes_of(device: torch.device) -> int:
@@ -170,10 +191,15 @@ def bound(call: Callable[..., Tensor], input_sets: InputSets) -> list[Call]:
     return [partial(call, *inputs) for inputs in input_sets]
 
 
-def rotating(calls: Sequence[Call]) -> Work:
-    """A work that makes the next of the calls each time, launched eagerly."""
+def rotating(calls: Sequence[Call], recent: deque[Tensor] | None = None) -> Work:
+    """A work that makes the next of the calls each time, launched eagerly.
+
+    Its output joins the `recent` ones, or it would lie where the last one did, which the cache still holds.
+    Works that are not timed at once may share them, and so the memory.
+    """
     turns = itertools.cycle(calls)
-    return Work(lambda: next(turns)())
+    kept = deque(maxlen=len(calls)) if recent is None else recent
+    return Work(lambda: kept.append(next(turns)()))
 
 
 @dataclass(frozen=True)
@@ -187,16 +213,16 @@ class CapturedCalls:
 
 def captured(calls: Sequence[Call]) -> CapturedCalls:
     """Capture all calls in one graph. The warm-up on a side stream lets libraries choose algorithms first."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(3):
             calls[0]()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        first_output = calls[0]()
-        for call in calls[1:]:
-            call()
-    return CapturedCalls(graph, first_output, Work(graph.replay, len(calls)))
+    # The outer of the two restores the stream, which torch leaves at its own where a capture fails.
+    with torch.cuda.stream(current), torch.cuda.graph(graph):
+        # All are kept until the last is made, or they would share memory.
+        outputs = [call() for call in calls]
+    return CapturedCalls(graph, outputs[0], Work(graph.replay, len(calls)))

@@ -1,5 +1,6 @@
 """The layers job: what is checked, timed, left out, broken off, resumed, and what it comes to."""
 
+import itertools
 import json
 
 import pytest
@@ -14,8 +15,8 @@ from bench.routes import Call, Case, Fused, Route, ThreeStep
 from bench.rows import Row, layers_of
 from bench.setting import Budget
 from bench.summary import LayersResult
-from bench.timing import RandomPool
-from tests.bench_cases import CEILINGS, CPU, FakeClock, layer, layer_result, row, setting
+from bench.timing import RandomPool, Rotation
+from tests.bench_cases import CEILINGS, CPU, FakeClock, layer, layer_result, row, setting, two_sets
 
 SMALL = layer(h=6, w=6)
 
@@ -23,8 +24,8 @@ SMALL = layer(h=6, w=6)
 class Broken(Fused):
     """A fused route that leaves a pixel wrong."""
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
-        call = super().prepare(case, memory_format)
+    def prepare(self, case: Case) -> Call:
+        call = super().prepare(case)
 
         def wrong(*inputs: Tensor) -> Tensor:
             output = call(*inputs)
@@ -39,14 +40,14 @@ class Refusing(ThreeStep):
 
     name = "refusing"
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
+    def prepare(self, case: Case) -> Call:
         raise RuntimeError("no engine for this\nand more lines")
 
 
 class TestLayers:
     def measure(self, routes: tuple[Route, ...], monkeypatch: pytest.MonkeyPatch) -> LayerResult:
         monkeypatch.setattr(layers, "ROUTES", routes)
-        monkeypatch.setattr(layers, "input_sets_needed", lambda *_: 2)
+        monkeypatch.setattr(layers, "rotation_of", two_sets)
         pool = RandomPool(CPU, torch.float32, seed=0)
         return layers.measure(row(SMALL), setting(), pool, CEILINGS)
 
@@ -73,8 +74,8 @@ class TestLayers:
         seen: set[str] = set()
 
         class Watching(ThreeStep):
-            def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
-                call = super().prepare(case, memory_format)
+            def prepare(self, case: Case) -> Call:
+                call = super().prepare(case)
 
                 def watched(*inputs: Tensor) -> Tensor:
                     seen.add(torch.backends.cudnn.conv.fp32_precision)
@@ -83,10 +84,37 @@ class TestLayers:
                 return watched
 
         monkeypatch.setattr(layers, "ROUTES", (Watching(),))
-        monkeypatch.setattr(layers, "input_sets_needed", lambda *_: 2)
+        monkeypatch.setattr(layers, "rotation_of", two_sets)
         pool = RandomPool(CPU, torch.float32, seed=0)
         layers.measure(row(SMALL, precision=precision), setting(), pool, CEILINGS)
         assert seen == {products}
+
+    def test_every_call_of_a_pass_has_tensors_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in fused_cna.tune: what is called again at once would still lie in the cache."""
+        operands: list[tuple[int, ...]] = []
+        outputs: list[int] = []
+
+        class Watching(ThreeStep):
+            def prepare(self, case: Case) -> Call:
+                call = super().prepare(case)
+
+                def watched(*inputs: Tensor) -> Tensor:
+                    output = call(*inputs)
+                    if output.is_contiguous():
+                        operands.append(tuple(t.data_ptr() for t in (*inputs, case.conv.weight)))
+                    outputs.append(output.data_ptr())
+                    return output
+
+                return watched
+
+        measured = row(layer(residual="add_act", h=40, w=40))
+        monkeypatch.setattr(layers, "ROUTES", (Watching(),))
+        monkeypatch.setattr(layers, "rotation_of", lambda size, cache: Rotation(3, size, cache))
+        result = layers.measure(measured, setting(), RandomPool(CPU, torch.float32, seed=0), CEILINGS)
+        assert len(set(itertools.chain(*operands[-3:]))) == 9
+        assert len(set(outputs[-3:])) == 3
+        sizes = 8 * 40 * 40 * 2 + 2 * 4 * 40 * 40 * 2 + 4 * 8 * 9
+        assert result.rotation.set_bytes == 4 * sizes
 
     def test_a_wrong_pixel_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         result = self.measure((Broken(), ThreeStep()), monkeypatch)

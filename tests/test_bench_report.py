@@ -13,6 +13,7 @@ from bench import cli, compare, plot, report, terminal
 from bench.layer_report import print_layers
 from bench.layer_result import LayerResult
 from bench.summary import LayersResult
+from bench.timing import Rotation
 from tests.bench_cases import CEILINGS, exact, layer, layer_result, row
 
 LOSS = layer_result(0.5)
@@ -47,6 +48,17 @@ class TestTables:
         assert "50% memory" in rows[1]
         assert "left out, the budget was spent: 1 rows: left" in lines
         assert "did not fit the device's memory: 1 rows: huge" in lines
+
+    def test_rows_that_stay_in_the_cache_are_marked(
+        self, console: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cached = replace(LOSS, rotation=Rotation(2, 100, 1000))
+        print_layers(console, replace(RESULT, results=[cached, WIN]))
+        lines = capsys.readouterr().out.splitlines()
+        assert [("50% memory *" in line, "50% memory" in line) for line in lines].count((True, True)) == 2
+        assert sum("*: too small to outrun the cache" in line for line in lines) == 2
+        print_layers(console, RESULT)
+        assert "*" not in capsys.readouterr().out
 
     def test_suites_have_counts_means_and_the_worst(
         self, console: Any, capsys: pytest.CaptureFixture[str]

@@ -52,7 +52,7 @@ class TestRoutes:
         (inputs,) = RandomPool(CPU, torch.float32, seed=2).input_sets(shapes, 1, memory_format)
         kept = [tensor.clone() for tensor in inputs]
         with torch.inference_mode():
-            output = route.prepare(case, memory_format)(*inputs)
+            output = route.prepare(case.laid_out(memory_format))(*inputs)
             assert relative_error(output, reference(case, *inputs)) < 1e-6
         assert all(torch.equal(tensor, before) for tensor, before in zip(inputs, kept, strict=True))
 
@@ -101,7 +101,7 @@ class TestRoutes:
         monkeypatch.setattr(torch, name, record)
         case = make_case(layer(residual=residual, stride_h=2, dil_w=3, groups=2), CPU, torch.float32, seed=0)
         x, z = torch.zeros(1), torch.ones(1)
-        route.prepare(case, torch.channels_last)(*((x, z) if residual == "add_act" else (x,)))
+        route.prepare(case.laid_out(torch.channels_last))(*((x, z) if residual == "add_act" else (x,)))
         assert seen["self"] is x
         assert (seen["stride"], seen["padding"], seen["dilation"], seen["groups"]) == (
             (2, 1),

@@ -17,7 +17,7 @@ from bench.routes import ThreeStep
 from bench.rows import SUITES
 from bench.setting import PRECISIONS, fused_path
 from bench.summary import LayersResult
-from tests.bench_cases import CPU, layer, layer_result, setting
+from tests.bench_cases import CPU, layer, layer_result, setting, two_sets
 from tests.test_bench_layers import Broken
 
 SMALL = (layer(h=6, w=6), layer(residual="add_act", cout=8))
@@ -119,7 +119,7 @@ class TestRun:
     ) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(rows, "layers_of", lambda suite: SMALL)
         monkeypatch.setattr(layers, "layers_of", lambda suite: SMALL)
-        monkeypatch.setattr(layers, "input_sets_needed", lambda *_: 2)
+        monkeypatch.setattr(layers, "rotation_of", two_sets)
         monkeypatch.setattr(
             layers,
             "measure_ceilings",
