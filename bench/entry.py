@@ -32,6 +32,7 @@ class Entry:
     refused: str | None = None
     error: float | None = None
     no_graph: str | None = None
+    first_call_seconds: float | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, Summary] = field(default_factory=dict)
 

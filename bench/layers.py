@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.checks import checked_images, error_of, poison
+from bench.checks import checked_images, error_of, first_call
 from bench.entry import Entry, Works, attempt, first_line, judge, time_entries, works_of
 from bench.layer_result import BASELINE, LayerResult, compare
 from bench.networks import NETWORKS, source_of
@@ -23,7 +23,7 @@ from bench.routes import ROUTES, Case, Route, make_case, reference
 from bench.rows import Row, layers_of, network_floor, ordered_rows
 from bench.setting import PRECISIONS, Setting
 from bench.summary import LayersResult
-from bench.timing import InputSets, RandomPool, Work, cache_bytes_of, rotation_of
+from bench.timing import InputSets, RandomPool, Work, cache_bytes_of, no_search, rotation_of
 
 SECONDS_KEPT_FOR_OVERHEAD = 10.0
 SECONDS_BETWEEN_SAVES = 30.0
@@ -175,18 +175,11 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
     )
 
 
+@no_search()
 def _expected(case: Case, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The float64 answer for the checked images of one input set.
-
-    Searching cuDNN's float64 algorithms would only cost time.
-    """
-    searching = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
+    """The float64 answer for the checked images of one input set."""
     images = checked_images(inputs[0].shape[0])
-    try:
-        return reference(case, *(tensor[images] for tensor in inputs))
-    finally:
-        torch.backends.cudnn.benchmark = searching
+    return reference(case, *(tensor[images] for tensor in inputs))
 
 
 def _prepare(
@@ -205,7 +198,7 @@ def _prepare(
         calls = [
             partial(route.prepare(case), *inputs) for case, inputs in zip(cases, input_sets, strict=True)
         ]
-        poison(calls[0]())
+        entry.first_call_seconds = first_call(calls[0])
         entry.error = error_of(calls[0](), expected)
         return works_of(entry, calls, lambda output: error_of(output, expected), device, recent)
 

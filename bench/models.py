@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.checks import NETWORK_ROOM, checked_images, error_of, largest_image_error, poison
+from bench.checks import NETWORK_ROOM, checked_images, error_of, first_call, largest_image_error
 from bench.entry import Works, attempt, first_line, judge, time_entries, works_of
 from bench.model_cases import (
     Case,
@@ -24,7 +24,7 @@ from bench.model_cases import (
 from bench.model_result import ModelEntry, ModelResult, ModelsResult, compare
 from bench.model_routes import EAGER, ModelRoute, routes_for
 from bench.setting import PRECISIONS, Setting
-from bench.timing import InputSets, Work, bound
+from bench.timing import InputSets, Work, bound, no_search
 from fused_cna.fusion import records
 
 OVER_BUDGET = "the budget was spent"
@@ -150,19 +150,12 @@ def measure(case: Case, routes: Sequence[ModelRoute], images: Images, setting: S
     return result
 
 
+@no_search()
 def _expected(case: Case, network: nn.Module, input_sets: InputSets) -> list[Tensor]:
-    """The float64 answer for the checked images of every input set.
-
-    Searching cuDNN's float64 algorithms would only cost time.
-    """
+    """The float64 answer for the checked images of every input set."""
     exact = case.model.answers(copy.deepcopy(network).double())
-    searching = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        with torch.inference_mode():
-            return [exact(x[checked_images(len(x))].double()) for (x,) in input_sets]
-    finally:
-        torch.backends.cudnn.benchmark = searching
+    with torch.inference_mode():
+        return [exact(x[checked_images(len(x))].double()) for (x,) in input_sets]
 
 
 def _prepare(
@@ -196,7 +189,7 @@ def _checked(
         entry.fused_calls, entry.conv_calls = calls_of(call)
     calls = bound(call, input_sets)
     with torch.inference_mode():
-        poison(calls[0]())
+        entry.first_call_seconds = first_call(calls[0])
         outputs = [call() for call in calls]
         errors = [_error(output, exact) for output, exact in zip(outputs, expected, strict=True)]
         entry.error = max(errors)

@@ -12,7 +12,7 @@ from bench.checks import NETWORK_ROOM, allowed_error, largest_image_error
 from bench.photographs import crops, photographs
 from bench.setting import Precision, Setting
 from bench.stats import Summary, paired_ratio, summarize
-from bench.timing import InputSets, Work, bound, captured, interleaved, rotating, stopwatch_for
+from bench.timing import InputSets, Work, bound, captured, interleaved, no_search, rotating, stopwatch_for
 from fused_cna import ConvNormAct
 
 NETWORKS = ("mobilenet_v2", "efficientnet_b0")
@@ -81,7 +81,8 @@ def measure(name: str, images: list[Tensor], setting: Setting, size: int) -> Net
         for index in range(INPUT_SETS)
     ]
     with torch.inference_mode():
-        expected = _answers(copy.deepcopy(eager).double(), [(x.double(),) for (x,) in input_sets])
+        with no_search():
+            expected = _answers(copy.deepcopy(eager).double(), [(x.double(),) for (x,) in input_sets])
         before, after = _answers(eager, input_sets), _answers(fused, input_sets)
         latency = _time(eager, fused, input_sets, setting)
     fused_error, eager_error = largest_image_error(after, expected), largest_image_error(before, expected)
@@ -125,6 +126,7 @@ def calibrated_network(name: str, images: list[Tensor], batch: int, size: int, s
     return network
 
 
+@no_search()
 def calibrate(network: nn.Module, batches: list[Tensor]) -> None:
     """Set every batch norm's running statistics to the mean over `batches`; the network ends in eval mode.
 

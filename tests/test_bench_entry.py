@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import entry as entries
-from bench.checks import POISON, checked_images, error_of, largest_image_error, poison
+from bench.checks import POISON, checked_images, error_of, first_call, largest_image_error
 from bench.entry import Entry, attempt, judge, works_of
 from bench.setting import PRECISIONS
 from bench.timing import CapturedCalls, Work
@@ -28,9 +28,9 @@ class TestChecks:
         expected = torch.tensor([[3.0, 4.0]] * 2, dtype=torch.float64)
         assert largest_image_error(torch.tensor([[3.0, 4.0], [3.0, 4.5]]), expected) == pytest.approx(0.1)
 
-    def test_poison(self) -> None:
+    def test_a_first_call_is_timed_and_poisoned(self) -> None:
         output = torch.ones(8)
-        poison(output)
+        assert first_call(lambda: output) > 0
         assert (output == POISON).all()
 
     def test_checked_images_are_spread_and_hold_both_ends(self) -> None:

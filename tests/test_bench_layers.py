@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from bench.rows import Row, layers_of
 from bench.setting import Budget
 from bench.summary import LayersResult
 from bench.timing import RandomPool, Rotation
-from tests.bench_cases import CEILINGS, CPU, FakeClock, layer, layer_result, row, setting, two_sets
+from tests.bench_cases import CEILINGS, CPU, FORMATS, FakeClock, layer, layer_result, row, setting, two_sets
 
 SMALL = layer(h=6, w=6)
 
@@ -62,32 +63,43 @@ class TestLayers:
         timed = [one for one in result.entries if one.route != "refusing"]
         assert all(one.error is not None and 0 < one.error < 1e-6 for one in timed)
         assert all(len(one.samples["launched"]) == 3 for one in timed)
+        assert all(one.first_call_seconds is not None for one in timed)
         assert [one.refused for one in result.entries if one.route == "refusing"] == [
             "RuntimeError: no engine for this"
         ] * 2
         assert result.comparisons["launched"].rival == BASELINE
 
     @pytest.mark.parametrize(("precision", "products"), [("tf32", "tf32"), ("fp32", "ieee")])
-    def test_every_route_runs_in_the_precision_of_the_row(
+    def test_routes_run_in_the_precision_of_the_row_and_they_alone_search_algorithms(
         self, precision: str, products: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        seen: set[str] = set()
+        seen: set[tuple[str, bool]] = set()
 
         class Watching(ThreeStep):
             def prepare(self, case: Case) -> Call:
                 call = super().prepare(case)
 
                 def watched(*inputs: Tensor) -> Tensor:
-                    seen.add(torch.backends.cudnn.conv.fp32_precision)
+                    seen.add((torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.benchmark))
                     return call(*inputs)
 
                 return watched
 
+        searched: list[bool] = []
+        reference = layers.reference
+
+        def watched_reference(*arguments: Any) -> Tensor:
+            searched.append(torch.backends.cudnn.benchmark)
+            return reference(*arguments)
+
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        monkeypatch.setattr(layers, "reference", watched_reference)
         monkeypatch.setattr(layers, "ROUTES", (Watching(),))
         monkeypatch.setattr(layers, "rotation_of", two_sets)
         pool = RandomPool(CPU, torch.float32, seed=0)
         layers.measure(row(SMALL, precision=precision), setting(), pool, CEILINGS)
-        assert seen == {products}
+        assert seen == {(products, True)}
+        assert searched == [False] * len(FORMATS)
 
     def test_every_call_of_a_pass_has_tensors_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As in fused_cna.tune: what is called again at once would still lie in the cache."""

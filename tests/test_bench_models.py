@@ -164,6 +164,23 @@ class TestRoutes:
         assert (fused.fused_calls, fused.conv_calls) == (2, 2)
         assert made.references["launched"] in EAGER
 
+    def test_algorithms_are_searched_only_for_what_is_timed(
+        self, tiny: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[torch.dtype, bool]] = []
+
+        class Recording(Tiny):
+            def forward(self, x: Tensor) -> Tensor:
+                seen.append((x.dtype, torch.backends.cudnn.benchmark))
+                return super().forward(x)
+
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        monkeypatch.setitem(model_cases.MODELS, "tiny", replace(model_cases.MODELS["tiny"], build=Recording))
+        models.measure(TINY, (EagerChannelsLast(),), NOISE, setting())
+        calibrations = model_cases.CALIBRATION_BATCHES
+        assert seen[:calibrations] == [(torch.float32, False)] * calibrations
+        assert set(seen[calibrations:]) == {(torch.float64, False), (torch.float32, True)}
+
     def test_the_backend_is_taken_where_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("bench.model_routes.BACKEND_MODULE", "fused_cna.no_such_module")
         made = models._prepare(CompiledFused(), TINY, Tiny(), [(torch.ones(1, 3, 16, 16),)], [])
