@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         f"order of the layers, which decides what a budget leaves out:\n{_wrapped(ORDER_RULE)}\n\n"
         "Writes results.json, models.png, layers.png, suites.png and roofline.png; --compare writes "
         "compare.png.\n"
-        "Exit status: 0; 1 if a fused result was wrong or did not run; 2 if asked for what cannot be done.",
+        "Exit status: 0; 1 if a fused result was wrong or did not run; 2 if asked for what cannot be done; "
+        "130 if interrupted, after the tables of what was measured.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(

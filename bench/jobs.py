@@ -23,6 +23,7 @@ from bench.setting import Setting, fused_path
 from bench.terminal import HAS_RICH, Console, progress_of
 
 BUSY = 0.5
+INTERRUPTED = 130
 BUDGET_KEPT_FOR_LAYERS = 0.5
 NO_RICH = "rich is not installed here: plain text instead (pip install -r requirements/bench.txt)"
 NO_MATPLOTLIB = (
@@ -85,9 +86,10 @@ def run(
     console: Console,
     resume: Path | None = None,
 ) -> int:
-    """Run `jobs` in order; 1 if a fused result was wrong or did not run, else 0.
+    """Run `jobs` in order; 1 if a fused result was wrong or did not run, else 0; 130 if it was interrupted.
 
-    The JSON is written after each job and during long ones, so that nothing measured is lost.
+    The JSON is written after each job and during long ones, so that nothing measured is lost. Who interrupts
+    a run gets the tables of what it has measured.
 
     Raises:
         ResumeError: `resume` cannot be continued here; before anything is measured or written.
@@ -128,7 +130,7 @@ def run(
     for failure in failures:
         console.print(f"[red]WRONG or not run:[/red] {failure}", highlight=False)
     console.print(f"results: {results}", highlight=False, soft_wrap=True)
-    return 1 if failures else 0
+    return INTERRUPTED if setting.budget.interrupted else 1 if failures else 0
 
 
 def read_earlier(path: Path, now: dict[str, Any]) -> Earlier:
@@ -174,6 +176,9 @@ def attempt(name: str, session: Session) -> Outcome:
     """Run one job. If it breaks off, its traceback is shown and it counts as a failure; others still run."""
     try:
         return JOBS[name].run(session)
+    except KeyboardInterrupt:
+        session.setting.budget.interrupted = True
+        return Outcome({"broke_off": session.setting.budget.why_not}, [])
     except RuntimeError as error:
         session.console.print_exception()
         reason = f"{name} broke off: {type(error).__name__}: {error}"
@@ -185,9 +190,7 @@ def why_skip(job: Job, setting: Setting) -> str | None:
     missing = [module for module in job.needs if importlib.util.find_spec(module) is None]
     if missing:
         return f"it needs {', '.join(missing)}, not installed here"
-    return (
-        None if setting.budget.allows() else f"the budget of {setting.budget.seconds:g} s was spent before it"
-    )
+    return None if setting.budget.allows() else f"{setting.budget.why_not} before it"
 
 
 def run_pipeline(session: Session) -> Outcome:
@@ -197,7 +200,7 @@ def run_pipeline(session: Session) -> Outcome:
     report.print_pipeline(console, results)
     left_out = list(pipeline.NETWORKS[len(results) :])
     if left_out:
-        console.print(f"left out, the budget was spent: {', '.join(left_out)}")
+        console.print(f"left out, {setting.budget.why_not}: {', '.join(left_out)}")
     failures = [f"{result.network}: {result.failure}" for result in results if result.failure]
     return Outcome({"networks": [result.as_json() for result in results], "left_out": left_out}, failures)
 
@@ -241,7 +244,12 @@ def run_models(session: Session) -> Outcome:
 
 
 def draw(session: Session, plots: Callable[[str, str], list[Path]]) -> None:
-    """What `plots` writes for a heading and a note, or a line that says why there is nothing."""
+    """What `plots` writes for a heading and a note, or a line that says why there is nothing.
+
+    Nothing for a run that was interrupted, as whoever did it may not wait.
+    """
+    if session.setting.budget.interrupted:
+        return
     if importlib.util.find_spec("matplotlib") is None:
         session.console.print(f"[yellow]{NO_MATPLOTLIB}[/yellow]", highlight=False)
         return

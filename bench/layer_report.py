@@ -135,7 +135,7 @@ def _print_gaps(console: Console, result: LayersResult) -> None:
     if result.resumed:
         console.print(f"{result.resumed} rows were measured in the run that this one resumes")
     for reason, names in (
-        ("left out, the budget was spent", result.left_out),
+        ("left out for want of time", result.left_out),
         ("did not fit the device's memory", result.too_large),
     ):
         if names:

@@ -59,7 +59,11 @@ def run(
             outcome.left_out.append(row.name)
             continue
         step(row.name)
-        _attempt(row, setting, pools, ceilings[row.precision], outcome)
+        try:
+            _attempt(row, setting, pools, ceilings[row.precision], outcome)
+        except KeyboardInterrupt:
+            setting.budget.interrupted = True
+            outcome.left_out.append(row.name)
         if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
             save(outcome)
             saved = time.monotonic()

@@ -27,7 +27,6 @@ from bench.setting import PRECISIONS, Setting
 from bench.timing import InputSets, Work, bound, no_search
 from fused_cna.fusion import records
 
-OVER_BUDGET = "the budget was spent"
 ONLY_GOALS_COMPILE = (
     "on a CPU only networks with a goal are compiled, unless named by --model or given time by --budget"
 )
@@ -64,10 +63,14 @@ def run(
         if _is_done(case, compiled, outcome, setting):
             continue
         if not setting.budget.allows(keep):
-            outcome.left_out[name] = OVER_BUDGET
+            outcome.left_out[name] = setting.budget.why_not
             continue
         step(name)
-        _attempt(case, compiled, images, setting, outcome)
+        try:
+            _attempt(case, compiled, images, setting, outcome)
+        except KeyboardInterrupt:
+            setting.budget.interrupted = True
+            outcome.left_out[name] = setting.budget.why_not
         save(outcome)
     return outcome
 

@@ -53,14 +53,17 @@ class NetworkResult:
 
 
 def run(setting: Setting, step: Callable[[str], None]) -> list[NetworkResult]:
-    """All networks; one that the budget leaves no time for is left out."""
+    """All networks but those that the budget leaves no time for."""
     results = []
     images = photographs()
     for name in NETWORKS:
         if not setting.budget.allows():
             break
         step(name)
-        results.append(measure(name, images, setting, IMAGE_SIZE))
+        try:
+            results.append(measure(name, images, setting, IMAGE_SIZE))
+        except KeyboardInterrupt:
+            setting.budget.interrupted = True
     return results
 
 

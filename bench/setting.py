@@ -79,18 +79,28 @@ class Effort:
 
 @dataclass
 class Budget:
-    """Time that may be spent, in seconds; None is no limit. `keep` is held back for what comes later."""
+    """Time that may be spent, in seconds; None is no limit. Who interrupts the run ends it."""
 
     seconds: float | None
     clock: Callable[[], float] = time.monotonic
     start: float = field(init=False)
+    interrupted: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.start = self.clock()
 
     def allows(self, keep: float = 0.0) -> bool:
         """Whether more work may start with `keep` seconds to be left over."""
+        if self.interrupted:
+            return False
         return self.seconds is None or self.clock() - self.start < self.seconds - keep
+
+    @property
+    def why_not(self) -> str:
+        """Why no more work may start."""
+        return (
+            "the run was interrupted" if self.interrupted else f"the budget of {self.seconds:g} s was spent"
+        )
 
 
 @dataclass(frozen=True)

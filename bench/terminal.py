@@ -1,8 +1,9 @@
 """What the tables are printed with: rich where it is installed, else plain text with the same calls."""
 
+import math
 import re
-import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ else:
     HAS_RICH = True
 
 WIDTH_IN_FILES = 150
+SECONDS_BETWEEN_LINES = 10.0
 _MARKUP = re.compile(r"\[/?(?:bold|red|green|yellow|default)?\]")
 
 
@@ -84,8 +86,8 @@ def make_table(title: str, caption: str | None = None, *, dense: bool = False) -
 @contextmanager
 def progress_of(where: Console, title: str, total: int) -> Iterator[Callable[[str], None]]:
     """Shows `total` steps; calling the yielded function names the step that begins."""
-    if not HAS_RICH:
-        yield _plain_progress(title, total)
+    if not where.is_terminal:
+        yield plain_progress(title, total)
         return
     columns = (
         progress.TextColumn("[bold]{task.fields[title]}"),
@@ -94,7 +96,7 @@ def progress_of(where: Console, title: str, total: int) -> Iterator[Callable[[st
         progress.TimeElapsedColumn(),
         progress.TextColumn("{task.description}"),
     )
-    with progress.Progress(*columns, console=where, transient=where.is_terminal) as bar:
+    with progress.Progress(*columns, console=where, transient=True) as bar:
         task = bar.add_task("", total=total, title=title)
         begun = 0
 
@@ -107,14 +109,19 @@ def progress_of(where: Console, title: str, total: int) -> Iterator[Callable[[st
         bar.update(task, description="done", completed=begun)
 
 
-def _plain_progress(title: str, total: int) -> Callable[[str], None]:
-    """About ten lines in all, so that a log stays short."""
-    begun = 0
+def plain_progress(title: str, total: int) -> Callable[[str], None]:
+    """A line when a step begins, but one in ten seconds at most.
+
+    A log that ends too early then says how far the run came.
+    """
+    start, begun, shown = time.monotonic(), 0, -math.inf
 
     def step(name: str) -> None:
-        nonlocal begun
-        if begun % max(1, total // 10) == 0:
-            print(f"{title}: {begun} of {total}: {name}"[: shutil.get_terminal_size().columns], flush=True)
+        nonlocal begun, shown
+        now = time.monotonic() - start
+        if now - shown >= SECONDS_BETWEEN_LINES:
+            print(f"{title}: {now:.0f} s, {begun} of {total} done, now {name}", flush=True)
+            shown = now
         begun += 1
 
     return step

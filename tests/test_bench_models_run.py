@@ -138,7 +138,7 @@ class TestRun:
         monkeypatch.setattr(models, "measure", takes_ten_seconds)
         outcome, steps = self.run(budget=Budget(25.0, clock=lambda: clock.now), batches=(1, 2))
         assert steps == ["tiny n1 fp32", "tiny n2 fp32", "tiny n1 fp32 (compiled routes)"]
-        assert outcome.left_out["tiny n2 fp32 (compiled routes)"] == "the budget was spent"
+        assert outcome.left_out["tiny n2 fp32 (compiled routes)"] == "the budget of 25 s was spent"
         assert [[one.route for one in made.entries] for made in outcome.results] == [
             [*EAGER, FUSED, INDUCTOR_FROZEN],
             [*EAGER, FUSED],
@@ -146,7 +146,7 @@ class TestRun:
 
     def test_part_of_a_budget_is_kept(self, tiny: None, few_routes: None) -> None:
         outcome = models.run(setting(networks=("tiny",), budget=10.0), [].append, keep=10.0)
-        assert outcome.left_out["tiny n2 fp32"] == "the budget was spent"
+        assert outcome.left_out["tiny n2 fp32"] == "the budget of 10 s was spent"
 
     def test_without_a_budget_a_cpu_compiles_only_goals(
         self, tiny: None, few_routes: None, monkeypatch: pytest.MonkeyPatch
@@ -174,11 +174,12 @@ class TestRun:
         [
             (torch.OutOfMemoryError("too much"), ["tiny n2 fp32"], []),
             (RuntimeError("gone\nlines"), [], ["tiny n2 fp32: RuntimeError: gone"]),
+            (KeyboardInterrupt(), ["tiny n2 fp32"], []),
         ],
     )
     def test_a_case_that_breaks_off(
         self,
-        error: Exception,
+        error: BaseException,
         left_out: list[str],
         broke_off: list[str],
         tiny: None,

@@ -14,7 +14,7 @@ from bench.layer_report import print_layers
 from bench.layer_result import LayerResult
 from bench.summary import LayersResult
 from bench.timing import Rotation
-from tests.bench_cases import CEILINGS, exact, layer, layer_result, row
+from tests.bench_cases import CEILINGS, FakeClock, exact, layer, layer_result, row
 
 LOSS = layer_result(0.5)
 WIN = layer_result(2.0)
@@ -46,7 +46,7 @@ class TestTables:
         assert LOSS.name in rows[0]
         assert WIN.name in rows[1]
         assert "50% memory" in rows[1]
-        assert "left out, the budget was spent: 1 rows: left" in lines
+        assert "left out for want of time: 1 rows: left" in lines
         assert "did not fit the device's memory: 1 rows: huge" in lines
 
     def test_rows_that_stay_in_the_cache_are_marked(
@@ -82,16 +82,21 @@ class TestTables:
         for word in ("title", "caption", "number", "one", "7", "careful: said"):
             assert word in text
 
-    def test_plain_progress_is_short(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    def test_a_log_says_how_far_a_run_came(
+        self, console: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(terminal, "HAS_RICH", False)
-        with terminal.progress_of(terminal.PlainConsole(), "layers", 100) as step:
+        clock = FakeClock()
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: clock.now)
+        with terminal.progress_of(console, "layers", 100) as step:
             for index in range(100):
                 step(f"layer {index}")
+                clock.spend(3.0)
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == "layers: 0 of 100: layer 0"
-        assert len(lines) == 10
+        assert lines[:2] == [
+            "layers: 0 s, 0 of 100 done, now layer 0",
+            "layers: 12 s, 4 of 100 done, now layer 4",
+        ]
+        assert len(lines) == 25
 
     def test_runs_without_rich_and_matplotlib(self, tmp_path: Path) -> None:
         program = (

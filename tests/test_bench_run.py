@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import cli, jobs, layers, report, rows, terminal
+from bench.layer_result import LayerResult
 from bench.networks import NETWORKS
 from bench.roofline import measure_ceilings
 from bench.routes import ThreeStep
@@ -179,6 +180,35 @@ class TestRun:
         assert written["layers"]["broke_off"] == "layers broke off: RuntimeError: the device is gone"
         assert [one["name"] for one in written["layers"]["rows"]] == [layer_result(2.0).row.layer.name]
         assert written["overhead"]["shape"] == [1, 16, 8, 8]
+
+    def test_an_interrupted_run_reports_what_it_measured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def measure(measured: rows.Row, *_: object) -> LayerResult:
+            if measured.layer is SMALL[1]:
+                raise KeyboardInterrupt
+            return layer_result(0.5, measured)
+
+        monkeypatch.setattr(layers, "measure", measure)
+        status, written = self.run(monkeypatch, tmp_path, "layers", "overhead")
+        assert status == 130
+        assert [one["name"] for one in written["layers"]["rows"]] == [SMALL[0].name]
+        assert written["layers"]["left_out"] == [f"fp32 n2 {SMALL[1].name}"]
+        assert written["skipped"] == {"overhead": "the run was interrupted before it"}
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+        assert f"{SMALL[0].name}: 0.50 of folded conv" in capsys.readouterr().out
+
+    def test_a_job_without_rows_may_be_interrupted_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(jobs.overhead, "run", interrupt)
+        status, written = self.run(monkeypatch, tmp_path, "overhead", "layers")
+        assert status == 130
+        assert written["overhead"] == {"broke_off": "the run was interrupted"}
+        assert list(written["skipped"]) == ["layers"]
 
     def test_every_dtype_and_batch_runs_on_a_cpu(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
