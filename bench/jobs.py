@@ -12,10 +12,10 @@ import torch
 import fused_cna
 from bench import layers, models, overhead, pipeline, plot, report
 from bench.compare import load_rows
-from bench.layer_report import print_layers
+from bench.layer_report import layers_summary, print_layers
 from bench.layer_result import LayerResult
 from bench.model_plot import plot_models
-from bench.model_report import print_models
+from bench.model_report import models_summary, print_models
 from bench.model_result import ModelResult
 from bench.provenance import device_name, differences, load_average, provenance
 from bench.roofline import Ceilings
@@ -24,7 +24,8 @@ from bench.terminal import HAS_RICH, Console, progress_of
 
 BUSY = 0.5
 INTERRUPTED = 130
-BUDGET_KEPT_FOR_LAYERS = 0.5
+KEPT_FOR_NETWORKS = 0.5
+KEPT_FOR_OTHERS = 0.1
 NO_RICH = "rich is not installed here: plain text instead (pip install -r requirements/bench.txt)"
 NO_MATPLOTLIB = (
     "no plots: matplotlib is not installed here (pip install -r requirements/bench.txt); all numbers are in "
@@ -60,13 +61,22 @@ class Session:
     save: Callable[[Any], None]
     later: tuple[str, ...] = ()
 
+    @property
+    def keep(self) -> float:
+        """The seconds of a budget that the later jobs shall have."""
+        if not self.later:
+            return 0.0
+        kept = KEPT_FOR_NETWORKS if "models" in self.later else KEPT_FOR_OTHERS
+        return kept * (self.setting.budget.seconds or 0.0)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job adds to the JSON, and what was wrong with the fused results."""
+    """What a job adds to the JSON and to the summary, and what was wrong with the fused results."""
 
     content: Any
     failures: list[str]
+    summary: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,8 @@ def run(
     def write() -> None:
         report.write_json(results, {"provenance": provenance(setting, arguments, load), **content})
 
-    failures = []
+    failures: list[str] = []
+    summary: list[str] = []
     for index, name in enumerate(jobs):
         reason = why_skip(JOBS[name], setting)
         if reason is not None:
@@ -126,9 +137,9 @@ def run(
             else:
                 content[name] = outcome.content
             failures += outcome.failures
+            summary += outcome.summary
         write()
-    for failure in failures:
-        console.print(f"[red]WRONG or not run:[/red] {failure}", highlight=False)
+    report.print_summary(console, summary, failures)
     console.print(f"results: {results}", highlight=False, soft_wrap=True)
     return INTERRUPTED if setting.budget.interrupted else 1 if failures else 0
 
@@ -202,7 +213,8 @@ def run_pipeline(session: Session) -> Outcome:
     if left_out:
         console.print(f"left out, {setting.budget.why_not}: {', '.join(left_out)}")
     failures = [f"{result.network}: {result.failure}" for result in results if result.failure]
-    return Outcome({"networks": [result.as_json() for result in results], "left_out": left_out}, failures)
+    content = {"networks": [result.as_json() for result in results], "left_out": left_out}
+    return Outcome(content, failures, report.pipeline_summary(results))
 
 
 def run_layers(session: Session) -> Outcome:
@@ -213,24 +225,24 @@ def run_layers(session: Session) -> Outcome:
             step,
             earlier=earlier.rows,
             earlier_ceilings=earlier.ceilings,
+            keep=session.keep,
             save=lambda unfinished: session.save(unfinished.as_json()),
         )
     session.save(result.as_json())
     print_layers(console, result)
     if result.launches:
         draw(session, lambda heading, note: plot.plot_all(session.out, result, heading, note))
-    return Outcome(result.as_json(), result.failures)
+    return Outcome(result.as_json(), result.failures, layers_summary(result))
 
 
 def run_models(session: Session) -> Outcome:
     setting, console = session.setting, session.console
-    kept = BUDGET_KEPT_FOR_LAYERS if "layers" in session.later else 0.0
     with progress_of(console, "models", models.most_steps(setting)) as step, setting.precision.applied():
         result = models.run(
             setting,
             step,
             earlier=session.earlier.models,
-            keep=kept * (setting.budget.seconds or 0.0),
+            keep=session.keep,
             save=lambda unfinished: session.save(unfinished.as_json()),
         )
     session.save(result.as_json())
@@ -240,7 +252,7 @@ def run_models(session: Session) -> Outcome:
             session,
             lambda heading, note: [plot_models(session.out / "models.png", result, heading, note)],
         )
-    return Outcome(result.as_json(), result.failures)
+    return Outcome(result.as_json(), result.failures, models_summary(result))
 
 
 def draw(session: Session, plots: Callable[[str, str], list[Path]]) -> None:
@@ -263,22 +275,23 @@ def run_overhead(session: Session) -> Outcome:
     with progress_of(session.console, "overhead", 1) as step, session.setting.precision.applied():
         result = overhead.run(session.setting, step)
     report.print_overhead(session.console, result)
-    return Outcome(result.as_json(), [])
+    return Outcome(result.as_json(), [], report.overhead_summary(result))
 
 
+# The most telling first: a budget, or whoever interrupts a run, takes from the end.
 JOBS = {
-    "pipeline": Job(
-        "torchvision networks on photographs: the same answers, and the time before and after the swap",
-        run_pipeline,
-        needs=("torchvision", "sklearn", "PIL"),
+    "layers": Job(
+        "layers of real networks against every other route, with errors and the share of the roofline",
+        run_layers,
     ),
     "models": Job(
         "whole networks of torchvision and timm: fused against eager, channels_last and torch.compile",
         run_models,
     ),
-    "layers": Job(
-        "layers of real networks against every other route, with errors and the share of the roofline",
-        run_layers,
+    "pipeline": Job(
+        "torchvision networks on photographs: the same answers, and the time before and after the swap",
+        run_pipeline,
+        needs=("torchvision", "sklearn", "PIL"),
     ),
     "overhead": Job("host time of one call on a tiny input, against the three modules", run_overhead),
 }

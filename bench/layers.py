@@ -25,7 +25,6 @@ from bench.setting import PRECISIONS, Setting
 from bench.summary import LayersResult
 from bench.timing import InputSets, RandomPool, Work, cache_bytes_of, no_search, rotation_of
 
-SECONDS_KEPT_FOR_OVERHEAD = 10.0
 SECONDS_BETWEEN_SAVES = 30.0
 
 
@@ -35,10 +34,12 @@ def run(
     *,
     earlier: Sequence[LayerResult] = (),
     earlier_ceilings: Mapping[str, Ceilings] | None = None,
+    keep: float = 0.0,
     save: Callable[[LayersResult], object] = lambda outcome: None,
 ) -> LayersResult:
-    """Measure the ceilings, then every row of the suites, most telling first, until the budget ends.
+    """Measure the ceilings, then every row of the suites, most telling first.
 
+    Stops when the budget but for `keep` seconds is spent.
     What `earlier` has is not measured again and stays in the result. `save` gets unfinished results.
     """
     ceilings = dict(earlier_ceilings or {})
@@ -55,7 +56,7 @@ def run(
     for row in rows:
         if row.key in done:
             continue
-        if not setting.budget.allows(_kept(setting)):
+        if not setting.budget.allows(keep):
             outcome.left_out.append(row.name)
             continue
         step(row.name)
@@ -74,11 +75,6 @@ def most_steps(setting: Setting) -> int:
     """How many steps a run has at most: ceilings, and each layer of each suite as often as it is wanted."""
     layers = {replace(layer, uses=1, role="") for suite in setting.suites for layer in layers_of(suite)}
     return len(setting.precisions) * (1 + len(setting.layer_batches) * len(layers))
-
-
-def _kept(setting: Setting) -> float:
-    seconds = setting.budget.seconds
-    return 0.0 if seconds is None else min(SECONDS_KEPT_FOR_OVERHEAD, 0.1 * seconds)
 
 
 def _begin(

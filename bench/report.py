@@ -2,6 +2,8 @@
 
 import json
 import math
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from bench.stats import Summary
 from bench.terminal import Console, make_table
 
 SCHEMA = 3
+MOST_LINES = 8
+WIDEST_LINE = 150
 
 
 def time_text(summary: Summary) -> str:
@@ -21,6 +25,23 @@ def time_text(summary: Summary) -> str:
 
 def ratio_text(summary: Summary) -> str:
     return f"{summary.median:.2f} ({summary.low:.2f}-{summary.high:.2f})"
+
+
+def clipped(lines: Sequence[str], most: int = MOST_LINES) -> list[str]:
+    """The first of them, cut to a width, and how many more there are."""
+    shown = [textwrap.shorten(line, WIDEST_LINE, placeholder=" ...") for line in lines[:most]]
+    more = [f"and {len(lines) - most} more, in the file"] if len(lines) > most else []
+    return [f"  {line}" for line in (*shown, *more)]
+
+
+def print_summary(console: Console, lines: Sequence[str], failures: Sequence[str]) -> None:
+    """What to read first, so it comes last: of a long log only the end may be seen."""
+    console.print("[bold]summary")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"wrong or not run: {len(failures) or 'none'}", style="red" if failures else None)
+    for line in clipped(failures):
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_pipeline(console: Console, results: list[NetworkResult]) -> None:
@@ -75,8 +96,19 @@ def print_overhead(console: Console, result: Overhead) -> None:
         ratio_text(result.ratio_to_hand_written),
     )
     console.print(table)
-    reached = "reached" if result.reached else "not reached"
-    console.print(f"the goal for this device is at most {result.goal:.2g} times the three modules: {reached}")
+
+
+def pipeline_summary(results: list[NetworkResult]) -> list[str]:
+    return [
+        f"photographs, {result.network} n{result.batch}: before / after {latency.speedup.median:.2f} {launch}"
+        for result in results
+        for launch, latency in result.latency.items()
+    ]
+
+
+def overhead_summary(result: Overhead) -> list[str]:
+    goal = f"goal: {result.goal:.2g}, {'reached' if result.reached else 'not reached'}"
+    return [f"host time of a call: {result.ratio.median:.2f} of that of the three modules ({goal})"]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ except ModuleNotFoundError:
 else:
     HAS_RICH = True
 
-WIDTH_IN_FILES = 150
+WIDTH_IN_FILES = 200
 SECONDS_BETWEEN_LINES = 10.0
 _MARKUP = re.compile(r"\[/?(?:bold|red|green|yellow|default)?\]")
 

@@ -3,17 +3,16 @@
 import importlib.util
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import cli, compare, jobs, model_cases, models, report, terminal
+from bench import cli, compare, jobs, layers, model_cases, models, report, terminal
 from bench.model_cases import GOALS, planned_cases
 from bench.model_plot import plot_models
-from bench.model_report import print_models
+from bench.model_report import models_summary, print_models
 from bench.model_result import ModelResult, ModelsResult, goals_reached
 from bench.model_routes import (
     EAGER,
@@ -236,22 +235,28 @@ class TestJob:
         assert status == 1
         assert "wrong result" in written["models"]["failures"][0]
 
-    def test_half_of_a_budget_is_kept_for_layers(
-        self, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("later", "kept"), [((), 0.0), (("models", "overhead"), 30.0), (("pipeline", "overhead"), 6.0)]
+    )
+    def test_a_part_of_a_budget_is_kept_for_what_comes_later(
+        self, later: tuple[str, ...], kept: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        kept: list[float] = []
+        def only_look(*_: object, keep: float, **__: object) -> Any:
+            assert keep == pytest.approx(kept)
+            raise RuntimeError("enough")
 
-        def only_look(*_: object, keep: float, **__: object) -> ModelsResult:
-            kept.append(keep)
-            return ModelsResult(on_gpu=False)
-
-        monkeypatch.setattr(models, "run", only_look)
         session = jobs.Session(
-            setting(budget=60.0), terminal.make_console(), tmp_path, jobs.Earlier(), lambda content: None
+            setting(budget=60.0),
+            terminal.make_console(),
+            tmp_path,
+            jobs.Earlier(),
+            lambda content: None,
+            later,
         )
-        jobs.run_models(session)
-        jobs.run_models(replace(session, later=("layers", "overhead")))
-        assert kept == [0.0, 30.0]
+        for module, run in ((models, jobs.run_models), (layers, jobs.run_layers)):
+            monkeypatch.setattr(module, "run", only_look)
+            with pytest.raises(RuntimeError, match="enough"):
+                run(session)
 
     def test_an_unknown_network(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
@@ -314,8 +319,15 @@ class TestReport:
             "images: noise",
         ):
             assert line in lines
-        (never,) = [line for line in lines if "never slower" in line]
-        assert "not reached: slower on tiny n2 fp32 0.50x" in never
+
+    def test_the_summary_has_ratios_and_goals(self) -> None:
+        lines = models_summary(ModelsResult(False, [SLOWER]))
+        assert lines[:2] == [
+            "networks: 1 measured, 0 left out",
+            f"  tiny n2 fp32, launched eagerly: {EAGER[1]} 1.00, fused 0.50",
+        ]
+        assert len(lines) == 7
+        assert lines[-1].endswith(": not reached: slower on tiny n2 fp32 0.50x, of 1 measured")
 
     @pytest.mark.parametrize("on_gpu", [True, False])
     def test_plots(self, on_gpu: bool, tmp_path: Path) -> None:

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from bench import cli, compare, plot, report, terminal
-from bench.layer_report import print_layers
+from bench.layer_report import layers_summary, print_layers
 from bench.layer_result import LayerResult
+from bench.model_cases import GOALS
+from bench.model_report import models_summary
+from bench.model_result import ModelsResult
 from bench.summary import LayersResult
 from bench.timing import Rotation
 from tests.bench_cases import CEILINGS, FakeClock, exact, layer, layer_result, row
+from tests.bench_model_cases import result_with_goal
 
 LOSS = layer_result(0.5)
 WIN = layer_result(2.0)
@@ -33,21 +37,64 @@ def console(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class TestTables:
-    def test_losses_are_named_before_all_layers(
-        self, console: Any, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_slowest_rows_come_first(self, console: Any, capsys: pytest.CaptureFixture[str]) -> None:
         print_layers(console, RESULT)
         lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-        assert "slower than the best rival, in a CUDA graph: 1" in lines
-        named = lines.index(f"  {LOSS.name}: 0.50 of folded conv (quick)")
         table = next(index for index, line in enumerate(lines) if "slowest first" in line)
-        assert named < table
         rows = [line for line in lines[table:] if LOSS.name in line or WIN.name in line]
         assert LOSS.name in rows[0]
         assert WIN.name in rows[1]
         assert "50% memory" in rows[1]
         assert "left out for want of time: 1 rows: left" in lines
         assert "did not fit the device's memory: 1 rows: huge" in lines
+
+    def test_suites_have_counts_means_and_the_worst(
+        self, console: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        print_layers(console, RESULT)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  quick fp32")]
+        assert lines == 2 * [
+            "  quick fp32 n2: mean 1.00 (4.00 to three-step), network 1.25, roofline 10%, 1/0/1, "
+            f"2 of 3 layers, 50%, worst 0.50 {LOSS.row.layer.name}"
+        ]
+
+    def test_the_summary_has_ceilings_means_and_losses(
+        self, console: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        timed = replace(LOSS, entries=[replace(LOSS.entries[0], first_call_seconds=2.5)])
+        summary = layers_summary(replace(RESULT, results=[WIN, timed]))
+        report.print_summary(console, summary, ["networks: [Errno 5] wrong"])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:4] == [
+            "summary",
+            "layers: 2 measured, 1 left out for want of time, 1 too large; first calls: fused 2.5 s",
+            "ceilings, fp32: copy 1.0 GB/s (read + written), matrix product 1 TFLOP/s (float32)",
+            "best rival / fused, in a CUDA graph:",
+        ]
+        assert lines[4].startswith("  quick fp32 n2: mean 1.00")
+        assert lines[5:] == [
+            "slower than the best rival, in a CUDA graph: 1",
+            f"  {LOSS.name}: 0.50 of folded conv (quick)",
+            "launched eagerly: 1 slower, 0 even, 1 faster",
+            "wrong or not run: 1",
+            "  networks: [Errno 5] wrong",
+        ]
+
+    def test_the_summary_of_many_losses_is_short(
+        self, console: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        suites = [f"a suite with a name of thirty {index:2}" for index in range(20)]
+        many = [layer_result(0.5, row(layer(h=6 + h), **dict.fromkeys(suites, 1))) for h in range(50)]
+        planned = {(suite, 2, "fp32"): {one.row.key: 1.0 for one in many} for suite in suites}
+        ceilings = dict.fromkeys(("fp16", "bf16", "tf32", "fp32"), CEILINGS)
+        summary = layers_summary(LayersResult(dict.fromkeys(suites, ""), ceilings, planned, many))
+        networks = models_summary(ModelsResult(True, 30 * [result_with_goal(GOALS[0], 3.0, 3.5, 5.9)]))
+        report.print_summary(console, [*summary, *networks], 50 * ["something went wrong " * 20])
+        text = capsys.readouterr().out
+        assert "slower than the best rival, in a CUDA graph: 50" in text
+        assert "networks: 30 measured" in text
+        assert "wrong or not run: 50" in text
+        assert len(text) <= 6000
 
     def test_rows_that_stay_in_the_cache_are_marked(
         self, console: Any, capsys: pytest.CaptureFixture[str]
@@ -59,16 +106,6 @@ class TestTables:
         assert sum("*: too small to outrun the cache" in line for line in lines) == 2
         print_layers(console, RESULT)
         assert "*" not in capsys.readouterr().out
-
-    def test_suites_have_counts_means_and_the_worst(
-        self, console: Any, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        print_layers(console, RESULT)
-        lines = capsys.readouterr().out.splitlines()
-        (first, _) = [line.split() for line in lines if line.split()[:2] == ["quick", "fp32"]]
-        assert first[2:10] == ["2", "2", "of", "3", "50%", "1.00", "4.00", "1.25"]
-        assert "1/0/1" in first
-        assert " ".join(first).endswith(f"0.50 {LOSS.row.layer.name}")
 
     def test_markup_does_not_show(self, console: Any, capsys: pytest.CaptureFixture[str]) -> None:
         table = terminal.make_table("title", "caption")
