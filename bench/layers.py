@@ -19,7 +19,7 @@ from bench.networks import NETWORKS, source_of
 from bench.plans import plan_of
 from bench.provenance import device_name
 from bench.roofline import Ceilings, floor, flops, least_bytes, measure_ceilings
-from bench.routes import ROUTES, Case, Route, make_case, reference
+from bench.routes import ROUTES, Case, Route, make_case, memory_formats, reference
 from bench.rows import Row, layers_of, network_floor, ordered_rows
 from bench.setting import PRECISIONS, Setting
 from bench.summary import LayersResult
@@ -147,7 +147,7 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
     entries: list[Entry] = []
     works: dict[tuple[int, str], Work] = {}
     with precision.applied(), torch.inference_mode():
-        for memory_format in case.memory_formats:
+        for memory_format in memory_formats(layer, precision, setting.device):
             input_sets = pool.input_sets(shapes, rotation.sets, memory_format)
             cases = [case.laid_out(memory_format) for _ in input_sets]
             expected = _expected(case, input_sets[0])

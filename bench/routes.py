@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.layer_list import Layer
 from bench.layer_result import BASELINE
+from bench.setting import Precision
 from fused_cna import ConvNormAct
 
 Call = Callable[..., Tensor]
@@ -45,11 +46,19 @@ class Case:
         """The same with a convolution of its own, whose weight lies in `memory_format`."""
         return replace(self, conv=copy.deepcopy(self.conv).to(memory_format=memory_format))
 
-    @property
-    def memory_formats(self) -> tuple[torch.memory_format, ...]:
-        """channels_last on a GPU, as its tensor cores want it; both on a CPU."""
-        both = (torch.channels_last, torch.contiguous_format)
-        return both[:1] if self.device.type == "cuda" else both
+
+def memory_formats(
+    layer: Layer, precision: Precision, device: torch.device
+) -> tuple[torch.memory_format, ...]:
+    """channels_last, and NCHW too wherever that may be faster.
+
+    Tensor cores want channels_last of a dense layer, and cuDNN only converts what lies otherwise. Strict
+    float32, groups and odd channel counts have kernels of their own for NCHW.
+    """
+    for_tensor_cores = layer.groups == 1 and layer.cin % 8 == 0 and layer.cout % 8 == 0
+    if device.type == "cuda" and for_tensor_cores and precision.float32_products != "ieee":
+        return (torch.channels_last,)
+    return torch.channels_last, torch.contiguous_format
 
 
 def make_case(layer: Layer, device: torch.device, dtype: torch.dtype, seed: int) -> Case:

@@ -16,6 +16,7 @@ from bench.routes import (
     ThreeStep,
     folded_weight_and_bias,
     make_case,
+    memory_formats,
     reference,
 )
 from bench.setting import PRECISIONS
@@ -115,6 +116,23 @@ class TestRoutes:
         if residual == "add_act":
             assert seen["z"] is z
             assert seen["alpha"] == 1.0
+
+    @pytest.mark.parametrize(
+        ("changes", "precision", "formats"),
+        [
+            ({"cin": 64, "cout": 64}, "fp16", 1),
+            ({"cin": 64, "cout": 64}, "tf32", 1),
+            ({"cin": 64, "cout": 64}, "fp32", 2),
+            ({"cin": 64, "cout": 64, "groups": 64}, "fp16", 2),
+            ({"cin": 3, "cout": 64}, "fp16", 2),
+        ],
+    )
+    def test_a_gpu_tries_nchw_where_it_may_be_faster(
+        self, changes: dict[str, int], precision: str, formats: int
+    ) -> None:
+        tried = memory_formats(layer(**changes), PRECISIONS[precision], torch.device("cuda"))
+        assert tried == (torch.channels_last, torch.contiguous_format)[:formats]
+        assert len(memory_formats(layer(**changes), PRECISIONS[precision], CPU)) == 2
 
     def test_exactly_one_route_is_ours(self) -> None:
         assert [route.name for route in ROUTES if route.ours] == ["fused"]
