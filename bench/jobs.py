@@ -285,7 +285,7 @@ JOBS = {
         run_layers,
     ),
     "models": Job(
-        "whole networks of torchvision and timm: fused against eager, channels_last and torch.compile",
+        "whole networks of torchvision and timm: fused against eager, folded and torch.compile",
         run_models,
     ),
     "pipeline": Job(

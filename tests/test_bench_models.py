@@ -3,6 +3,7 @@
 import importlib.util
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from bench.model_routes import (
     Compiled,
     CompiledFused,
     EagerChannelsLast,
+    EagerFolded,
     Fused,
     FusedFrozen,
     ModelRoute,
@@ -144,9 +146,35 @@ class TestRoutes:
 
     def test_of_a_gpu(self) -> None:
         names = [route.name for route in routes_for(setting(device=GPU))]
-        assert names == [*EAGER, FUSED, "torch.compile", "compile fused_cna"]
+        assert names == [*EAGER, "eager folded", FUSED, INDUCTOR_FROZEN, "torch.compile", "compile fused_cna"]
         tuned = [route.name for route in routes_for(setting(device=GPU, max_autotune=True))]
         assert tuned == [*names, "max-autotune"]
+
+    def test_norms_are_folded_ahead(self) -> None:
+        class Norm(nn.BatchNorm2d):
+            """As timm's, which activate too."""
+
+            def __init__(self, channels: int) -> None:
+                super().__init__(channels)
+                self.act = nn.LeakyReLU()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.act(super().forward(x))
+
+        network = Tiny().eval().requires_grad_(False)
+        network.branch[1] = Norm(8).eval().requires_grad_(False)
+        for norm in (network.stem[1], network.branch[1]):
+            assert isinstance(norm, nn.BatchNorm2d)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+        x = torch.randn(2, 3, 20, 20)
+        before = network(x)
+        folded: Any = EagerFolded().prepare(network, MODELS["resnet50"], x)
+        torch.testing.assert_close(folded(x), before)
+        assert folded.get_submodule("stem.0").weight.is_contiguous(memory_format=torch.channels_last)
+        with torch.profiler.profile() as profile:
+            folded(x)
+        assert not any("batch_norm" in event.key for event in profile.key_averages())
+        torch.testing.assert_close(network(x), before, rtol=0, atol=0)
 
     def test_all_routes_give_the_same_answers(self, tiny: None, few_routes: None) -> None:
         made = models.measure(TINY, models.routes_for(setting()), NOISE, setting())
