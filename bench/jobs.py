@@ -29,7 +29,7 @@ KEPT_FOR_OTHERS = 0.1
 NO_RICH = "rich is not installed here: plain text instead (pip install -r requirements/bench.txt)"
 NO_MATPLOTLIB = (
     "no plots: matplotlib is not installed here (pip install -r requirements/bench.txt); all numbers are in "
-    "results.json"
+    "the JSON file"
 )
 
 
@@ -112,7 +112,7 @@ def run(
     _introduce(setting, console, path.line, load)
     content: dict[str, Any] = {"kernels": path.kernels, "fused_path": path.line, "skipped": {}}
     content |= earlier.content
-    results = out / "results.json"
+    results = out / (f"{jobs[0]}.json" if len(jobs) == 1 else "results.json")
 
     def write() -> None:
         report.write_json(results, {"provenance": provenance(setting, arguments, load), **content})
@@ -145,7 +145,7 @@ def run(
 
 
 def read_earlier(path: Path, now: dict[str, Any]) -> Earlier:
-    """What results.json holds of layers and networks; ResumeError if it cannot stand beside what is new."""
+    """What a result holds of layers and networks; ResumeError if it cannot stand beside what is new."""
     try:
         measured = load_rows(path)
     except ValueError as error:

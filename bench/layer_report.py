@@ -105,7 +105,7 @@ def _print_rows(console: Console, result: LayersResult, launch: str) -> None:
 
 
 def _rows_caption(shown: list[LayerResult], total: int) -> str:
-    said = [] if len(shown) == total else [f"the first {len(shown)} of {total}, all are in results.json"]
+    said = [] if len(shown) == total else [f"the first {len(shown)} of {total}, all are in the file"]
     devices = sorted({one.plan.device for one in shown if one.plan is not None})
     said += [f"plans are for {', '.join(devices)}, plan us by its model, not measured"] if devices else []
     said += sorted({f"no plan: {one.why_no_plan}" for one in shown if one.why_no_plan is not None})
@@ -137,7 +137,7 @@ def _print_gaps(console: Console, result: LayersResult) -> None:
         ("did not fit the device's memory", result.too_large),
     ):
         if names:
-            more = f", and {len(names) - MOST_NAMES} more, in results.json" if len(names) > MOST_NAMES else ""
+            more = f", and {len(names) - MOST_NAMES} more, in the file" if len(names) > MOST_NAMES else ""
             shown = ", ".join(names[:MOST_NAMES])
             console.print(f"{reason}: {len(names)} rows: {shown}{more}", highlight=False)
     recorded = [f"{suite} ({source})" for suite, source in result.suites.items() if "not installed" in source]

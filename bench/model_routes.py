@@ -166,4 +166,8 @@ MAX_AUTOTUNE = Compiled("max-autotune", "cuda", mode="max-autotune-no-cudagraphs
 def routes_for(setting: Setting) -> tuple[ModelRoute, ...]:
     """The routes that a run takes on its device, those that compile last."""
     asked = (*ROUTES, MAX_AUTOTUNE) if setting.max_autotune else ROUTES
-    return tuple(route for route in asked if setting.device.type in route.devices)
+    return tuple(
+        route
+        for route in asked
+        if setting.device.type in route.devices and (setting.compiled or not route.compiles)
+    )

@@ -82,6 +82,8 @@ def most_steps(setting: Setting) -> int:
 
 def _turns(cases: Sequence[Case], setting: Setting) -> list[tuple[Case, bool]]:
     """What is measured in which order, and whether with the routes that compile."""
+    if not setting.compiled:
+        return [(case, False) for case in cases]
     if setting.budget.seconds is None:
         return [(case, True) for case in cases]
     return [(case, compiled) for compiled in (False, True) for case in cases]

@@ -131,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
-        raise ValueError(f"{path} should be a results.json with schema {SCHEMA}, got schema {schema}")
+        raise ValueError(f"{path} should be a result of the bench with schema {SCHEMA}, got schema {schema}")
     return content
 
 

@@ -108,7 +108,8 @@ class Setting:
     """One run of the bench. Jobs that take one precision and one batch take the first of each.
 
     `batches` is empty where none was asked for, and each job has a default of its own; so is `networks`,
-    those of the job models. `max_autotune` adds the route that compiles so.
+    those of the job models. Without `compiled` no network is compiled; `max_autotune` adds the route that
+    compiles so.
     """
 
     device: torch.device
@@ -119,6 +120,7 @@ class Setting:
     budget: Budget
     seed: int
     networks: tuple[str, ...] = ()
+    compiled: bool = True
     max_autotune: bool = False
 
     @property

@@ -16,9 +16,11 @@ from bench.model_report import models_summary, print_models
 from bench.model_result import ModelResult, ModelsResult, goals_reached
 from bench.model_routes import (
     EAGER,
+    FROZEN,
     FUSED,
     INDUCTOR_FROZEN,
     EagerChannelsLast,
+    routes_for,
 )
 from bench.setting import Budget
 from tests.bench_cases import FakeClock, setting
@@ -200,7 +202,7 @@ class TestJob:
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
         made = setting(networks=("tiny", "absent"))
         status = jobs.run(made, ("models",), out, [], terminal.make_console(), resume)
-        return status, json.loads((out / "results.json").read_text())
+        return status, json.loads((out / "models.json").read_text())
 
     def test_leaves_results_and_plot(
         self,
@@ -222,7 +224,7 @@ class TestJob:
         said = capsys.readouterr().out
         assert "pip install no_such_library" in said
         assert "not measured" in said
-        status, again = self.run(tmp_path, monkeypatch, tmp_path / "results.json")
+        status, again = self.run(tmp_path, monkeypatch, tmp_path / "models.json")
         assert status == 0
         assert again["models"]["rows"] == written["models"]["rows"]
         assert "1 networks were measured in the run" in capsys.readouterr().out
@@ -257,6 +259,16 @@ class TestJob:
             monkeypatch.setattr(module, "run", only_look)
             with pytest.raises(RuntimeError, match="enough"):
                 run(session)
+
+    def test_without_compiling(self, tiny: None, few_routes: None) -> None:
+        made = cli.setting_of(cli.parser().parse_args(["models", "--device", "cpu", "--no-compile"]))
+        assert [route.name for route in routes_for(made)] == [*EAGER, FUSED, FROZEN]
+        for budget in (None, 1e9):
+            steps: list[str] = []
+            outcome = models.run(setting(compiled=False, budget=budget, networks=("tiny",)), steps.append)
+            assert steps == ["tiny n2 fp32"]
+            assert outcome.left_out == {}
+            assert [one.route for one in outcome.results[0].entries] == [*EAGER, FUSED]
 
     def test_an_unknown_network(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:

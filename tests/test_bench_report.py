@@ -148,7 +148,7 @@ class TestTables:
         )
         assert done.returncode == 0, done.stderr
         assert "rich is not installed here" in done.stdout
-        assert json.loads((tmp_path / "results.json").read_text())["overhead"]["shape"] == [1, 16, 8, 8]
+        assert json.loads((tmp_path / "overhead.json").read_text())["overhead"]["shape"] == [1, 16, 8, 8]
 
 
 class TestPlots:

@@ -43,6 +43,7 @@ class TestCommandLine:
             "--any-device",
             "--model",
             "--max-autotune",
+            "--no-compile",
             *jobs.JOBS,
             *SUITES,
         ):
@@ -58,6 +59,7 @@ class TestCommandLine:
             (["--suite", "all"], "unknown suite 'all' (choose from default, quick, resnet50"),
             (["--batch", "8,0"], "1 or more, got '0'"),
             (["--any-device"], "goes with --compare"),
+            (["--no-compile", "--max-autotune"], "not allowed with"),
             (["--batch", "0"], "1 or more, got '0'"),
             (["--batch", "two"], "1 or more, got 'two'"),
             (["--budget", "-1"], "above 0, got '-1'"),
@@ -129,7 +131,8 @@ class TestRun:
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
         console = terminal.make_console()
         status = jobs.run(setting(**changes), names, out, ["--batch", "2"], console, resume)
-        return status, json.loads((out / "results.json").read_text())
+        file = f"{names[0]}.json" if len(names) == 1 else "results.json"
+        return status, json.loads((out / file).read_text())
 
     def test_leaves_results_and_plot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("matplotlib", reason="the plot needs it")
@@ -224,7 +227,7 @@ class TestRun:
 
     def test_resumes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run(monkeypatch, tmp_path / "first", "layers", batches=(1,))
-        first = tmp_path / "first" / "results.json"
+        first = tmp_path / "first" / "layers.json"
         status, both = self.run(monkeypatch, tmp_path / "second", "layers", batches=(1, 2), resume=first)
         assert status == 0
         before = json.loads(first.read_text())["layers"]
@@ -236,13 +239,15 @@ class TestRun:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         _, before = self.run(monkeypatch, tmp_path, "layers")
-        _, after = self.run(monkeypatch, tmp_path, "overhead", resume=tmp_path / "results.json")
+        _, after = self.run(monkeypatch, tmp_path, "overhead", resume=tmp_path / "layers.json")
         assert after["layers"] == before["layers"]
+        # One job leaves the file of another alone.
+        assert json.loads((tmp_path / "layers.json").read_text()) == before
         assert "overhead" in after
 
     def test_another_device_is_not_resumed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run(monkeypatch, tmp_path, "layers")
-        path = tmp_path / "results.json"
+        path = tmp_path / "layers.json"
         path.write_text(path.read_text().replace('"type": "cpu"', '"type": "abacus"'))
         with pytest.raises(jobs.ResumeError, match="device type: abacus and cpu"):
             self.run(monkeypatch, tmp_path, "layers", resume=path)
@@ -274,7 +279,7 @@ class TestRun:
         status, written = self.run(monkeypatch, tmp_path, "layers")
         assert status == 0
         assert len(written["layers"]["rows"]) == len(SMALL)
-        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+        assert [path.name for path in tmp_path.iterdir()] == ["layers.json"]
         assert "matplotlib is not installed here" in capsys.readouterr().out
 
     def test_what_cannot_run_is_skipped_with_its_reason(
