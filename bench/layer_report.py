@@ -81,9 +81,12 @@ def _group_line(group: Group) -> str:
 
 
 def _loss_line(one: LayerResult, comparison: Comparison) -> str:
-    plan = "" if one.plan is None else f" {one.plan.text}"
-    suites = ", ".join(one.row.uses)
-    return f"{one.name}: {comparison.speedup.median:.2f} of {comparison.rival}{plan} ({suites})"
+    fused, rival = (
+        f"{seconds.median * 1e6:.1f} us" for seconds in (comparison.fused_seconds, comparison.rival_seconds)
+    )
+    plan = "" if one.plan is None else f" by {one.plan.text}"
+    rival += f" by {comparison.rival}"
+    return f"{one.name}: {comparison.speedup.median:.2f}, {fused}{plan}, {rival} ({', '.join(one.row.uses)})"
 
 
 def _print_rows(console: Console, result: LayersResult, launch: str) -> None:

@@ -132,7 +132,7 @@ def measure(case: Case, routes: Sequence[ModelRoute], images: Images, setting: S
         sets: InputSets = [(x.contiguous(memory_format=memory_format),) for (x,) in plain_sets]
         for route in routes:
             if route.memory_format == memory_format:
-                entry, launches = _prepare(route, case, laid_out, sets, expected)
+                entry, launches = _prepare(route, case, laid_out, sets, expected, setting.device)
                 works |= {(len(entries), launch): work for launch, work in launches.items()}
                 entries.append(entry)
     with torch.inference_mode():
@@ -164,42 +164,37 @@ def _expected(case: Case, network: nn.Module, input_sets: InputSets) -> list[Ten
 
 
 def _prepare(
-    route: ModelRoute, case: Case, network: nn.Module, input_sets: InputSets, expected: Sequence[Tensor]
-) -> tuple[ModelEntry, Works]:
-    """Check one route on poisoned memory, and make what is to be timed for each way of launching."""
-    entry = ModelEntry(route.name, str(route.memory_format).removeprefix("torch."), route.ours)
-    entry.left_out = route.why_not()
-    if entry.left_out is not None:
-        return entry, {}
-    device = input_sets[0][0].device
-    with warnings.catch_warnings(record=True) as warned:
-        works = attempt(entry, device, lambda: _checked(route, entry, case, network, input_sets, expected))
-    entry.notes = list(dict.fromkeys(str(warning.message).partition("\n")[0] for warning in warned))
-    return entry, works
-
-
-def _checked(
     route: ModelRoute,
-    entry: ModelEntry,
     case: Case,
     network: nn.Module,
     input_sets: InputSets,
     expected: Sequence[Tensor],
-) -> Works:
-    """Prepare a route, fill in its errors, and return what is to be timed."""
-    start = time.perf_counter()
-    call = route.prepare(network, case.model, input_sets[0][0])
-    entry.setup_seconds = time.perf_counter() - start
-    if isinstance(call, nn.Module):
-        entry.fused_calls, entry.conv_calls = calls_of(call)
-    calls = bound(call, input_sets)
-    with torch.inference_mode():
-        entry.first_call_seconds = first_call(calls[0])
-        outputs = [call() for call in calls]
-        errors = [_error(output, exact) for output, exact in zip(outputs, expected, strict=True)]
-        entry.error = max(errors)
-        entry.agreement = _agreement(outputs, expected, case.model.classes)
-        return works_of(entry, calls, lambda output: _error(output, expected[0]), input_sets[0][0].device)
+    device: torch.device,
+) -> tuple[ModelEntry, Works]:
+    """Check one route on poisoned memory, and make what is to be timed for each way of launching."""
+    entry = ModelEntry(route.name, str(route.memory_format).removeprefix("torch."), route.ours)
+    entry.left_out = route.why_not()
+
+    def prepare() -> Works:
+        start = time.perf_counter()
+        call = route.prepare(network, case.model, input_sets[0][0])
+        entry.setup_seconds = time.perf_counter() - start
+        if isinstance(call, nn.Module):
+            entry.fused_calls, entry.conv_calls = calls_of(call)
+        calls = bound(call, input_sets)
+        with torch.inference_mode():
+            entry.first_call_seconds = first_call(calls[0])
+            outputs = [call() for call in calls]
+            entry.error = max(_error(output, exact) for output, exact in zip(outputs, expected, strict=True))
+            entry.agreement = _agreement(outputs, expected, case.model.classes)
+            return works_of(entry, calls, lambda output: _error(output, expected[0]), device)
+
+    if entry.left_out is not None:
+        return entry, {}
+    with warnings.catch_warnings(record=True) as warned:
+        works = attempt(entry, device, prepare)
+    entry.notes = list(dict.fromkeys(str(warning.message).partition("\n")[0] for warning in warned))
+    return entry, works
 
 
 _error = partial(error_of, measure=largest_image_error)

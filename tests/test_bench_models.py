@@ -211,7 +211,7 @@ class TestRoutes:
 
     def test_the_backend_is_taken_where_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("bench.model_routes.BACKEND_MODULE", "fused_cna.no_such_module")
-        made = models._prepare(CompiledFused(), TINY, Tiny(), [(torch.ones(1, 3, 16, 16),)], [])
+        made = models._prepare(CompiledFused(), TINY, Tiny(), [], [], GPU)
         assert made[1] == {}
         assert "has no fused_cna.no_such_module" in str(made[0].left_out)
         assert judge([made[0]], PRECISIONS["fp32"], EAGER) is None

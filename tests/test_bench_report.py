@@ -74,7 +74,7 @@ class TestTables:
         assert lines[4].startswith("  quick fp32 n2: mean 1.00")
         assert lines[5:] == [
             "slower than the best rival, in a CUDA graph: 1",
-            f"  {LOSS.name}: 0.50 of folded conv (quick)",
+            f"  {LOSS.name}: 0.50, 1000.0 us, 500.0 us by folded conv (quick)",
             "launched eagerly: 1 slower, 0 even, 1 faster",
             "wrong or not run: 1",
             "  networks: [Errno 5] wrong",

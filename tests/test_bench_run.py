@@ -200,7 +200,9 @@ class TestRun:
         assert written["skipped"] == {"overhead": "the run was interrupted before it"}
         assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
         said = capsys.readouterr().out
-        assert said.index("slowest first") < said.index(f"{SMALL[0].name}: 0.50 of folded conv")
+        assert said.index("slowest first") < said.index(
+            f"{SMALL[0].name}: 0.50, 1000.0 us, 500.0 us by folded conv"
+        )
 
     def test_a_job_without_rows_may_be_interrupted_too(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
