@@ -20,7 +20,8 @@ from bench.model_result import ModelResult
 from bench.provenance import device_name, differences, load_average, provenance
 from bench.roofline import Ceilings
 from bench.setting import Setting, fused_path
-from bench.terminal import HAS_RICH, Console, progress_of
+from bench.terminal import HAS_RICH, Console
+from fused_cna._progress import progress
 
 BUSY = 0.5
 INTERRUPTED = 130
@@ -206,9 +207,8 @@ def why_skip(job: Job, setting: Setting) -> str | None:
 
 def run_pipeline(session: Session) -> Outcome:
     setting, console = session.setting, session.console
-    with progress_of(console, "pipeline", len(pipeline.NETWORKS)) as step, setting.precision.applied():
+    with progress("pipeline", len(pipeline.NETWORKS), shown=True) as step, setting.precision.applied():
         results = pipeline.run(setting, step)
-    report.print_pipeline(console, results)
     left_out = list(pipeline.NETWORKS[len(results) :])
     if left_out:
         console.print(f"left out, {setting.budget.why_not}: {', '.join(left_out)}")
@@ -219,7 +219,7 @@ def run_pipeline(session: Session) -> Outcome:
 
 def run_layers(session: Session) -> Outcome:
     setting, console, earlier = session.setting, session.console, session.earlier
-    with progress_of(console, "layers", layers.most_steps(setting)) as step:
+    with progress("layers", layers.most_steps(setting), shown=True) as step:
         result = layers.run(
             setting,
             step,
@@ -237,7 +237,7 @@ def run_layers(session: Session) -> Outcome:
 
 def run_models(session: Session) -> Outcome:
     setting, console = session.setting, session.console
-    with progress_of(console, "models", models.most_steps(setting)) as step, setting.precision.applied():
+    with progress("models", models.most_steps(setting), shown=True) as step, setting.precision.applied():
         result = models.run(
             setting,
             step,
@@ -272,9 +272,8 @@ def draw(session: Session, plots: Callable[[str, str], list[Path]]) -> None:
 
 
 def run_overhead(session: Session) -> Outcome:
-    with progress_of(session.console, "overhead", 1) as step, session.setting.precision.applied():
+    with progress("overhead", 1, shown=True) as step, session.setting.precision.applied():
         result = overhead.run(session.setting, step)
-    report.print_overhead(session.console, result)
     return Outcome(result.as_json(), [], report.overhead_summary(result))
 
 

@@ -58,15 +58,6 @@ class LayerResult:
     def name(self) -> str:
         return self.row.name
 
-    def largest_error(self, *, ours: bool, route: str | None = None) -> float | None:
-        """The largest error among our routes or the rivals, or of one route; None if none was checked."""
-        errors = [
-            entry.error
-            for entry in self.entries
-            if entry.error is not None and entry.ours is ours and route in (None, entry.route)
-        ]
-        return max(errors, default=None)
-
     def as_json(self) -> dict[str, Any]:
         row = self.row
         plain = ("floor", "flops", "least_bytes", "comparisons", "against_baseline", "failure")

@@ -28,13 +28,6 @@ def print_models(console: Console, result: ModelsResult) -> None:
             f"reference: {REFERENCE[result.on_gpu]}; above 1 the route is faster",
             lambda one, route, launch=launch: _ratio_cell(one, route, launch),  # type: ignore[misc]
         )
-        _print_matrix(
-            console,
-            result,
-            f"networks, {LAUNCHES[launch]}: images per second",
-            None,
-            lambda one, route, launch=launch: _rate_cell(one, route, launch),  # type: ignore[misc]
-        )
     if result.results:
         _print_matrix(
             console,
@@ -95,11 +88,6 @@ def _ratio_cell(one: ModelResult, route: str, launch: str) -> str:
         return "[bold]reference[/]"
     speedup = one.speedup(route, launch)
     return "-" if speedup is None else f"[{COLORS[verdict(speedup)]}]{ratio_text(speedup)}[/]"
-
-
-def _rate_cell(one: ModelResult, route: str, launch: str) -> str:
-    rate = one.images_per_second(route, launch)
-    return "-" if rate is None else f"{rate:.4g}"
 
 
 def _answer_cell(one: ModelResult, route: str) -> str:

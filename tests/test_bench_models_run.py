@@ -319,7 +319,6 @@ class TestReport:
         rows = [line for line in lines if line.startswith("tiny n2 fp32")]
         assert rows == [
             "tiny n2 fp32 reference 0.50 (0.50-0.50) -",
-            "tiny n2 fp32 1000 500 -",
             "tiny n2 fp32 1.0e-07 100.0% 1.0e-07 100.0% -",
             "tiny n2 fp32 16 2 of 3 0.5 -",
         ]

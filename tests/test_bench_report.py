@@ -1,5 +1,6 @@
 """What is printed and drawn: tables with and without rich, pictures, and two results side by side."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from bench.model_report import models_summary
 from bench.model_result import ModelsResult
 from bench.summary import LayersResult
 from bench.timing import Rotation
-from tests.bench_cases import CEILINGS, FakeClock, exact, layer, layer_result, row
+from fused_cna import _progress
+from tests.bench_cases import CEILINGS, exact, layer, layer_result, row
 from tests.bench_model_cases import result_with_goal
 
 LOSS = layer_result(0.5)
@@ -119,21 +121,18 @@ class TestTables:
         for word in ("title", "caption", "number", "one", "7", "careful: said"):
             assert word in text
 
+    @pytest.mark.parametrize(("seconds", "lines"), [(0.0, 10), (3.0, 30)])
     def test_a_log_says_how_far_a_run_came(
-        self, console: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, seconds: float, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        clock = FakeClock()
-        monkeypatch.setattr(terminal.time, "monotonic", lambda: clock.now)
-        with terminal.progress_of(console, "layers", 100) as step:
+        now = itertools.count(0.0, seconds)
+        monkeypatch.setattr(_progress.time, "monotonic", lambda: next(now))
+        with _progress.progress("layers", 100, shown=True) as step:
             for index in range(100):
                 step(f"layer {index}")
-                clock.spend(3.0)
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[:2] == [
-            "layers: 0 s, 0 of 100 done, now layer 0",
-            "layers: 12 s, 4 of 100 done, now layer 4",
-        ]
-        assert len(lines) == 25
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines
+        assert said[0] == f"layers 1 of 100: layer 0 ({seconds:.0f} s)"
 
     def test_runs_without_rich_and_matplotlib(self, tmp_path: Path) -> None:
         program = (
@@ -148,6 +147,7 @@ class TestTables:
         )
         assert done.returncode == 0, done.stderr
         assert "rich is not installed here" in done.stdout
+        assert "host time of a call: " in done.stdout
         assert json.loads((tmp_path / "overhead.json").read_text())["overhead"]["shape"] == [1, 16, 8, 8]
 
 
