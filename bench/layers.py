@@ -1,6 +1,5 @@
 """Single layers of real networks: fused against every other route, with errors and roofline."""
 
-import gc
 import itertools
 import math
 import time
@@ -51,7 +50,8 @@ def run(
     rows = ordered_rows(setting.suites, setting.layer_batches, names, ceilings)
     outcome = _begin(setting, rows, ceilings, earlier)
     done = {result.row.key for result in earlier}
-    pools = Pools(setting)
+    dtypes = {precision.dtype for precision in setting.precisions}
+    pools = {dtype: RandomPool(setting.device, dtype, setting.seed) for dtype in dtypes}
     saved = time.monotonic()
     for row in rows:
         if row.key in done:
@@ -97,31 +97,18 @@ def _begin(
     return outcome
 
 
-class Pools:
-    """Random inputs, one pool per storage type, made when first needed."""
-
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        self._pools: dict[torch.dtype, RandomPool] = {}
-
-    def of(self, dtype: torch.dtype) -> RandomPool:
-        if dtype not in self._pools:
-            self._pools[dtype] = RandomPool(self._setting.device, dtype, self._setting.seed)
-        return self._pools[dtype]
-
-    def free(self) -> None:
-        """Give all memory back to the device."""
-        self._pools.clear()
-        gc.collect()
-        if self._setting.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _attempt(row: Row, setting: Setting, pools: Pools, ceilings: Ceilings, outcome: LayersResult) -> None:
+def _attempt(
+    row: Row,
+    setting: Setting,
+    pools: Mapping[torch.dtype, RandomPool],
+    ceilings: Ceilings,
+    outcome: LayersResult,
+) -> None:
     """Measure a row and file it; one that does not fit the memory is tried once more with all of it free."""
     for tries_left in (1, 0):
         try:
-            outcome.results.append(measure(row, setting, pools.of(PRECISIONS[row.precision].dtype), ceilings))
+            pool = pools[PRECISIONS[row.precision].dtype]
+            outcome.results.append(measure(row, setting, pool, ceilings))
             return
         except torch.OutOfMemoryError:
             if not tries_left:
@@ -129,7 +116,8 @@ def _attempt(row: Row, setting: Setting, pools: Pools, ceilings: Ceilings, outco
         except RuntimeError as error:
             outcome.broke_off.append(f"{row.name}: {first_line(error)}")
             return
-        pools.free()
+        for pool in pools.values():
+            pool.free()
 
 
 def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) -> LayerResult:

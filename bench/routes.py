@@ -202,8 +202,8 @@ class Folded(Route):
         return lambda x, residual=None: done(F.conv2d(x, weight, bias, *geometry), residual)
 
 
-class CudnnRelu(Route):
-    """torch.cudnn_convolution_relu: cuDNN's own fusion with bias and ReLU; the norm is folded."""
+class Cudnn(Route):
+    """cuDNN's own fusion with bias, residual and ReLU; the norm is folded."""
 
     name = "cuDNN relu"
 
@@ -212,34 +212,14 @@ class CudnnRelu(Route):
             return "needs a CUDA device"
         if layer.act != "ReLU":
             return f"does only ReLU, the layer has {layer.act}"
-        return "has no residual" if layer.residual_order is not None else None
+        return "adds a residual only before the activation" if layer.residual_order == "act_add" else None
 
     def prepare(self, case: Case) -> Call:
         weight, bias = folded_weight_and_bias(case)
         geometry = case.layer.geometry
-        return lambda x: torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        if case.layer.residual_order is None:
+            return lambda x: torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return lambda x, z: torch.cudnn_convolution_add_relu(x, weight, z, 1.0, bias, *geometry)
 
 
-class CudnnAddRelu(Route):
-    """torch.cudnn_convolution_add_relu: cuDNN's own fusion with bias, residual, ReLU; the norm is folded."""
-
-    name = "cuDNN add relu"
-
-    def why_not(self, layer: Layer, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return "needs a CUDA device"
-        if layer.act != "ReLU":
-            return f"does only ReLU, the layer has {layer.act}"
-        return (
-            None
-            if layer.residual_order == "add_act"
-            else "needs a residual that is added before the activation"
-        )
-
-    def prepare(self, case: Case) -> Call:
-        weight, bias = folded_weight_and_bias(case)
-        geometry = case.layer.geometry
-        return lambda x, residual: torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-
-
-ROUTES: tuple[Route, ...] = (Fused(), ThreeStep(), Folded(), CudnnRelu(), CudnnAddRelu())
+ROUTES: tuple[Route, ...] = (Fused(), ThreeStep(), Folded(), Cudnn())

@@ -1,5 +1,6 @@
 """Clocks, interleaved repeats, rotating operands and outputs, CUDA graphs."""
 
+import gc
 import itertools
 import math
 import time
@@ -167,6 +168,13 @@ class RandomPool:
         self._dtype = dtype
         self._generator = torch.Generator(device).manual_seed(seed)
         self._numbers = torch.empty(0, device=device, dtype=dtype)
+
+    def free(self) -> None:
+        """Give all memory that nothing uses back to the device."""
+        self._numbers = self._numbers.new_empty(0)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def input_sets(
         self, shapes: Sequence[Shape], count: int, memory_format: torch.memory_format

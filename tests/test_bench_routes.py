@@ -9,8 +9,7 @@ from bench.layer_result import BASELINE, compare
 from bench.roofline import Floor
 from bench.routes import (
     ROUTES,
-    CudnnAddRelu,
-    CudnnRelu,
+    Cudnn,
     Folded,
     Fused,
     ThreeStep,
@@ -76,21 +75,18 @@ class TestRoutes:
 
     def test_routes_say_why_they_do_not_apply(self) -> None:
         gpu = torch.device("cuda")
-        relu, add_relu = CudnnRelu(), CudnnAddRelu()
-        assert "needs a CUDA device" in str(relu.why_not(layer(), CPU))
-        assert relu.why_not(layer(), gpu) is None
-        assert "only ReLU, the layer has SiLU" in str(relu.why_not(layer(act="SiLU"), gpu))
-        assert "residual" in str(relu.why_not(layer(residual="add_act"), gpu))
-        assert add_relu.why_not(layer(residual="add_act"), gpu) is None
-        assert "before the activation" in str(add_relu.why_not(layer(residual="act_add"), gpu))
-        assert "before the activation" in str(add_relu.why_not(layer(), gpu))
+        assert "needs a CUDA device" in str(Cudnn().why_not(layer(), CPU))
+        assert "only ReLU, the layer has SiLU" in str(Cudnn().why_not(layer(act="SiLU"), gpu))
+        assert [Cudnn().why_not(layer(residual=order), gpu) for order in ("none", "add_act", "act_add")] == [
+            None,
+            None,
+            "adds a residual only before the activation",
+        ]
         assert "no norm to fold" in str(Folded().why_not(layer(norm="none"), gpu))
         assert Folded().why_not(layer(), gpu) is None
 
-    @pytest.mark.parametrize(("route", "residual"), [(CudnnRelu(), "none"), (CudnnAddRelu(), "add_act")])
-    def test_cudnn_is_called_as_its_schema_says(
-        self, route: CudnnRelu, residual: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.parametrize("residual", ["none", "add_act"])
+    def test_cudnn_is_called_as_its_schema_says(self, residual: str, monkeypatch: pytest.MonkeyPatch) -> None:
         name = "cudnn_convolution_relu" if residual == "none" else "cudnn_convolution_add_relu"
         schema = getattr(torch.ops.aten, name).default._schema
         seen: dict[str, object] = {}
@@ -102,7 +98,7 @@ class TestRoutes:
         monkeypatch.setattr(torch, name, record)
         case = make_case(layer(residual=residual, stride_h=2, dil_w=3, groups=2), CPU, torch.float32, seed=0)
         x, z = torch.zeros(1), torch.ones(1)
-        route.prepare(case.laid_out(torch.channels_last))(*((x, z) if residual == "add_act" else (x,)))
+        Cudnn().prepare(case.laid_out(torch.channels_last))(*((x, z) if residual == "add_act" else (x,)))
         assert seen["self"] is x
         assert (seen["stride"], seen["padding"], seen["dilation"], seen["groups"]) == (
             (2, 1),
