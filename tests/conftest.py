@@ -46,6 +46,23 @@ def needs_gpu() -> None:
         pytest.skip(NO_GPU)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """A process that has lost the GPU never gets it back, and fails every later test: it ends.
+
+    xdist lays the end to this test, and starts another worker for the rest.
+    """
+    done = yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if hasattr(item.config, "workerinput"):
+                os._exit(1)
+            pytest.exit(f"{item.nodeid} lost the GPU: {error}")
+    return done
+
+
 class Backend:
     """One way to run a problem; problems are built on the CPU and moved to `device` by `place`."""
 

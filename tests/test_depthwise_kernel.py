@@ -35,8 +35,6 @@ from tests.shapes import ConvShape
 from tests.simt import conv_norm_act
 from tests.test_plan import real_layers
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 

@@ -27,8 +27,6 @@ from tests.reference import (
 from tests.shapes import ConvShape
 from tests.simt import conv_norm_act
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 KERNEL = "depthwise_toeplitz"
 
 

@@ -24,8 +24,6 @@ from tests.shapes import shape_named
 from tests.simt import conv_norm_act as simulated
 from tests.test_recording import recorded
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 
 def test_a_sample_far_from_the_others_does_not_count() -> None:
     assert typical([3.0, 1.0, 2.0]) == 2.0

@@ -28,8 +28,6 @@ from tests.shapes import SHAPES, ConvShape, shape_named
 from tests.simt import conv_norm_act, list_plans
 from tests.test_simt_implicit_gemm import LARGER, channels_last, without_split
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 KERNELS = ("implicit_gemm_fp32", "implicit_gemm_tf32x3")
 UNIT = unit_roundoff(torch.float32)
 

@@ -27,8 +27,6 @@ from tests.test_gemm_kernels import Run, bits, check, run
 from tests.test_plan import DEVICES, illegal, real_layers
 from tests.test_simt_implicit_gemm import channels_last
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 KERNEL = "grouped"
 
 __all__ = ["run"]  # the fixture, simulated and on a GPU

@@ -12,8 +12,6 @@ from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_p
 from tests.shapes import SHAPES, ConvShape, shape_named
 from tests.simt import conv_norm_act
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 # Larger than one tile in every direction, each for one more property of the main loop.
 LARGER = (
     ConvShape("layer_14x14", 1, 64, 14, 14, 64, 3, 3, "a middle layer of ResNet", padding=(1, 1)),

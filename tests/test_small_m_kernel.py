@@ -32,8 +32,6 @@ from tests.reference import (
 from tests.shapes import SHAPES, ConvShape
 from tests.test_gemm_kernels import run_on_gpu, run_simulated
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 MOST_ROWS = 32
 """More output pixels than this it refuses."""
 

@@ -34,8 +34,6 @@ from tests.shapes import SHAPES, ConvShape
 from tests.simt import conv_norm_act, list_plans
 from tests.test_gemm_kernels import bits, bound, rounded_to_tf32, run_on_gpu, truncated_to_tf32
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 LAYERS = Path(__file__).parents[1] / "bench" / "data" / "conv_layers.csv"
 
 TILES = ("256x64", "256x32", "128x64", "128x32", "64x64", "64x32")

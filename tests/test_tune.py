@@ -27,8 +27,6 @@ from tests.simt import conv_norm_act as simulated
 from tests.test_device_timer import planner_names
 from tests.test_recording import image, network
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 Timer = Callable[[RecordedCall, Sequence[str]], Sequence[float]]
 
 
