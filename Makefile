@@ -41,7 +41,7 @@ bench: .venv/built  ## measure real networks and layers against eager PyTorch an
 	$(VENV) -m bench
 
 test: .venv/built simt  ## the whole test suite; what needs a GPU is skipped without one
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist worksteal
 
 kernel-report: .venv/installed  ## registers, shared memory, blocks and main loop of every kernel; needs nvcc
 	$(VENV) -m tests.kernel_report
@@ -78,7 +78,7 @@ gpu-build:
 		|| { tail -n 50 $(OUT)/build.log; exit 1; }
 
 gpu-test: gpu-build  ## the whole test suite on this machine's GPU, without .venv; the log goes to OUT
-	workers=$$($(PYTHON) -c 'import importlib.util as u; print("-n 8 --dist loadgroup" * bool(u.find_spec("xdist")))'); \
+	workers=$$($(PYTHON) -c 'import importlib.util as u; print("-n 6 --dist worksteal --max-worker-restart=50" * bool(u.find_spec("xdist")))'); \
 	OMP_NUM_THREADS=1 $(GPU_LIMIT) $(PYTHON) -m pytest $$workers 2>&1 | tee $(OUT)/test.log
 
 gpu-sanitize: gpu-build  ## compute-sanitizer's four tools over every kernel; the report goes to OUT

@@ -76,13 +76,25 @@ def gencode(name: str) -> str:
     return f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}"
 
 
+def machine_capabilities() -> set[str]:
+    """Compute capabilities of this machine's GPUs: by the driver's tool, else by torch."""
+    report = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    if listed := re.findall(r"^\d+\.\d$", report, re.MULTILINE):
+        return set(listed)
+    from torch import cuda
+
+    gpus = range(cuda.device_count() if cuda.is_available() else 0)
+    return {"{}.{}".format(*cuda.get_device_capability(gpu)) for gpu in gpus}
+
+
 def machine_arch_list(nvcc: str) -> str:
     """This machine's GPUs in torch's notation; one too new for nvcc takes PTX. PORTABLE without a GPU."""
-    report = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     known = output_of(nvcc, "--list-gpu-arch").split()
-    capabilities = sorted(set(re.findall(r"^\d+\.\d$", report, re.MULTILINE)))
     return (
-        ";".join(c if f"compute_{c.replace('.', '')}" in known else "9.0+PTX" for c in capabilities)
+        ";".join(
+            c if f"compute_{c.replace('.', '')}" in known else "9.0+PTX"
+            for c in sorted(machine_capabilities())
+        )
         or PORTABLE
     )
 

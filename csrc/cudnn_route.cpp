@@ -18,6 +18,7 @@
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/tanh.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -82,25 +83,38 @@ void activate(Tensor& z, Activation activation, at::ArrayRef<double> params) {
     }
 }
 
+// cuDNN's convolution with ReLU in one kernel; nothing where it has no engine for the problem, as it has for fewer
+// than for the convolution alone. Want of memory is no such refusal, and a lost device raises again in what follows.
+MaybeTensor fused_with_relu(const Inputs& in, const Padded& padded, const Folded& folded) {
+    try {
+        if (in.residual) {
+            return at::cudnn_convolution_add_relu(padded.x, folded.weight, *in.residual, 1, folded.bias, in.stride,
+                                                  padded.padding, in.dilation, in.groups);
+        }
+        return at::cudnn_convolution_relu(padded.x, folded.weight, folded.bias, in.stride, padded.padding, in.dilation,
+                                          in.groups);
+    } catch (const c10::OutOfMemoryError&) {
+        throw;
+    } catch (const c10::Error&) {
+        return std::nullopt;
+    }
+}
+
 }  // namespace
 
 Tensor run_cudnn_route(const Inputs& in, const CheckedInputs& checked) {
     const Folded folded = fold(in);
-    const auto [x, padding] = pad(in);
+    const Padded padded = pad(in);
     const auto order = in.residual ? std::optional(checked.residual_order) : std::nullopt;
     const bool add_first = order == ResidualOrder::add_act, add_last = order == ResidualOrder::act_add;
     const bool cudnn_has_it = in.x.is_cuda() && at::globalContext().userEnabledCuDNN() &&
                               checked.activation.value == Activation::relu &&
                               passes_after_cudnn(checked.activation.value, order) == 0;
-    if (cudnn_has_it && in.residual) {
-        return at::cudnn_convolution_add_relu(x, folded.weight, *in.residual, 1, folded.bias, in.stride, padding,
-                                              in.dilation, in.groups);
-    }
     if (cudnn_has_it) {
-        return at::cudnn_convolution_relu(x, folded.weight, folded.bias, in.stride, padding, in.dilation, in.groups);
+        if (MaybeTensor y = fused_with_relu(in, padded, folded)) return *y;
     }
-    Tensor z = at::convolution(x, folded.weight, folded.bias, in.stride, padding, in.dilation, /*transposed=*/false,
-                               /*output_padding=*/{0, 0}, in.groups);
+    Tensor z = at::convolution(padded.x, folded.weight, folded.bias, in.stride, padded.padding, in.dilation,
+                               /*transposed=*/false, /*output_padding=*/{0, 0}, in.groups);
     if (add_first) z.add_(*in.residual);
     activate(z, checked.activation.value, in.act_params);
     if (add_last) z.add_(*in.residual);

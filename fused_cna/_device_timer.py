@@ -1,7 +1,8 @@
-"""Times plans of one convolution on its GPU, and refuses those that compute something else."""
+"""Times plans of one convolution on its GPU, and leaves out those that raise or compute something else."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -71,35 +72,70 @@ def race(
 
 def check_results(
     call: RecordedCall, names: Sequence[str], run: Callable[[str], Tensor], eager_result: Tensor
-) -> list[str]:
-    """Runs every plan once and returns those whose results may be used.
+) -> dict[str, RuntimeError]:
+    """Runs every plan once and returns why some of them may not be used.
 
-    The first kernel is compared with the formula in float64, the others with the first. cuDNN's route is left
-    out where it is less accurate than the kernels have to be.
+    The first right kernel is compared with the formula in float64, the others with that one. cuDNN's route is
+    left out where it is less accurate than the kernels have to be, and whatever raises is left out as well.
 
     Raises:
-        WrongResultError: a kernel of this library is further off than its error bound and some slack.
+        RuntimeError: the device was lost, so that nothing more can be run.
     """
-    kernels = [name for name in names if name != CUDNN]
-    first = run(kernels[0])
-    by_cudnn = [run(CUDNN)] if CUDNN in names else []
-    eager_error, first_error, *cudnn_error = _accuracy.errors(
-        call.arguments, [eager_result, first, *by_cudnn]
-    )
-    bound = _accuracy.error_bound(first.dtype, bool(call.problem["allow_tf32"]), eager_error)
-    _check(call, kernels[0], first_error, bound, "the formula in float64")
-    for name in kernels[1:]:
-        _check(call, name, _accuracy.relative_error(run(name), first), bound, f"{kernels[0]}")
-    return [name for name in names if name != CUDNN or cudnn_error[0] <= bound]
+    left_out: dict[str, RuntimeError] = {}
 
+    def result(name: str) -> Tensor | None:
+        try:
+            return run(name)
+        except RuntimeError as error:
+            left_out[name] = _survived(error)
+            return None
 
-def _check(call: RecordedCall, name: str, error: float, bound: float, against: str) -> None:
-    if not error <= SLACK * bound:
-        raise WrongResultError(
-            f"fused_cna's plan {name!r} computed a wrong result for {call}: it differs from {against} by "
-            f"{error:.3g} (relative Frobenius norm), where {SLACK * bound:.3g} is allowed. This is a bug of "
-            "fused_cna, or of the GPU; the plan was not chosen. Please report it"
+    by_cudnn = result(CUDNN) if CUDNN in names else None
+    with _without_search():
+        eager_error, *cudnn_error = _accuracy.errors(
+            call.arguments, [y for y in (eager_result, by_cudnn) if y is not None]
         )
+    bound = _accuracy.error_bound(eager_result.dtype, bool(call.problem["allow_tf32"]), eager_error)
+    if cudnn_error and not cudnn_error[0] <= bound:
+        left_out[CUDNN] = RuntimeError(
+            f"its relative error is {cudnn_error[0]:.3g}, where a kernel's is at most {bound:.3g}"
+        )
+    right: tuple[str, Tensor] | None = None
+    for name in names:
+        if name == CUDNN or (y := result(name)) is None:
+            continue
+        if right is None:
+            with _without_search():
+                (error,) = _accuracy.errors(call.arguments, [y])
+        else:
+            error = _accuracy.relative_error(y, right[1])
+        if not error <= SLACK * bound:
+            against = "the formula in float64" if right is None else right[0]
+            left_out[name] = WrongResultError(
+                f"fused_cna's plan {name!r} computed a wrong result for {call}: it differs from {against} by "
+                f"{error:.3g} (relative Frobenius norm), where {SLACK * bound:.3g} is allowed. This is a bug "
+                "of fused_cna, or of the GPU; the plan was left out. Please report it"
+            )
+        elif right is None:
+            right = name, y
+    return left_out
+
+
+def _survived(error: RuntimeError) -> RuntimeError:
+    """A plan's error, without the tensors that its traceback holds; raises where the device is lost."""
+    torch.cuda.synchronize()
+    return error.with_traceback(None)
+
+
+@contextmanager
+def _without_search() -> Iterator[None]:
+    """For what is not timed: cuDNN searches for its fastest convolution for a second and more."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def twin(tensor: Tensor) -> Tensor:
@@ -133,28 +169,32 @@ class DeviceTimer:
     """Seconds per call of plans of one recorded call, measured on the GPU where its tensors are.
 
     Each plan is captured in a CUDA graph that goes through copies of the operands and as many outputs, so
-    that nothing is still in the L2 cache when it is read. A plan that does not fit the memory takes
-    infinitely long, and so does cuDNN's route where it is not accurate enough.
+    that nothing is still in the L2 cache when it is read. In place of the seconds of a plan that raised, does
+    not fit the memory or computed something else is the exception that says so.
 
     Raises:
-        WrongResultError: a kernel computed something else than the others.
+        RuntimeError: the device was lost.
     """
 
-    def __call__(self, call: RecordedCall, names: Sequence[str]) -> list[float]:
+    def __call__(self, call: RecordedCall, names: Sequence[str]) -> list[float | Exception]:
         # Autocast has been applied to what was recorded.
         autocast = torch.autocast("cuda", enabled=False)
         with torch.cuda.device(call.x.device), torch.inference_mode(), autocast:
-            usable = check_results(
-                call, names, lambda name: _run(name, call.arguments), eager.conv_norm_act(*call.arguments)
-            )
-            y = _run(names[0], call.arguments)
+            with _without_search():
+                y = eager.conv_norm_act(*call.arguments)
+            left_out = check_results(call, names, lambda name: _run(name, call.arguments), y)
             cache = torch.cuda.get_device_properties(call.x.device).L2_cache_size
             sets = input_sets(call.arguments, y.numel() * y.element_size(), cache)
             pool = torch.cuda.graph_pool_handle()
-            made = {name: _sampler(name, sets, pool) for name in usable}
-            samplers = {name: sampler.sample for name, sampler in made.items() if sampler is not None}
+            samplers: dict[str, Callable[[], float]] = {}
+            for name in names:
+                if name not in left_out:
+                    try:
+                        samplers[name] = _Sampler(name, sets, pool).sample
+                    except RuntimeError as error:
+                        left_out[name] = _survived(error)
             seconds = race(samplers) if samplers else {}
-            return [seconds.get(name, math.inf) for name in names]
+            return [left_out[name] if name in left_out else seconds[name] for name in names]
 
 
 def _run(name: str, arguments: Sequence[Any]) -> Tensor:
@@ -163,13 +203,24 @@ def _run(name: str, arguments: Sequence[Any]) -> Tensor:
     return y
 
 
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            yield
+    finally:
+        # torch 2.11 leaves the stream of a capture that failed current.
+        torch.cuda.set_stream(stream)
+
+
 class _Sampler:
     """One plan in a CUDA graph, a call for each set of operands."""
 
     def __init__(self, name: str, sets: Sequence[tuple[Any, ...]], pool: Any) -> None:
         self._calls = len(sets)
         self._graph = torch.cuda.CUDAGraph()
-        with forced_plan(name), torch.cuda.graph(self._graph, pool=pool):
+        with forced_plan(name), _capturing(self._graph, pool):
             # All of them are kept until the last is made, or they would share memory.
             outputs = [operator(*arguments) for arguments in sets]
         del outputs
@@ -188,10 +239,3 @@ class _Sampler:
 
     def sample(self) -> float:
         return self._seconds() / (self._replays * self._calls)
-
-
-def _sampler(name: str, sets: Sequence[tuple[Any, ...]], pool: Any) -> _Sampler | None:
-    try:
-        return _Sampler(name, sets, pool)
-    except torch.OutOfMemoryError:
-        return None

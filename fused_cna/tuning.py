@@ -1,23 +1,24 @@
 """Measures which plan is the fastest for each convolution of a model, and keeps the winners: :func:`tune`."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fused_cna import _extension, _tuned, ops, plan_file
-from fused_cna._device_timer import CUDNN, DeviceTimer
+from fused_cna._device_timer import CUDNN, DeviceTimer, WrongResultError
 from fused_cna._progress import progress as shown_progress
 from fused_cna._recording import RecordedCall, record
 from fused_cna.plan import DEFAULT_DEVICE, decide, planner
 from fused_cna.plan_file import TunedPlan
 
-Timer = Callable[[RecordedCall, Sequence[str]], Sequence[float]]
-"""Called with one recorded convolution and the names of its candidates: seconds each, in their order;
-``math.inf`` for one that could not be timed."""
+Timer = Callable[[RecordedCall, Sequence[str]], Sequence[float | Exception]]
+"""Called with one recorded convolution and the names of its candidates: seconds each, in their order; for one
+that could not be timed ``math.inf``, or the exception that says why."""
 
 WORTH_TIMING = 4.0
 """Candidates estimated to take this many times longer than the best are not timed."""
@@ -41,8 +42,10 @@ class TunedLayer:
     """The plan in force before, by name."""
     after: str
     """The plan in force now."""
-    seconds: dict[str, float]
-    """What was measured, by the name of the plan."""
+    seconds: Mapping[str, float]
+    """What was measured, by the name of the plan; infinity where a plan could not be timed."""
+    left_out: Mapping[str, Exception] = field(default_factory=dict)
+    """Why a plan could not be timed, by its name; a ``WrongResultError`` where it computed something else."""
 
     @property
     def seconds_before(self) -> float:
@@ -106,8 +109,22 @@ class TuneResult:
             )
         if untimed := len(self.layers) - len(self._timed):
             lines.append(f"{untimed} could not be timed with the plan before, or at all, and are not counted")
+        lines += self._about_left_out()
         lines.append("not saved" if self.path is None else f"saved in {self.path}")
         return "\n".join(lines)
+
+    def _about_left_out(self) -> Iterator[str]:
+        left_out = [(plan, error) for layer in self.layers for plan, error in layer.left_out.items()]
+        if wrong := [error for _, error in left_out if isinstance(error, WrongResultError)]:
+            yield f"WRONG RESULTS: {len(wrong)} plans were left out"
+            yield from (f"  {error}" for error in wrong)
+        raised: dict[str, list[Exception]] = {}
+        for plan, error in left_out:
+            if error not in wrong:
+                raised.setdefault(plan.partition(" ")[0], []).append(error)
+        for kernel, errors in raised.items():
+            reason = str(errors[0]).partition("\n")[0] or type(errors[0]).__name__
+            yield f"{kernel} could not be timed {len(errors)} times, first because: {reason}"
 
 
 _HEADER = ("layer", "convolution", "uses", "before", "us", "now", "us", "ratio")
@@ -147,8 +164,9 @@ def tune(
 
     Runs the model once in inference mode, takes every distinct convolution that reaches the operator with its
     tensors, and times those plans that the planner thinks worth it, cuDNN's convolution with the norm folded
-    per call among them. Every result is compared with the others before its plan may win. The winners are
-    used by this process at once, and by later ones through a file: ``FUSED_CNA_PLAN_FILE``, else
+    per call among them. Every result is compared with the others before its plan may win: one that computes
+    something else is left out, with a ``RuntimeWarning``, and the result names it. The winners are used by
+    this process at once, and by later ones through a file: ``FUSED_CNA_PLAN_FILE``, else
     ``fused_cna/plans.json`` in the user's cache folder, which is read when a GPU is first used. They are kept
     by device, version of fused_cna and problem, which is the sizes, dtype, memory layout and alignment of the
     tensors: tune with the batch sizes and image sizes that will be used.
@@ -174,7 +192,7 @@ def tune(
 
     Raises:
         RuntimeError: there is no GPU and no ``timer``; nothing reached the operator (says what may be the
-            cause); or a kernel computed a wrong result, as ``WrongResultError``.
+            cause); or the GPU was lost, after which the winners until then are kept.
         PlanFileError: the file cannot be written. Found out before anything is timed.
         ValueError: a ``device`` beside tensors on a GPU, a ``limit`` below 1, or a ``timer`` that does not
             return one time per candidate.
@@ -252,15 +270,20 @@ def _tune_one(call: RecordedCall, target: _tuned.Target, timer: Timer, limit: in
     names = select(planner().candidates(problem, dict(target.info)), limit)
     names += [name for name in dict.fromkeys((before, CUDNN)) if name not in names]
     try:
-        times = [float(seconds) for seconds in timer(call, tuple(names))]
-    except torch.OutOfMemoryError:
-        times = [math.inf] * len(names)
+        outcomes = list(timer(call, tuple(names)))
+    except torch.OutOfMemoryError as error:
+        outcomes = [error.with_traceback(None)] * len(names)
+    times = [math.inf if isinstance(outcome, Exception) else float(outcome) for outcome in outcomes]
     if len(times) != len(names) or not all(seconds > 0 for seconds in times):
         raise ValueError(
             f"a timer must return a positive number of seconds for each of the {len(names)} candidates, "
             f"but for {call} it returned {times}"
         )
     seconds = dict(zip(names, times, strict=True))
+    left_out = {name: o for name, o in zip(names, outcomes, strict=True) if isinstance(o, Exception)}
+    for why in left_out.values():
+        if isinstance(why, WrongResultError):
+            warnings.warn(str(why), RuntimeWarning, stacklevel=3)
     layer = TunedLayer(
         convolution=str(call),
         names=tuple(call.names),
@@ -269,6 +292,7 @@ def _tune_one(call: RecordedCall, target: _tuned.Target, timer: Timer, limit: in
         before=before,
         after=before,
         seconds=seconds,
+        left_out=left_out,
     )
     return replace(layer, after=min(names, key=seconds.__getitem__)) if min(times) < math.inf else layer
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 import fused_cna
-from tests.reference import Problem, error_bound, expected_exactly, expected_rounded, relative_error
+from tests.reference import (
+    Problem,
+    difference,
+    error_bound,
+    expected_exactly,
+    expected_rounded,
+    relative_error,
+)
 from tests.sass import SHARED_BYTES_PER_MULTIPROCESSOR, Compiled, compile_all, find_disassembler
 
 hypothesis.settings.register_profile(
@@ -39,6 +46,23 @@ def needs_gpu() -> None:
         pytest.skip(NO_GPU)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """A process that has lost the GPU never gets it back, and fails every later test: it ends.
+
+    xdist lays the end to this test, and starts another worker for the rest.
+    """
+    done = yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if hasattr(item.config, "workerinput"):
+                os._exit(1)
+            pytest.exit(f"{item.nodeid} lost the GPU: {error}")
+    return done
+
+
 class Backend:
     """One way to run a problem; problems are built on the CPU and moved to `device` by `place`."""
 
@@ -48,7 +72,10 @@ class Backend:
         return problem.map(lambda tensor: tensor.to(self.device))
 
     def run(self, problem: Problem, **extra: object) -> Tensor:
-        """The result for a problem whose tensors are on `device`."""
+        """The result for a problem whose tensors are on `device`.
+
+        `extra` are further arguments of `conv_norm_act`, and `plan`, the name of the plan to run.
+        """
         raise NotImplementedError
 
     def thread_order(self, seed: int) -> dict[str, object]:
@@ -61,15 +88,8 @@ class Backend:
 
     def check_exact(self, problem: Problem) -> None:
         """Runs an integer-valued problem and asserts the formula rounded once, value by value."""
-        actual = self.run(self.place(problem)).cpu()
-        expected = expected_rounded(problem)
-        assert actual.dtype == expected.dtype
-        assert actual.shape == expected.shape
-        wrong = ~(actual == expected)
-        assert not wrong.any(), (
-            f"{int(wrong.sum())} of {wrong.numel()} differ, the first at {wrong.nonzero()[0].tolist()}: "
-            f"{actual[wrong][0]} instead of {expected[wrong][0]}"
-        )
+        wrong = difference(self.run(self.place(problem)).cpu(), expected_rounded(problem))
+        assert not wrong, wrong
 
     def check_error(self, problem: Problem) -> None:
         """Runs a problem and asserts that its error is within the bound."""
@@ -99,8 +119,9 @@ class Gpu(Backend):
 
     device = "cuda"
 
-    def run(self, problem: Problem, **extra: object) -> Tensor:
-        return problem.call(fused_cna.conv_norm_act)
+    def run(self, problem: Problem, *, plan: str = "", **extra: object) -> Tensor:
+        with fused_cna.forced_plan(plan):
+            return problem.call(fused_cna.conv_norm_act, **extra)
 
     def eager_error(self, problem: Problem) -> float:
         from fused_cna.eager import conv_norm_act

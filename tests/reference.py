@@ -189,6 +189,18 @@ def _sum_of_products(p: Problem) -> Tensor:
     return torch.conv2d(x, p.weight, None, p.stride, 0, p.dilation, p.groups).contiguous()
 
 
+def difference(actual: Tensor, expected: Tensor) -> str:
+    """How many values differ, and the first of them, in words; empty where none does."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    wrong = ~(actual == expected)  # as a NaN is
+    if not wrong.any():
+        return ""
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} differ, the first at {wrong.nonzero()[0].tolist()}: "
+        f"{actual[wrong][0]} instead of {expected[wrong][0]}"
+    )
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error; infinite where `actual` has a NaN, 0 for empty tensors."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)

@@ -83,11 +83,25 @@ def test_gencode_compiles_for_one_target(build: SimpleNamespace) -> None:
     ],
 )
 def test_default_architectures_are_those_of_the_machine(
-    build: SimpleNamespace, nvidia_smi: str, expected: str | None
+    build: SimpleNamespace, nvidia_smi: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replies = {"nvidia-smi": nvidia_smi, "nvcc": "compute_80\ncompute_90\ncompute_120\n"}
     build.namespace["output_of"] = lambda *command: replies[command[0]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert build.machine_arch_list("nvcc") == (expected or build.PORTABLE)
+
+
+def test_torch_knows_the_gpus_where_the_drivers_tool_is_missing(
+    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build.namespace["output_of"] = lambda *command: "compute_80 compute_90" * (command[0] == "nvcc")
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 3,
+        "get_device_capability": [(9, 0), (8, 0), (9, 0)].__getitem__,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert build.machine_arch_list("nvcc") == "8.0;9.0"
 
 
 def test_unwanted_extension_is_not_built(build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 ERROR = {torch.float32: 8.0, torch.float16: 3.0, torch.bfloat16: 3.0}
-"""c of the bound c u: the folded weight and up to two passes after the convolution round once each."""
+"""c of the bound c u: the folded weight and up to two passes after the convolution round once each.
+
+Or twice the eager three-step's error: how a library sums up depends on the processor and the layout.
+"""
 
 
 def on_cpu(problem: Problem) -> Tensor:
@@ -65,9 +68,9 @@ def check(run: Run, problem: Problem) -> None:
         actual = run(problem)
         like = ops.operator(*problem.operator_arguments())
     assert (actual.shape, actual.dtype, actual.stride()) == (like.shape, like.dtype, like.stride())
-    error = relative_error(actual, expected_exactly(problem))
-    dtype = problem.x.dtype
-    assert error <= ERROR[dtype] * unit_roundoff(dtype)
+    expected, dtype = expected_exactly(problem), problem.x.dtype
+    allowed = max(ERROR[dtype] * unit_roundoff(dtype), 2 * relative_error(like, expected))
+    assert relative_error(actual, expected) <= allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

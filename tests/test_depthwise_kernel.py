@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from tests.layouts import (
     odd_unit_strides,
     sliced_channels_last,
 )
+from tests.plans import plan_names
 from tests.reference import (
     ACTIVATIONS,
     DTYPES,
@@ -32,10 +32,8 @@ from tests.reference import (
     relative_error,
 )
 from tests.shapes import ConvShape
-from tests.simt import conv_norm_act, list_plans
+from tests.simt import conv_norm_act
 from tests.test_plan import real_layers
-
-pytestmark = pytest.mark.xdist_group("simt")
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -97,12 +95,8 @@ def dense(problem: Problem) -> Problem:
     return problem.replace(x=channels_last(problem.x), weight=channels_last(problem.weight))
 
 
-def depthwise_plans(problem: Problem, device: str = "H100") -> list[str]:
-    options: dict[str, Any] = {
-        name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups")
-    }
-    names = list_plans(problem.x, problem.weight, device=device, **options)
-    return [name for name in names if name.startswith("depthwise ")]
+def depthwise_plans(problem: Problem, device: str | None = None) -> list[str]:
+    return plan_names(problem, "depthwise", device=device)
 
 
 def version(plan: str) -> str:

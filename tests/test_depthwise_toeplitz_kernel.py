@@ -10,6 +10,7 @@ import torch
 
 from fused_cna import ConvProblem, explain
 from tests.layouts import LAYOUTS, Layout, channels_last
+from tests.plans import plan_names
 from tests.reference import (
     ACTIVATIONS,
     NORM_PARTS,
@@ -24,9 +25,7 @@ from tests.reference import (
     unit_roundoff,
 )
 from tests.shapes import ConvShape
-from tests.simt import conv_norm_act, list_plans
-
-pytestmark = pytest.mark.xdist_group("simt")
+from tests.simt import conv_norm_act
 
 KERNEL = "depthwise_toeplitz"
 
@@ -75,10 +74,8 @@ def dense(problem: Problem) -> Problem:
     return problem.replace(x=channels_last(problem.x))
 
 
-def plans_of(problem: Problem, **extra: Any) -> list[str]:
-    options = {name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups")}
-    names = list_plans(problem.x, problem.weight, **options, **extra)
-    return [name for name in names if name.startswith(KERNEL)]
+def plans_of(problem: Problem, device: str | None = None) -> list[str]:
+    return plan_names(problem, KERNEL, device=device)
 
 
 def check_exact(problem: Problem, plan: str = KERNEL, **extra: Any) -> None:

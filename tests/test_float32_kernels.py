@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fused_cna import ConvProblem, explain
 from tests.layouts import LAYOUTS, Layout
+from tests.plans import plan_names
 from tests.reference import (
     FLOAT32_ERROR,
-    Problem,
     Wanted,
     expected_exactly,
     expected_rounded,
@@ -28,17 +28,10 @@ from tests.shapes import SHAPES, ConvShape, shape_named
 from tests.simt import conv_norm_act, list_plans
 from tests.test_simt_implicit_gemm import LARGER, channels_last, without_split
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 KERNELS = ("implicit_gemm_fp32", "implicit_gemm_tf32x3")
 UNIT = unit_roundoff(torch.float32)
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
-
-
-def plans_of(problem: Problem, kernel: str) -> list[str]:
-    options = {name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups")}
-    return [name for name in list_plans(problem.x, problem.weight, **options) if name.startswith(kernel)]
 
 
 @every_kernel
@@ -49,7 +42,7 @@ def test_integers_are_exact(shape: ConvShape, kernel: str) -> None:
     problem = integer_problem(shape, torch.float32, wanted)
     expected = expected_rounded(problem)
     for given in (channels_last(problem), problem):
-        plans = plans_of(given, kernel)
+        plans = plan_names(given, kernel)
         if shape.reduction >= 64:
             assert plans
         for plan in chance.sample(plans, min(2, len(plans))):
@@ -62,7 +55,7 @@ def test_integers_are_exact(shape: ConvShape, kernel: str) -> None:
 def test_every_instantiation_is_exact(shape: ConvShape, kernel: str) -> None:
     problem = channels_last(integer_problem(shape, torch.float32, Wanted(residual_order="add_act")))
     expected = expected_rounded(problem)
-    one_each = {without_split(plan): plan for plan in plans_of(problem, kernel)}
+    one_each = {without_split(plan): plan for plan in plan_names(problem, kernel)}
     assert one_each
     for plan in one_each.values():
         assert torch.equal(problem.call(conv_norm_act, plan=plan), expected), plan
@@ -78,7 +71,7 @@ def test_the_larger_shapes_reach_every_instantiation() -> None:
         without_split(plan)
         for shape in (*LARGER, *odd)
         for kernel in KERNELS
-        for plan in plans_of(channels_last(integer_problem(shape, torch.float32)), kernel)
+        for plan in plan_names(channels_last(integer_problem(shape, torch.float32)), kernel)
     }
     tiles = {
         "implicit_gemm_fp32": ("128x128x16", "128x64x16", "128x32x16", "64x64x16"),
@@ -99,7 +92,7 @@ def test_the_error_stays_within_the_bound(shape: ConvShape, residual_order: str 
     wanted = Wanted("silu", residual_order=residual_order)
     problem = channels_last(random_problem(shape, torch.float32, wanted))
     expected = expected_exactly(problem)
-    plans = plans_of(problem, kernel)
+    plans = plan_names(problem, kernel)
     chance = random.Random(f"{shape} {residual_order} {kernel}")
     for plan in {plans[0], chance.choice(plans)}:
         error = relative_error(problem.call(conv_norm_act, plan=plan), expected)
@@ -123,7 +116,7 @@ def test_inputs_in_any_layout(layout: Layout, kernel: str) -> None:
 @pytest.mark.parametrize("shape", [LARGER[0], LARGER[1], LARGER[7]], ids=str)
 def test_sanitizers_accept_it(shape: ConvShape, kernel: str) -> None:
     problem = channels_last(integer_problem(shape, torch.float32))
-    plans = [plan for plan in plans_of(problem, kernel) if " 64x64x" in plan or " 128x32x" in plan]
+    plans = [plan for plan in plan_names(problem, kernel) if " 64x64x" in plan or " 128x32x" in plan]
     for plan in {plans[0], plans[-1]}:
         result = problem.call(conv_norm_act, plan=plan, sanitized=True)
         assert torch.equal(result, expected_rounded(problem)), plan
@@ -132,7 +125,7 @@ def test_sanitizers_accept_it(shape: ConvShape, kernel: str) -> None:
 @every_kernel
 def test_splits_repeat_bit_for_bit_in_any_order_of_blocks(kernel: str) -> None:
     problem = channels_last(random_problem(LARGER[4], torch.float32))
-    by_split = {plan.split()[3]: plan for plan in plans_of(problem, kernel)}
+    by_split = {plan.split()[3]: plan for plan in plan_names(problem, kernel)}
     assert len(by_split) > 1
     for plan in by_split.values():
         first = problem.call(conv_norm_act, plan=plan, seed=0)
@@ -220,7 +213,7 @@ def test_what_is_not_finite_reaches_its_own_outputs_alone_through_splits_too(ker
         x, problem.weight, problem.bias, problem.stride, problem.padding, problem.dilation, problem.groups
     )
     assert all(kind(expected).any() for kind in (torch.isinf, torch.isnan, torch.isfinite))
-    by_split = {plan.split()[3]: plan for plan in plans_of(problem, kernel)}
+    by_split = {plan.split()[3]: plan for plan in plan_names(problem, kernel)}
     assert len(by_split) > 1
     for plan in by_split.values():
         actual = problem.call(conv_norm_act, plan=plan)
@@ -245,7 +238,7 @@ def test_what_is_not_finite_leads_no_access_outside(
     given[at] = math.inf
     problem = problem.replace(**{operand: given})
     expected = torch.nn.functional.conv2d(problem.x, problem.weight, problem.bias)
-    plans = [plan for plan in plans_of(problem, kernel) if f" 64x64x16 split {split} " in plan]
+    plans = [plan for plan in plan_names(problem, kernel) if f" 64x64x16 split {split} " in plan]
     assert plans
     for plan in plans:
         actual = problem.call(conv_norm_act, plan=plan, sanitized=True)

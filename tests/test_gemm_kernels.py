@@ -27,8 +27,6 @@ from tests.shapes import ConvShape, shape_named
 from tests.simt import conv_norm_act
 from tests.test_simt_implicit_gemm import LARGER, channels_last, tensor_core_plans
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 TF32_ROUNDOFF = 2.0**-11
 
 TF32_ERROR = 0.9

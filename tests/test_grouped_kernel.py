@@ -11,6 +11,7 @@ import torch
 
 from fused_cna import ConvProblem, explain
 from tests.layouts import LAYOUTS, Layout, odd_unit_strides
+from tests.plans import plan_names
 from tests.reference import (
     DTYPES,
     Problem,
@@ -21,12 +22,10 @@ from tests.reference import (
     random_problem,
 )
 from tests.shapes import SHAPES, ConvShape
-from tests.simt import conv_norm_act, list_plans
+from tests.simt import conv_norm_act
 from tests.test_gemm_kernels import Run, bits, check, run
 from tests.test_plan import DEVICES, illegal, real_layers
 from tests.test_simt_implicit_gemm import channels_last
-
-pytestmark = pytest.mark.xdist_group("simt")
 
 KERNEL = "grouped"
 
@@ -127,9 +126,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 
 
 def grouped_plans(problem: Problem) -> list[str]:
-    options = {name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups")}
-    names = list_plans(problem.x, problem.weight, allow_tf32=True, **options)
-    return [name for name in names if name.split()[0] == KERNEL]
+    return plan_names(problem, KERNEL, allow_tf32=True)
 
 
 def instantiation(plan: str) -> str:

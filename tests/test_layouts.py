@@ -18,8 +18,10 @@ from tests.layouts import (
     sliced,
     vector_every_third,
 )
+from tests.locks import locked
 from tests.reference import Problem, Wanted, integer_problem
 from tests.shapes import ConvShape, shape_named
+from tests.simt.build import ROOT
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 some_shapes = pytest.mark.parametrize(
@@ -148,14 +150,17 @@ FAR = 2**31 + 2**8
 
 @pytest.fixture
 def expanse(kernels: Backend) -> Iterator[Expanse]:
-    made = Expanse(kernels.device)
-    yield made
-    # Eight gigabytes that torch would keep for itself, in every worker.
-    del made.storage
-    torch.cuda.empty_cache()
+    if kernels.device == "cpu":
+        yield Expanse("cpu")
+        return
+    # Eight gigabytes: not in several workers at a time, and not kept by torch afterwards.
+    with locked(ROOT / "build" / "expanse.lock"):
+        made = Expanse(kernels.device)
+        yield made
+        del made.storage
+        torch.cuda.empty_cache()
 
 
-@pytest.mark.xdist_group("expanse")
 @pytest.mark.parametrize(
     ("operand", "strides"),
     [

@@ -14,8 +14,6 @@ from tests.simt import SimulatorError, build
 from tests.simt.binding import run_test_kernel, run_test_kernel_sanitized
 
 # What one test builds the others use.
-pytestmark = pytest.mark.xdist_group("simt")
-
 SEEDS = range(8)
 COUNT = [float(i) for i in range(64)]
 

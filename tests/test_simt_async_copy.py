@@ -11,8 +11,6 @@ import torch
 from tests.simt import SimulatorError
 from tests.simt.binding import run_test_kernel, run_test_kernel_sanitized
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 SEEDS = range(8)
 THREADS = 64
 COUNT = [float(i) for i in range(THREADS)]

@@ -7,11 +7,10 @@ import random
 import pytest
 import torch
 
+from tests.plans import plan_names
 from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem
 from tests.shapes import SHAPES, ConvShape, shape_named
-from tests.simt import conv_norm_act, list_plans
-
-pytestmark = pytest.mark.xdist_group("simt")
+from tests.simt import conv_norm_act
 
 # Larger than one tile in every direction, each for one more property of the main loop.
 LARGER = (
@@ -41,9 +40,7 @@ def channels_last(problem: Problem) -> Problem:
 
 
 def tensor_core_plans(problem: Problem) -> list[str]:
-    options = {name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups")}
-    names = list_plans(problem.x, problem.weight, allow_tf32=True, **options)
-    return [name for name in names if name.startswith("implicit_gemm_sm80")]
+    return plan_names(problem, "implicit_gemm_sm80", allow_tf32=True)
 
 
 def sample(plans: list[str], chance: random.Random) -> list[str]:

@@ -15,8 +15,6 @@ from tests.reference import DTYPES, Wanted, expected_rounded, integer_problem, r
 from tests.shapes import SHAPES, ConvShape
 from tests.simt import SimulatorError, binding, conv, conv_norm_act, list_plans
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 SEEDS = range(8)
 SHAPE = next(shape for shape in SHAPES if shape.name == "odd_channels")
 DENSE = next(shape for shape in SHAPES if shape.name == "3x3")

@@ -15,8 +15,6 @@ from tests.shapes import SHAPES, ConvShape, shape_named
 from tests.simt import SimulatorError, binding, conv, conv_norm_act, list_plans
 from tests.test_simt_implicit_gemm import LARGER
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 
 def slice_of(like: Tensor, before: int, behind: int) -> Tensor:
     """A channel slice, with the values of `like`, of a channels_last tensor with more channels around it."""

@@ -14,8 +14,6 @@ from torch import Tensor
 from tests.simt import SimulatorError
 from tests.simt.binding import run_test_kernel
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 SEEDS = range(4)
 LANES = range(32)
 

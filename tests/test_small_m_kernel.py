@@ -14,6 +14,7 @@ import fused_cna
 from fused_cna import ConvProblem, explain
 from tests.conftest import needs_gpu
 from tests.layouts import LAYOUTS, Layout, channels_last, odd_unit_strides
+from tests.plans import plan_names
 from tests.reference import (
     ACTIVATIONS,
     DEFAULT,
@@ -29,10 +30,7 @@ from tests.reference import (
     relative_error,
 )
 from tests.shapes import SHAPES, ConvShape
-from tests.simt import list_plans
 from tests.test_gemm_kernels import run_on_gpu, run_simulated
-
-pytestmark = pytest.mark.xdist_group("simt")
 
 MOST_ROWS = 256
 """More output pixels than this it refuses."""
@@ -95,9 +93,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def plans_of(problem: Problem) -> list[str]:
-    options = {name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups")}
-    names = list_plans(problem.x, problem.weight, **options)
-    return [name for name in names if name.startswith("small_m ")]
+    return plan_names(problem, "small_m")
 
 
 def one_of_each_kind(problem: Problem) -> list[str]:

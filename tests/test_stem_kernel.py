@@ -16,6 +16,7 @@ import fused_cna
 from fused_cna import ConvProblem, explain
 from tests.conftest import needs_gpu
 from tests.layouts import LAYOUTS, Layout, channels_last, contiguous, misaligned, sliced_channels_last
+from tests.plans import plan_names
 from tests.reference import (
     ACTIVATIONS,
     DTYPES,
@@ -32,8 +33,6 @@ from tests.reference import (
 from tests.shapes import SHAPES, ConvShape
 from tests.simt import conv_norm_act, list_plans
 from tests.test_gemm_kernels import bits, bound, rounded_to_tf32, run_on_gpu, truncated_to_tf32
-
-pytestmark = pytest.mark.xdist_group("simt")
 
 LAYERS = Path(__file__).parents[1] / "bench" / "data" / "conv_layers.csv"
 
@@ -99,10 +98,8 @@ def laid_out(problem: Problem, layout: Layout) -> Problem:
     return problem.replace(x=layout(problem.x), weight=layout(problem.weight))
 
 
-def stem_plans(problem: Problem, device: str = "H100") -> list[str]:
-    options = {name: getattr(problem, name) for name in ("stride", "padding", "dilation", "groups")}
-    names = list_plans(problem.x, problem.weight, allow_tf32=True, device=device, **options)
-    return [name for name in names if name.startswith("stem")]
+def stem_plans(problem: Problem, device: str | None = None) -> list[str]:
+    return plan_names(problem, "stem", device=device, allow_tf32=True)
 
 
 def is_chunked(plan: str, shape: ConvShape) -> bool:

@@ -27,8 +27,6 @@ from tests.simt import conv_norm_act as simulated
 from tests.test_device_timer import planner_names
 from tests.test_recording import image, network
 
-pytestmark = pytest.mark.xdist_group("simt")
-
 Timer = Callable[[RecordedCall, Sequence[str]], Sequence[float]]
 
 
@@ -205,13 +203,31 @@ def test_what_was_timed_before_an_error_is_kept(path: Path) -> None:
 
     def timer(call: RecordedCall, names: Sequence[str]) -> list[float]:
         if next(calls) == 2:
-            raise WrongResultError("the third is wrong")
+            raise RuntimeError("the device is lost")
         return counting(call, names)
 
-    with pytest.raises(WrongResultError, match="the third is wrong"):
+    with pytest.raises(RuntimeError, match="the device is lost"):
         fused_cna.tune(network(), image(), timer=timer, progress=False)
     (plans,) = plan_file.read(path).values()
     assert len(plans) == 2
+
+
+def test_a_wrong_plan_is_left_out_loudly_and_the_other_layers_are_tuned(path: Path) -> None:
+    def timer(call: RecordedCall, names: Sequence[str]) -> list[float | Exception]:
+        wrong = [WrongResultError(f"{names[0]} is wrong")] if call.names == ["stem"] else [9.0]
+        return [*wrong, *counting(call, names[1:-1]), RuntimeError("no engine\nfor this")]
+
+    with pytest.warns(RuntimeWarning, match=r"^stem .* is wrong") as warned:
+        result = fused_cna.tune(network(), image(), timer=timer, progress=False)
+    assert [Path(one.filename) for one in warned] == [Path(__file__)]
+    stem, *others = result.layers
+    assert stem.before in stem.left_out
+    assert stem.seconds[stem.before] == math.inf
+    assert all(layer.changed and "cudnn" in layer.left_out for layer in result.layers)
+    assert f"WRONG RESULTS: 1 plans were left out\n  {stem.before} is wrong" in str(result)
+    assert f"cudnn could not be timed {len(result.layers)} times, first because: no engine\n" in f"{result}\n"
+    assert all(set(layer.seconds) > {layer.after, layer.before, "cudnn"} for layer in others)
+    assert len(next(iter(plan_file.read(path).values()))) == len(result.layers)
 
 
 def test_what_cannot_be_timed_stays_as_it_is(path: Path) -> None:

@@ -5,7 +5,6 @@ Everything lands in build/simt/ in the tree. A lock makes it safe to call from s
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,18 +12,19 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from tests.locks import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMT = ROOT / "tests" / "simt"
 CSRC = ROOT / "csrc"
 FOLDER = ROOT / "build" / "simt"
-PROCESSES = 2
+PROCESSES = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,11 @@ def build(name: str, say: Callable[[str], None] = lambda line: None) -> Path:
         RuntimeError: the compiler refused; the message holds its whole output.
     """
     target = targets()[name]
-    with _locked():
+    with locked(FOLDER / "lock"):
         with ThreadPoolExecutor(PROCESSES) as pool:
             objects = list(pool.map(lambda source: _compile(target.variant, source, say), target.sources))
         _link(target, objects, say)
     return target.path
-
-
-@contextmanager
-def _locked() -> Iterator[None]:
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(FOLDER / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _compile(variant: Variant, source: Path, say: Callable[[str], None]) -> Path:
