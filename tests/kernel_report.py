@@ -11,8 +11,15 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from tests.epilogue_code import (
+    before_the_first_load,
+    epilogue_turns,
+    instructions_per_output,
+    residual_loads_under_way,
+    shared_loads,
+)
 from tests.kernel_names import KINDS, GemmKernel
-from tests.machine_code import CUDA_CORES, TENSOR_CORES, Loop, count, main_loop
+from tests.machine_code import CUDA_CORES, TENSOR_CORES, Code, Loop, count, main_loop
 from tests.sass import (
     SHARED_BYTES_PER_MULTIPROCESSOR,
     Compiled,
@@ -23,27 +30,24 @@ from tests.sass import (
     why_unreadable,
 )
 
-HEADINGS = (
-    "kernel",
-    "tile",
-    "dtype",
-    "rows",
-    "access",
-    "threads",
-    "registers",
-    "shared KiB",
-    "blocks",
-    "products",
-    "others",
-    "share",
-    "every turn",
-)
+KERNEL = ("kernel", "tile", "dtype", "rows", "access")
+MAIN_LOOP = ("threads", "registers", "shared KiB", "blocks", "products", "others", "share", "every turn")
+ENDS = ("to first load", "an output", "with residual", "under way", "LDS a turn")
 
 NOTES = """\
 Pairs are sm_80 / sm_90a, blocks those that one multiprocessor of an A100 / H100 holds at once.
+
 Products (HMMA, or FFMA of the CUDA cores) and others are the instructions that a turn of the main loop
 issues, those that a predicate skips and those of the copies among them; share is that of the products
-among them all, every turn their share of those that no turn jumps over."""
+among them all, every turn their share of those that no turn jumps over.
+
+To first load: instructions before the first cp.async, or before the first load where there is none, on the
+shortest path, taken by a thread that has no share in the tables; after the +, how many more lie before it.
+An output: instructions of the shortest turn of the epilogue's loop that stores 16 bytes, for each value in
+them; its activation is the identity. With residual: of the shortest turn that loads 16 bytes of one as well.
+Under way: 16-byte loads of the residual that a thread has started when it first waits for one of them.
+LDS a turn: loads from shared memory in a turn without a residual, number x bits; two of 128 bits are the
+accumulators."""
 
 
 def pair(values: Iterable[object]) -> str:
@@ -52,7 +56,7 @@ def pair(values: Iterable[object]) -> str:
 
 
 def row(family: str, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
-    """A kernel, as compiled for each architecture."""
+    """A kernel, as compiled for each architecture: under KERNEL, MAIN_LOOP and ENDS."""
     made = KINDS[family].of(kernels[0].name)
     access = getattr(made, "access_bytes", 0)
     return (
@@ -63,11 +67,12 @@ def row(family: str, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
         f"{access} bytes" if access else "",
         str(kernels[0].resources.threads),
         pair(kernel.resources.registers for kernel in kernels),
-        *(gemm_cells(family, made, kernels) if isinstance(made, GemmKernel) else ("", "", "", "", "", "")),
+        *(main_loop_cells(family, made, kernels) if isinstance(made, GemmKernel) else [""] * 6),
+        *map(pair, zip(*(end_cells(kernel.code, made.value_bytes) for kernel in kernels), strict=True)),
     )
 
 
-def gemm_cells(family: str, gemm: GemmKernel, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
+def main_loop_cells(family: str, gemm: GemmKernel, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
     """Shared memory, blocks and main loop of an implicit GEMM."""
     products = CUDA_CORES if family == "implicit_gemm_fp32" else TENSOR_CORES
     loops = [main_loop(kernel.code, products) for kernel in kernels]
@@ -82,6 +87,20 @@ def gemm_cells(family: str, gemm: GemmKernel, kernels: Sequence[CompiledKernel])
     )
 
 
+def end_cells(code: Code, value_bytes: int) -> tuple[str, ...]:
+    """What lies before the first load, and a turn of the epilogue."""
+    path, position = before_the_first_load(code)
+    plain, with_residual = epilogue_turns(code)
+    loads = sorted(shared_loads(plain).items(), reverse=True)
+    return (
+        f"{path}+{position - path}",
+        f"{instructions_per_output(plain, value_bytes):.1f}" if plain else "",
+        f"{instructions_per_output(with_residual, value_bytes):.1f}" if with_residual else "",
+        str(residual_loads_under_way(with_residual) or "?") if with_residual else "",
+        " ".join(f"{number}x{bits}" for bits, number in loads),
+    )
+
+
 def share_of_every_turn(loop: Loop, products: str) -> float:
     return count(loop.every_turn, products) / len(loop.every_turn)
 
@@ -89,27 +108,38 @@ def share_of_every_turn(loop: Loop, products: str) -> float:
 def rows(by_architecture: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
     """Every kernel, by family and as its file instantiates them."""
     for family in KINDS:
-        by_name = [{kernel.name: kernel for kernel in compiled[family]} for compiled in by_architecture]
+        by_name = [
+            {kernel.name: kernel for kernel in compiled.get(family, [])} for compiled in by_architecture
+        ]
         for name in reversed(by_name[0]):
             yield row(family, [found[name] for found in by_name])
 
 
-def print_table(table: Sequence[tuple[str, ...]]) -> None:
+def print_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> None:
     """With rich where it is installed, else in plain columns."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(HEADINGS, *table, strict=True)]
-        for cells in (HEADINGS, *table):
+        widths = [max(map(len, column)) for column in zip(headings, *table, strict=True)]
+        for cells in (headings, *table):
             print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
         return
-    pretty = Table(*HEADINGS, box=None, pad_edge=False)
+    pretty = Table(*headings, box=None, pad_edge=False)
     for cells in table:
         pretty.add_row(*cells)
     console = Console()
     # a pipe has no width of its own, and a cut cell says nothing
     Console(width=console.width if console.is_terminal else 160).print(pretty)
+
+
+def print_report(table: Sequence[Sequence[str]]) -> None:
+    """A table of the main loops, one of what lies before and after them, and what they say."""
+    names, loops = len(KERNEL), len(KERNEL) + len(MAIN_LOOP)
+    print_table(KERNEL + MAIN_LOOP, [cells[:loops] for cells in table])
+    print()
+    print_table(KERNEL + ENDS, [(*cells[:names], *cells[loops:]) for cells in table])
+    print(f"\n{NOTES}")
 
 
 def main() -> int:
@@ -120,8 +150,7 @@ def main() -> int:
         print(f"This report {reason}.")
         return 1
     found = read_extension(extension)
-    print_table(list(rows([found[name] for name in SHARED_BYTES_PER_MULTIPROCESSOR if name in found])))
-    print(f"\n{NOTES}")
+    print_report(list(rows([found[name] for name in SHARED_BYTES_PER_MULTIPROCESSOR if name in found])))
     return 0
 
 

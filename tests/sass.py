@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 
-from tests.cubin import SYSTEM_SHARED_BYTES, Resources, read_resources
+from tests.cubin import SYSTEM_SHARED_BYTES, Resources, Section, read_resources, read_sections
 from tests.kernel_names import family_of
 from tests.machine_code import Code, count, parse_section
 
@@ -122,7 +122,12 @@ def extract_cubins(extension: Path, cache_folder: Path) -> Path:
 
 
 def _read_code(cubin: Path, name: str) -> Code:
-    return parse_section(_list_sections(cubin)[name])
+    return parse_section(_list_sections(cubin)[name], _read_sections(cubin)[f".text.{name}"].data)
+
+
+@cache
+def _read_sections(cubin: Path) -> dict[str, Section]:
+    return read_sections(cubin.read_bytes())
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,25 +30,30 @@ _Z1av,"ax",@progbits
         /*0030*/               @P1 CALL.REL.NOINC `(.L_x_0) ;
         /*0040*/                   CALL.REL.NOINC `($__internal_1_$__cuda_sm20_sqrt_rn_f32_slowpath) ;
 .L_x_0:
-        /*0050*/               @P2 LDG.E.128.CONSTANT R4, [R2.64] ;
-        /*0060*/              @!PT LDS RZ, [RZ] ;
-        /*0070*/                   EXIT ;
+        /*0050*/               @P2 LDG.E.128.CONSTANT R140, [R142.64] ;
+        /*0060*/              @!PT HADD2.F32 R3, -RZ, R140.reuse.H0_H0 ;
+        /*0070*/                   DEPBAR.LE SB0, 0x1 ;
+        /*0080*/                   EXIT ;
 """
+NO_BARRIERS, SETS_BARRIER_5, WAITS_FOR_BARRIER_5 = 0x000FC80000000000, 0x000F64000C1E1D00, 0x120FE40000004100
+"""Upper halves of instructions as nvdisasm -hex prints them."""
 
 
 def test_instructions_are_read_from_the_listing() -> None:
-    code = parse_section(LISTING)
+    upper_halves = [NO_BARRIERS] * 5 + [SETS_BARRIER_5, WAITS_FOR_BARRIER_5] + [NO_BARRIERS] * 2
+    code = parse_section(LISTING, b"".join(bytes(8) + half.to_bytes(8, "little") for half in upper_halves))
     assert code == (
         Instruction("LDC"),
         Instruction("BRA", is_conditional=True, targets=(5,)),
         Instruction("UIADD3", is_conditional=True),
         Instruction("CALL.REL.NOINC", is_conditional=True, targets=(5,)),
         Instruction("CALL.REL.NOINC"),
-        Instruction("LDG.E.128.CONSTANT", is_conditional=True),
-        Instruction("LDS", is_conditional=True),
+        Instruction("LDG.E.128.CONSTANT", is_conditional=True, barrier=5),
+        Instruction("HADD2.F32", is_conditional=True, waits=1 << 5),
+        Instruction("DEPBAR.LE", leaves=1),
         Instruction("EXIT"),
     )
-    assert count(code, r"(LDG|LDS)\b.*") == 2
+    assert count(code, r"(LDG|LDC)\b.*") == 2
     assert count(code, "LDG") == 0
 
 
@@ -73,11 +79,22 @@ def test_an_instantiation_is_read_from_its_name() -> None:
 
 
 def straight(text: str) -> Code:
-    """Instructions by their opcodes; "BRA>3" jumps to number 3, "?BRA>3" where its predicate says so."""
+    """Instructions by their opcodes.
+
+    "BRA>3" jumps to number 3, "?BRA>3" where its predicate says so. "LDG+5" releases barrier 5, "FADD-5"
+    waits for it, and "DEPBAR=3" leaves 3 groups of copies under way.
+    """
     code = []
     for word in text.split():
-        opcode, _, target = word.lstrip("?").partition(">")
-        code.append(Instruction(opcode, word.startswith("?"), (int(target),) if target else ()))
+        opcode, sign, number = re.split(r"([>+=-]|$)", word.lstrip("?"), maxsplit=1)
+        fields = {
+            "": {},
+            ">": {"targets": (int(number or 0),)},
+            "+": {"barrier": int(number or 0)},
+            "-": {"waits": 1 << int(number or 0)},
+            "=": {"leaves": int(number or 0)},
+        }
+        code.append(Instruction(opcode, word.startswith("?"), **fields[sign]))
     return tuple(code)
 
 

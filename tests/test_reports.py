@@ -8,7 +8,7 @@ import pytest
 
 from tests.coverage_report import Hole, complaints, find_holes, read_counts, short_name
 from tests.cubin import Resources
-from tests.kernel_report import HEADINGS, print_table, row
+from tests.kernel_report import ENDS, KERNEL, MAIN_LOOP, print_report, row
 from tests.sass import CompiledKernel
 from tests.test_machine_code import GEMM, SPLIT_K, straight
 
@@ -98,8 +98,13 @@ def test_holes_and_arguments_must_match() -> None:
     ]
 
 
+MAIN = "LDGSTS.E.64 LDSM.16 HMMA.16816.F32 ?BRA>6 LDGSTS.E.64 ?BRA>2"
+EPILOGUE = "LDS.128 LDS.128 LDS ?BRA>13 LDG.E.128+0 FADD-0 F2FP STG.E.128 ?BRA>7 EXIT"
+HEADINGS = (*KERNEL, *MAIN_LOOP, *ENDS)
+
+
 def kernel(name: str, architecture: str, registers: int) -> CompiledKernel:
-    code = straight("LDSM.16 HMMA.16816.F32 ?BRA>4 LDGSTS.E.64 ?BRA>0 EXIT")
+    code = straight(f"S2R {MAIN} {EPILOGUE}")
     return CompiledKernel(name, architecture, Resources(registers, 128), lambda: code)
 
 
@@ -110,13 +115,13 @@ def test_a_row_of_the_kernel_report() -> None:
     cells = dict(zip(HEADINGS, row("implicit_gemm_sm80", GEMMS), strict=True))
     assert cells["registers"] == "120 / 180"
     assert cells["blocks"] == "2", "shared memory limits it on an A100, registers on an H100"
-    main_loop = [cells[heading] for heading in ("products", "others", "share", "every turn")]
-    assert main_loop == ["1", "4", "20%", "25%"]
+    assert [cells[heading] for heading in MAIN_LOOP[4:]] == ["1", "4", "20%", "25%"]
+    assert [cells[heading] for heading in ENDS] == ["1+0", "0.9", "1.1", "1", "2x128 1x32"]
     assert row("split_k", [kernel(SPLIT_K, "sm_80", 40)])[:3] == ("split_k", "", "float32")
 
 
-def test_the_table_prints_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_prints_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     cells = row("implicit_gemm_sm80", GEMMS)
-    print_table([cells])
+    print_report([cells])
     printed = capsys.readouterr().out
     assert all(cell in printed for cell in (*HEADINGS, *cells))
