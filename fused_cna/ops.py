@@ -4,8 +4,8 @@
 follow an operator that returns a slice which it was given.
 
 The schemas and the fake, CPU and autocast kernels are here; the compiled extension adds those of CUDA and of
-autograd, which have stand-ins here for where it is missing. The front runs plain PyTorch for every other device,
-which costs less per call than the operator does and which compilers see through.
+autograd, which have stand-ins here for where it is missing. The front runs plain PyTorch for every other
+device, which costs less per call than the operator does and which compilers see through.
 """
 
 import warnings

@@ -95,7 +95,7 @@ class GemmKernel(Instantiation):
     @property
     def shared_bytes(self) -> int:
         """GemmTile::shared_bytes of csrc/tiles.h, and what the kernel may add to it for alignment."""
-        return self.stages * (self.m + self.n) * self.k_bytes + self.m * 24 + self.n * 12 + 128
+        return self.stages * (self.m + self.n) * self.k_bytes + self.m * 16 + self.n * 12 + 128
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.kernel_names import DepthwiseKernel, GroupedKernel, SmallMKernel, StemKernel, ToeplitzKernel
 from tests.machine_code import TENSOR_CORES, count, innermost_loop, main_loop
 from tests.sass import Compiled
 from tests.test_compiled_kernels import COPIES, MMA
-
-pytestmark = pytest.mark.xdist_group("compiled")
 
 LOADS = {16: r"LDG\.E\.128", 8: r"LDG\.E\.64", 4: r"LDG\.E", 2: r"LDG\.E\.U16"}
 """The opcode of a load by its bytes."""

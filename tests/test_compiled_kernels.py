@@ -29,8 +29,6 @@ from tests.sass import (
     resident_blocks,
 )
 
-pytestmark = pytest.mark.xdist_group("compiled")
-
 GEMMS = {family: TENSOR_CORES for family, kind in KINDS.items() if kind is GemmKernel}
 GEMMS["implicit_gemm_fp32"] = CUDA_CORES
 """The opcodes of their products."""
