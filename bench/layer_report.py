@@ -86,7 +86,8 @@ def _loss_line(one: LayerResult, comparison: Comparison) -> str:
     )
     plan = "" if one.plan is None else f" by {one.plan.text}"
     rival += f" by {comparison.rival}"
-    return f"{one.name}: {comparison.speedup.median:.2f}, {fused}{plan}, {rival} ({', '.join(one.row.uses)})"
+    notes = ", ".join([*one.row.uses, *([] if one.rotation.outruns_cache else ["stays in the cache"])])
+    return f"{one.name}: {comparison.speedup.median:.2f}, {fused}{plan}, {rival} ({notes})"
 
 
 def _print_rows(console: Console, result: LayersResult, launch: str) -> None:

@@ -38,8 +38,8 @@ def run(
 ) -> LayersResult:
     """Measure the ceilings, then every row of the suites, most telling first.
 
-    Stops when the budget but for `keep` seconds is spent.
-    What `earlier` has is not measured again and stays in the result. `save` gets unfinished results.
+    Stops when the budget but for `keep` seconds is spent, and when the run is interrupted. What `earlier` has
+    is not measured again and stays in the result. `save` gets unfinished results.
     """
     ceilings = dict(earlier_ceilings or {})
     for precision in setting.precisions:

@@ -108,6 +108,8 @@ class TestTables:
         assert sum("*: too small to outrun the cache" in line for line in lines) == 2
         print_layers(console, RESULT)
         assert "*" not in capsys.readouterr().out
+        in_summary = "\n".join(layers_summary(replace(RESULT, results=[cached])))
+        assert "folded conv (quick, stays in the cache)" in in_summary
 
     def test_markup_does_not_show(self, console: Any, capsys: pytest.CaptureFixture[str]) -> None:
         table = terminal.make_table("title", "caption")
