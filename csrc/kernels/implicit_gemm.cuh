@@ -26,6 +26,7 @@ struct ImplicitGemmArgs {
     int c_per_group, k_per_group;
     Divisor tiles_per_group, tiles_n, tiles_m;
     Divisor channel_steps;  // main-loop steps per tap
+    int last_s;             // of a filter row
     int steps;              // main-loop steps of the whole reduction
     int steps_per_split;
 };
@@ -203,7 +204,7 @@ class OperandLoader {
 
     __device__ __forceinline__ void advance() {
         const bool next_tap = values_ <= last_values_;
-        const bool next_row = next_tap && walk_.s + 1 == args_.x.s.value;
+        const bool next_row = next_tap && walk_.s == args_.last_s;
         const WalkSteps& steps = args_.walk_steps[next_tap + next_row];
         walk_.x += steps.x;
         walk_.weight += steps.weight;
@@ -382,8 +383,9 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     OperandLoader<Traits, Rows> loader(args, block, first_step, device::shared_address(&shared.stages[0][0]));
     load_first<Traits>(loader, steps);
     prepare_tables(args, block, shared);
-    const bool residual_beside_operands = !is_split && steps <= ImplicitGemmEpilogue<Traits>::untouched_after_steps;
-    if (residual_beside_operands) {
+    // Asked for once more behind the main loop, in which a predicate kept would be one too many.
+    const auto residual_beside_operands = [&] { return args.steps <= ImplicitGemmEpilogue<Traits>::untouched_after_steps; };
+    if (!is_split && residual_beside_operands()) {
         device::sync_threads();
         output_of(args, block, shared).start();
     }
@@ -400,7 +402,7 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
 
     if (is_split) return store_partial_sums<Traits>(args, block, math);
     typename Traits::Output output = output_of(args, block, shared);
-    if (!residual_beside_operands) output.start();
+    if (!residual_beside_operands()) output.start();
     store_slices(args, block, shared, math, output);
 }
 

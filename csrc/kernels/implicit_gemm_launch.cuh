@@ -51,6 +51,7 @@ ImplicitGemmArgs make_gemm_args(const ConvArgs& given, const Plan& plan) {
     args.tiles_n = as_divisor(args.tiles_per_group.value * problem.groups);
     args.tiles_m = as_divisor(ceil_div(problem.gemm_m(), Traits::m));
     args.channel_steps = as_divisor(ceil_div(args.c_per_group, Traits::k));
+    args.last_s = args.x.s.value - 1;
     args.steps = args.x.r * args.x.s.value * args.channel_steps.value;
     args.steps_per_split = as_int(ceil_div(args.steps, plan.split_k));
     args.weight_k_bytes = conv.weight_strides.k * bytes;
@@ -59,7 +60,7 @@ ImplicitGemmArgs make_gemm_args(const ConvArgs& given, const Plan& plan) {
     const auto set_steps = [&](int64_t WalkSteps::* operand, int64_t r_bytes, int64_t s_bytes) {
         args.walk_steps[0].*operand = Traits::row_bytes;
         args.walk_steps[1].*operand = s_bytes - last_c;
-        args.walk_steps[2].*operand = r_bytes - (args.x.s.value - 1) * s_bytes - last_c;
+        args.walk_steps[2].*operand = r_bytes - args.last_s * s_bytes - last_c;
     };
     set_steps(&WalkSteps::x, args.x.dil_h.value * args.x.h_bytes, args.x.dil_w.value * args.x.w_bytes);
     set_steps(&WalkSteps::weight, conv.weight_strides.r * bytes, conv.weight_strides.s * bytes);
