@@ -126,7 +126,7 @@ def test_the_promised_blocks_fit_a_multiprocessor(compiled: Compiled, family: st
 
 @pytest.mark.parametrize("family", [family for family in KINDS if family != "small_m"])
 def test_the_epilogue_takes_16_bytes_at_a_time(compiled: Compiled, family: str) -> None:
-    """Residual and output, in one loop; less where a thread finishes too few channels or has one turn alone."""
+    """Residual and output, in one loop; less where a thread has few channels or one turn alone."""
     for kernel in compiled[family]:
         columns = DirectKernel.of(kernel.name).n if family == "direct" else 0
         if columns == 1:
