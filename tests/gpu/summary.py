@@ -22,11 +22,10 @@ def summarise(call: str, steps: dict[str, dict[str, Any]]) -> str:
     lines = [f"SUMMARY of {call}"]
     for name, step in steps.items():
         lines.append(f"{name}: {_state(step)}")
-        about = [*_about(name, step), *step.get("tail", ())]
-        most = MOST_LINES.get(name, 12)
-        lines += [f"  {line[:WIDTH]}" for line in about[:most]]
+        about, most = _about(name, step), MOST_LINES.get(name, 12)
         if len(about) > most:
-            lines.append(f"  ... and {len(about) - most} lines more, in the JSON or the log")
+            about[most:] = [f"... and {len(about) - most} lines more, in the JSON"]
+        lines += [f"  {line[:WIDTH]}" for line in (*about, *step.get("tail", ()))]
     return "\n".join(lines).encode()[:MOST_BYTES].decode(errors="ignore")
 
 
