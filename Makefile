@@ -45,7 +45,7 @@ bench: .venv/built  ## measure real networks and layers against eager PyTorch an
 test: .venv/built simt  ## the whole test suite; what needs a GPU is skipped without one
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist worksteal
 
-kernel-report: .venv/installed  ## registers, shared memory, blocks and main loop of every kernel; needs nvcc
+kernel-report: .venv/built  ## registers, blocks, main loop, prologue and epilogue of every kernel in the built extension
 	$(VENV) -m tests.kernel_report
 
 coverage: .venv/built  ## what the simulator never reaches in the kernels and the plan, and why

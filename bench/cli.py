@@ -45,9 +45,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"suites of layers:\n{suites}\n  {'networks':<16} all networks of this list\n\n"
         f"networks of the job models, in this order:\n{networks}\n{_wrapped(MODELS_RULE)}\n\n"
         f"order of the layers, which decides what a budget leaves out:\n{_wrapped(ORDER_RULE)}\n\n"
-        "Writes results.json, models.png, layers.png, suites.png and roofline.png; --compare writes "
-        "compare.png.\n"
-        "Exit status: 0; 1 if a fused result was wrong or did not run; 2 if asked for what cannot be done.",
+        "Writes results.json, or layers.json and so on for one job, so that jobs may share a folder; and "
+        "layers.png,\nsuites.png, roofline.png and models.png. --compare writes compare.png.\n"
+        "Exit status: 0; 1 if a fused result was wrong or did not run; 2 if asked for what cannot be done;\n"
+        "130 if interrupted, after the tables of what was measured.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where results go, created if missing; a results.json there is replaced (default: the folder of "
+        help="where results go, created if missing; files there are replaced (default: the folder of "
         "the file that is resumed or of the second that is compared, else bench/out/<device>-<date>)",
     )
     made.add_argument(
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="FILE",
-        help="a results.json whose layers and networks are kept and not measured again; device, versions and "
+        help="results whose layers and networks are kept and not measured again; device, versions and "
         "sources must be the same. Nothing is resumed unless asked for",
     )
     made.add_argument(
@@ -124,7 +125,13 @@ def _add_what_to_measure(made: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="which networks the job models takes, with commas, see below (default: all)",
     )
-    made.add_argument(
+    compiled = made.add_mutually_exclusive_group()
+    compiled.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="leave out the networks that torch.compile makes, which takes most of the time",
+    )
+    compiled.add_argument(
         "--max-autotune",
         action="store_true",
         help="on a GPU, also time networks that torch.compile tuned at length, minutes for each",
@@ -234,6 +241,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
         budget=Budget(options.budget),
         seed=0,
         networks=options.model or (),
+        compiled=not options.no_compile,
         max_autotune=options.max_autotune,
     )
 

@@ -61,7 +61,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a results.json holds: where it comes from, its layers and its networks."""
+    """What a result holds: where it comes from, its layers and its networks."""
 
     provenance: dict[str, Any]
     layers: list[LayerResult]
@@ -74,8 +74,7 @@ def load_rows(path: Path) -> Measured:
     layers, networks = (content.get(job, {}).get("rows", ()) for job in ("layers", "models"))
     if not layers and not networks:
         raise ValueError(
-            f"{path} holds no measured layers or networks; it needs a results.json of the jobs layers or "
-            "models"
+            f"{path} holds no measured layers or networks; it needs a result of the jobs layers or models"
         )
     return Measured(
         content["provenance"],
@@ -85,7 +84,7 @@ def load_rows(path: Path) -> Measured:
 
 
 def compare_files(before: Path, after: Path, *, any_device: bool = False) -> Compared:
-    """Match the rows of two results.json.
+    """Match the rows of two results.
 
     Raises:
         ValueError: a file that cannot be read, no row that both have, or, without `any_device`, two devices.

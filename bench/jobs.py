@@ -12,22 +12,25 @@ import torch
 import fused_cna
 from bench import layers, models, overhead, pipeline, plot, report
 from bench.compare import load_rows
-from bench.layer_report import print_layers
+from bench.layer_report import layers_summary, print_layers
 from bench.layer_result import LayerResult
 from bench.model_plot import plot_models
-from bench.model_report import print_models
+from bench.model_report import models_summary, print_models
 from bench.model_result import ModelResult
 from bench.provenance import device_name, differences, load_average, provenance
 from bench.roofline import Ceilings
 from bench.setting import Setting, fused_path
-from bench.terminal import HAS_RICH, Console, progress_of
+from bench.terminal import HAS_RICH, Console
+from fused_cna._progress import progress
 
 BUSY = 0.5
-BUDGET_KEPT_FOR_LAYERS = 0.5
+INTERRUPTED = 130
+KEPT_FOR_NETWORKS = 0.5
+KEPT_FOR_OTHERS = 0.1
 NO_RICH = "rich is not installed here: plain text instead (pip install -r requirements/bench.txt)"
 NO_MATPLOTLIB = (
     "no plots: matplotlib is not installed here (pip install -r requirements/bench.txt); all numbers are in "
-    "results.json"
+    "the JSON file"
 )
 
 
@@ -59,13 +62,22 @@ class Session:
     save: Callable[[Any], None]
     later: tuple[str, ...] = ()
 
+    @property
+    def keep(self) -> float:
+        """The seconds of a budget that the later jobs shall have."""
+        if not self.later:
+            return 0.0
+        kept = KEPT_FOR_NETWORKS if "models" in self.later else KEPT_FOR_OTHERS
+        return kept * (self.setting.budget.seconds or 0.0)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job adds to the JSON, and what was wrong with the fused results."""
+    """What a job adds to the JSON and to the summary, and what was wrong with the fused results."""
 
     content: Any
     failures: list[str]
+    summary: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -85,9 +97,10 @@ def run(
     console: Console,
     resume: Path | None = None,
 ) -> int:
-    """Run `jobs` in order; 1 if a fused result was wrong or did not run, else 0.
+    """Run `jobs` in order; 1 if a fused result was wrong or did not run, else 0; 130 if it was interrupted.
 
-    The JSON is written after each job and during long ones, so that nothing measured is lost.
+    The JSON is written after each job and during long ones, so that nothing measured is lost. Who interrupts
+    a run gets the tables of what it has measured.
 
     Raises:
         ResumeError: `resume` cannot be continued here; before anything is measured or written.
@@ -100,12 +113,13 @@ def run(
     _introduce(setting, console, path.line, load)
     content: dict[str, Any] = {"kernels": path.kernels, "fused_path": path.line, "skipped": {}}
     content |= earlier.content
-    results = out / "results.json"
+    results = out / (f"{jobs[0]}.json" if len(jobs) == 1 else "results.json")
 
     def write() -> None:
         report.write_json(results, {"provenance": provenance(setting, arguments, load), **content})
 
-    failures = []
+    failures: list[str] = []
+    summary: list[str] = []
     for index, name in enumerate(jobs):
         reason = why_skip(JOBS[name], setting)
         if reason is not None:
@@ -124,15 +138,15 @@ def run(
             else:
                 content[name] = outcome.content
             failures += outcome.failures
+            summary += outcome.summary
         write()
-    for failure in failures:
-        console.print(f"[red]WRONG or not run:[/red] {failure}", highlight=False)
+    report.print_summary(console, summary, failures)
     console.print(f"results: {results}", highlight=False, soft_wrap=True)
-    return 1 if failures else 0
+    return INTERRUPTED if setting.budget.interrupted else 1 if failures else 0
 
 
 def read_earlier(path: Path, now: dict[str, Any]) -> Earlier:
-    """What results.json holds of layers and networks; ResumeError if it cannot stand beside what is new."""
+    """What a result holds of layers and networks; ResumeError if it cannot stand beside what is new."""
     try:
         measured = load_rows(path)
     except ValueError as error:
@@ -174,6 +188,9 @@ def attempt(name: str, session: Session) -> Outcome:
     """Run one job. If it breaks off, its traceback is shown and it counts as a failure; others still run."""
     try:
         return JOBS[name].run(session)
+    except KeyboardInterrupt:
+        session.setting.budget.interrupted = True
+        return Outcome({"broke_off": session.setting.budget.why_not}, [])
     except RuntimeError as error:
         session.console.print_exception()
         reason = f"{name} broke off: {type(error).__name__}: {error}"
@@ -185,49 +202,47 @@ def why_skip(job: Job, setting: Setting) -> str | None:
     missing = [module for module in job.needs if importlib.util.find_spec(module) is None]
     if missing:
         return f"it needs {', '.join(missing)}, not installed here"
-    return (
-        None if setting.budget.allows() else f"the budget of {setting.budget.seconds:g} s was spent before it"
-    )
+    return None if setting.budget.allows() else f"{setting.budget.why_not} before it"
 
 
 def run_pipeline(session: Session) -> Outcome:
     setting, console = session.setting, session.console
-    with progress_of(console, "pipeline", len(pipeline.NETWORKS)) as step, setting.precision.applied():
+    with progress("pipeline", len(pipeline.NETWORKS), shown=True) as step, setting.precision.applied():
         results = pipeline.run(setting, step)
-    report.print_pipeline(console, results)
     left_out = list(pipeline.NETWORKS[len(results) :])
     if left_out:
-        console.print(f"left out, the budget was spent: {', '.join(left_out)}")
+        console.print(f"left out, {setting.budget.why_not}: {', '.join(left_out)}")
     failures = [f"{result.network}: {result.failure}" for result in results if result.failure]
-    return Outcome({"networks": [result.as_json() for result in results], "left_out": left_out}, failures)
+    content = {"networks": [result.as_json() for result in results], "left_out": left_out}
+    return Outcome(content, failures, report.pipeline_summary(results))
 
 
 def run_layers(session: Session) -> Outcome:
     setting, console, earlier = session.setting, session.console, session.earlier
-    with progress_of(console, "layers", layers.most_steps(setting)) as step:
+    with progress("layers", layers.most_steps(setting), shown=True) as step:
         result = layers.run(
             setting,
             step,
             earlier=earlier.rows,
             earlier_ceilings=earlier.ceilings,
+            keep=session.keep,
             save=lambda unfinished: session.save(unfinished.as_json()),
         )
     session.save(result.as_json())
     print_layers(console, result)
     if result.launches:
         draw(session, lambda heading, note: plot.plot_all(session.out, result, heading, note))
-    return Outcome(result.as_json(), result.failures)
+    return Outcome(result.as_json(), result.failures, layers_summary(result))
 
 
 def run_models(session: Session) -> Outcome:
     setting, console = session.setting, session.console
-    kept = BUDGET_KEPT_FOR_LAYERS if "layers" in session.later else 0.0
-    with progress_of(console, "models", models.most_steps(setting)) as step, setting.precision.applied():
+    with progress("models", models.most_steps(setting), shown=True) as step, setting.precision.applied():
         result = models.run(
             setting,
             step,
             earlier=session.earlier.models,
-            keep=kept * (setting.budget.seconds or 0.0),
+            keep=session.keep,
             save=lambda unfinished: session.save(unfinished.as_json()),
         )
     session.save(result.as_json())
@@ -237,11 +252,16 @@ def run_models(session: Session) -> Outcome:
             session,
             lambda heading, note: [plot_models(session.out / "models.png", result, heading, note)],
         )
-    return Outcome(result.as_json(), result.failures)
+    return Outcome(result.as_json(), result.failures, models_summary(result))
 
 
 def draw(session: Session, plots: Callable[[str, str], list[Path]]) -> None:
-    """What `plots` writes for a heading and a note, or a line that says why there is nothing."""
+    """What `plots` writes for a heading and a note, or a line that says why there is nothing.
+
+    Nothing for a run that was interrupted, as whoever did it may not wait.
+    """
+    if session.setting.budget.interrupted:
+        return
     if importlib.util.find_spec("matplotlib") is None:
         session.console.print(f"[yellow]{NO_MATPLOTLIB}[/yellow]", highlight=False)
         return
@@ -252,25 +272,25 @@ def draw(session: Session, plots: Callable[[str, str], list[Path]]) -> None:
 
 
 def run_overhead(session: Session) -> Outcome:
-    with progress_of(session.console, "overhead", 1) as step, session.setting.precision.applied():
+    with progress("overhead", 1, shown=True) as step, session.setting.precision.applied():
         result = overhead.run(session.setting, step)
-    report.print_overhead(session.console, result)
-    return Outcome(result.as_json(), [])
+    return Outcome(result.as_json(), [], report.overhead_summary(result))
 
 
+# The most telling first: a budget, or whoever interrupts a run, takes from the end.
 JOBS = {
+    "layers": Job(
+        "layers of real networks against every other route, with errors and the share of the roofline",
+        run_layers,
+    ),
+    "models": Job(
+        "whole networks of torchvision and timm: fused against eager, folded and torch.compile",
+        run_models,
+    ),
     "pipeline": Job(
         "torchvision networks on photographs: the same answers, and the time before and after the swap",
         run_pipeline,
         needs=("torchvision", "sklearn", "PIL"),
-    ),
-    "models": Job(
-        "whole networks of torchvision and timm: fused against eager, channels_last and torch.compile",
-        run_models,
-    ),
-    "layers": Job(
-        "layers of real networks against every other route, with errors and the share of the roofline",
-        run_layers,
     ),
     "overhead": Job("host time of one call on a tiny input, against the three modules", run_overhead),
 }

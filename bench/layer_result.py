@@ -1,47 +1,18 @@
 """What was measured on a row, and what it comes to: the comparison with the best rival; as JSON and back."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-
-from bench.checks import allowed_for_rivals, allowed_for_us
+from bench.entry import Entry
 from bench.layer_list import Layer
 from bench.plans import Plan
 from bench.roofline import Floor, share
 from bench.rows import Row
 from bench.stats import Summary, paired_ratio, summarize, verdict
+from bench.timing import Rotation
 
 BASELINE = "three-step"
-
-
-@dataclass
-class Entry:
-    """One route in one memory format on one row. `refused` says why it was not timed.
-
-    `samples` are seconds per call, by way of launching, while the row is measured; `seconds` sums them up.
-    """
-
-    route: str
-    memory_format: str
-    ours: bool
-    refused: str | None = None
-    error: float | None = None
-    samples: dict[str, list[float]] = field(default_factory=dict)
-    seconds: dict[str, Summary] = field(default_factory=dict)
-
-    def summarize(self) -> None:
-        self.seconds = {launch: summarize(samples) for launch, samples in self.samples.items()}
-
-    def as_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "samples"}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Entry":
-        seconds = {launch: Summary(**summary) for launch, summary in content["seconds"].items()}
-        error = None if content["error"] is None else float(content["error"])
-        return cls(**(content | {"seconds": seconds, "error": error}))
 
 
 @dataclass(frozen=True)
@@ -75,7 +46,7 @@ class LayerResult:
     floor: Floor
     flops: int
     least_bytes: int
-    input_sets: int
+    rotation: Rotation
     entries: list[Entry]
     comparisons: dict[str, Comparison]
     against_baseline: dict[str, Comparison]
@@ -87,18 +58,9 @@ class LayerResult:
     def name(self) -> str:
         return self.row.name
 
-    def largest_error(self, *, ours: bool, route: str | None = None) -> float | None:
-        """The largest error among our routes or the rivals, or of one route; None if none was checked."""
-        errors = [
-            entry.error
-            for entry in self.entries
-            if entry.error is not None and entry.ours is ours and route in (None, entry.route)
-        ]
-        return max(errors, default=None)
-
     def as_json(self) -> dict[str, Any]:
         row = self.row
-        plain = ("floor", "flops", "least_bytes", "input_sets", "comparisons", "against_baseline", "failure")
+        plain = ("floor", "flops", "least_bytes", "comparisons", "against_baseline", "failure")
         plan = None if self.plan is None else asdict(self.plan)
         everything = asdict(self)
         return {
@@ -109,6 +71,7 @@ class LayerResult:
             "uses": row.uses,
             "layer": asdict(row.layer),
             **{name: everything[name] for name in plain},
+            "rotation": self.rotation.as_json(),
             "plan": plan,
             "why_no_plan": self.why_no_plan,
             "routes": [entry.as_json() for entry in self.entries],
@@ -120,10 +83,8 @@ class LayerResult:
         return cls(
             row=Row(Layer(**content["layer"]), content["batch"], content["precision"], dict(content["uses"])),
             floor=Floor(**content["floor"]),
-            **{
-                name: content[name]
-                for name in ("flops", "least_bytes", "input_sets", "failure", "why_no_plan")
-            },
+            **{name: content[name] for name in ("flops", "least_bytes", "failure", "why_no_plan")},
+            rotation=Rotation(**{one.name: content["rotation"][one.name] for one in fields(Rotation)}),
             entries=[Entry.from_json(entry) for entry in content["routes"]],
             **{
                 name: {launch: Comparison.from_json(one) for launch, one in content[name].items()}
@@ -131,28 +92,6 @@ class LayerResult:
             },
             plan=None if plan is None else Plan(**(plan | {"tile": tuple(plan["tile"])})),
         )
-
-
-def judge(entries: Sequence[Entry], dtype: torch.dtype) -> str | None:
-    """Refuse rivals that compute something else, and say what is wrong with ours; None if nothing is.
-
-    Eager's error, which both bounds refer to, is the one of the same memory format.
-    """
-    failures = []
-    eager = {entry.memory_format: entry.error for entry in entries if entry.route == BASELINE}
-    for entry in entries:
-        if entry.ours and entry.refused is not None:
-            failures.append(f"{entry.route} ({entry.memory_format}) did not run: {entry.refused}")
-        if entry.error is None:
-            continue
-        eager_error = eager.get(entry.memory_format) or 0.0
-        allowed = (allowed_for_us if entry.ours else allowed_for_rivals)(eager_error, dtype)
-        if entry.error <= allowed:
-            continue
-        entry.refused = f"wrong result: relative error {entry.error:.2e}, at most {allowed:.2e} is allowed"
-        if entry.ours:
-            failures.append(f"{entry.route} ({entry.memory_format}): {entry.refused}")
-    return "; ".join(failures) or None
 
 
 def compare(entries: Sequence[Entry], floor: Floor, rivals: str | None = None) -> dict[str, Comparison]:

@@ -1,39 +1,30 @@
 """Single layers of real networks: fused against every other route, with errors and roofline."""
 
-import gc
 import itertools
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bench.checks import POISON, poison, relative_error
-from bench.layer_result import BASELINE, Entry, LayerResult, compare, judge
+from bench.checks import checked_images, error_of, first_call
+from bench.entry import Entry, Works, attempt, first_line, judge, time_entries, works_of
+from bench.layer_result import BASELINE, LayerResult, compare
 from bench.networks import NETWORKS, source_of
 from bench.plans import plan_of
 from bench.provenance import device_name
 from bench.roofline import Ceilings, floor, flops, least_bytes, measure_ceilings
-from bench.routes import ROUTES, Case, Route, make_case, reference
+from bench.routes import ROUTES, Case, Route, make_case, memory_formats, reference
 from bench.rows import Row, layers_of, network_floor, ordered_rows
 from bench.setting import PRECISIONS, Setting
 from bench.summary import LayersResult
-from bench.timing import (
-    InputSets,
-    RandomPool,
-    Work,
-    cache_bytes_of,
-    captured,
-    input_sets_needed,
-    interleaved,
-    rotating,
-    stopwatch_for,
-)
+from bench.timing import InputSets, RandomPool, Work, cache_bytes_of, no_search, rotation_of
 
-SECONDS_KEPT_FOR_OVERHEAD = 10.0
 SECONDS_BETWEEN_SAVES = 30.0
-CHECKED_IMAGES = 8
 
 
 def run(
@@ -42,34 +33,38 @@ def run(
     *,
     earlier: Sequence[LayerResult] = (),
     earlier_ceilings: Mapping[str, Ceilings] | None = None,
+    keep: float = 0.0,
     save: Callable[[LayersResult], object] = lambda outcome: None,
 ) -> LayersResult:
-    """Measure the ceilings, then every row of the suites, most telling first, until the budget ends.
+    """Measure the ceilings, then every row of the suites, most telling first.
 
-    What `earlier` has is not measured again and stays in the result. `save` gets unfinished results.
+    Stops when the budget but for `keep` seconds is spent, and when the run is interrupted. What `earlier` has
+    is not measured again and stays in the result. `save` gets unfinished results.
     """
     ceilings = dict(earlier_ceilings or {})
     for precision in setting.precisions:
         if precision.name not in ceilings:
             step(f"ceilings: large copy, large matrix product, {precision.name}")
-            with precision.applied():
-                ceilings[precision.name] = measure_ceilings(
-                    setting.device, precision.dtype, seed=setting.seed
-                )
+            ceilings[precision.name] = measure_ceilings(setting.device, precision, seed=setting.seed)
     names = [precision.name for precision in setting.precisions]
     rows = ordered_rows(setting.suites, setting.layer_batches, names, ceilings)
     outcome = _begin(setting, rows, ceilings, earlier)
     done = {result.row.key for result in earlier}
-    pools = Pools(setting)
+    dtypes = {precision.dtype for precision in setting.precisions}
+    pools = {dtype: RandomPool(setting.device, dtype, setting.seed) for dtype in dtypes}
     saved = time.monotonic()
     for row in rows:
         if row.key in done:
             continue
-        if not setting.budget.allows(_kept(setting)):
+        if not setting.budget.allows(keep):
             outcome.left_out.append(row.name)
             continue
         step(row.name)
-        _attempt(row, setting, pools, ceilings[row.precision], outcome)
+        try:
+            _attempt(row, setting, pools, ceilings[row.precision], outcome)
+        except KeyboardInterrupt:
+            setting.budget.interrupted = True
+            outcome.left_out.append(row.name)
         if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
             save(outcome)
             saved = time.monotonic()
@@ -80,11 +75,6 @@ def most_steps(setting: Setting) -> int:
     """How many steps a run has at most: ceilings, and each layer of each suite as often as it is wanted."""
     layers = {replace(layer, uses=1, role="") for suite in setting.suites for layer in layers_of(suite)}
     return len(setting.precisions) * (1 + len(setting.layer_batches) * len(layers))
-
-
-def _kept(setting: Setting) -> float:
-    seconds = setting.budget.seconds
-    return 0.0 if seconds is None else min(SECONDS_KEPT_FOR_OVERHEAD, 0.1 * seconds)
 
 
 def _begin(
@@ -107,39 +97,27 @@ def _begin(
     return outcome
 
 
-class Pools:
-    """Random inputs, one pool per storage type, made when first needed."""
-
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        self._pools: dict[torch.dtype, RandomPool] = {}
-
-    def of(self, dtype: torch.dtype) -> RandomPool:
-        if dtype not in self._pools:
-            self._pools[dtype] = RandomPool(self._setting.device, dtype, self._setting.seed)
-        return self._pools[dtype]
-
-    def free(self) -> None:
-        """Give all memory back to the device."""
-        self._pools.clear()
-        gc.collect()
-        if self._setting.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _attempt(row: Row, setting: Setting, pools: Pools, ceilings: Ceilings, outcome: LayersResult) -> None:
+def _attempt(
+    row: Row,
+    setting: Setting,
+    pools: Mapping[torch.dtype, RandomPool],
+    ceilings: Ceilings,
+    outcome: LayersResult,
+) -> None:
     """Measure a row and file it; one that does not fit the memory is tried once more with all of it free."""
     for tries_left in (1, 0):
         try:
-            outcome.results.append(measure(row, setting, pools.of(PRECISIONS[row.precision].dtype), ceilings))
+            pool = pools[PRECISIONS[row.precision].dtype]
+            outcome.results.append(measure(row, setting, pool, ceilings))
             return
         except torch.OutOfMemoryError:
             if not tries_left:
                 outcome.too_large.append(row.name)
         except RuntimeError as error:
-            outcome.broke_off.append(f"{row.name}: {_first_line(error)}")
+            outcome.broke_off.append(f"{row.name}: {first_line(error)}")
             return
-        pools.free()
+        for pool in pools.values():
+            pool.free()
 
 
 def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) -> LayerResult:
@@ -150,20 +128,24 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
     shapes = [(row.batch, layer.cin, layer.h, layer.w)]
     if layer.residual_order is not None:
         shapes.append((row.batch, layer.cout, layer.out_h, layer.out_w))
-    set_bytes = row.itemsize * sum(n * c * h * w for n, c, h, w in shapes)
-    count = input_sets_needed(set_bytes, cache_bytes_of(setting.device))
+    output = row.batch * layer.cout * layer.out_h * layer.out_w
+    numbers = sum(math.prod(shape) for shape in shapes) + case.conv.weight.numel() + output
+    rotation = rotation_of(row.itemsize * numbers, cache_bytes_of(setting.device))
+    recent: deque[Tensor] = deque(maxlen=rotation.sets)
     entries: list[Entry] = []
     works: dict[tuple[int, str], Work] = {}
     with precision.applied(), torch.inference_mode():
-        for memory_format in case.memory_formats:
-            input_sets = pool.input_sets(shapes, count, memory_format)
+        for memory_format in memory_formats(layer, precision, setting.device):
+            input_sets = pool.input_sets(shapes, rotation.sets, memory_format)
+            cases = [case.laid_out(memory_format) for _ in input_sets]
             expected = _expected(case, input_sets[0])
             for route in ROUTES:
-                entry, launches = _prepare(route, case, input_sets, expected, memory_format)
+                entry = Entry(route.name, str(memory_format).removeprefix("torch."), route.ours)
+                launches = _prepare(entry, route, cases, input_sets, expected, recent)
                 entries.append(entry)
                 works |= {(len(entries) - 1, launch): work for launch, work in launches.items()}
-        _time(entries, works, setting)
-    failure = judge(entries, precision.dtype)
+        time_entries(entries, works, setting, setting.effort.layer_limit_seconds)
+    failure = judge(entries, precision, (BASELINE,))
     floor_time = floor(layer, row.batch, row.itemsize, ceilings)
     plan, why_no_plan = plan_of(row, setting.device, device_name(setting.device))
     return LayerResult(
@@ -171,7 +153,7 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
         floor=floor_time,
         flops=flops(layer, row.batch),
         least_bytes=least_bytes(layer, row.batch, row.itemsize),
-        input_sets=count,
+        rotation=rotation,
         entries=entries,
         comparisons=compare(entries, floor_time),
         against_baseline=compare(entries, floor_time, BASELINE),
@@ -181,77 +163,31 @@ def measure(row: Row, setting: Setting, pool: RandomPool, ceilings: Ceilings) ->
     )
 
 
-def checked_images(batch: int) -> list[int]:
-    """Which images are compared with float64: at most 8, spread over the batch, first and last included."""
-    count = min(batch, CHECKED_IMAGES)
-    return [index * (batch - 1) // max(count - 1, 1) for index in range(count)]
-
-
+@no_search()
 def _expected(case: Case, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The float64 answer for the checked images of one input set.
-
-    Searching cuDNN's float64 algorithms would only cost time.
-    """
-    searching = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
+    """The float64 answer for the checked images of one input set."""
     images = checked_images(inputs[0].shape[0])
-    try:
-        return reference(case, *(tensor[images] for tensor in inputs))
-    finally:
-        torch.backends.cudnn.benchmark = searching
-
-
-def _error(output: Tensor, expected: Tensor) -> float:
-    """The relative error of the checked images; inf if anything in the whole batch is not finite."""
-    if not bool(torch.isfinite(output).all()):
-        return torch.inf
-    return relative_error(output[checked_images(output.shape[0])], expected)
+    return reference(case, *(tensor[images] for tensor in inputs))
 
 
 def _prepare(
-    route: Route, case: Case, input_sets: InputSets, expected: Tensor, memory_format: torch.memory_format
-) -> tuple[Entry, dict[str, Work]]:
+    entry: Entry,
+    route: Route,
+    cases: Sequence[Case],
+    input_sets: InputSets,
+    expected: Tensor,
+    recent: deque[Tensor],
+) -> Works:
     """Check one route on poisoned memory, and make what is to be timed for each way of launching."""
-    entry = Entry(route.name, str(memory_format).removeprefix("torch."), route.ours)
-    entry.refused = route.why_not(case.layer, case.device)
-    if entry.refused is not None:
-        return entry, {}
-    try:
-        call = route.prepare(case, memory_format)
-        poison(call(*input_sets[0]))
-        entry.error = _error(call(*input_sets[0]), expected)
-        works = {"launched": rotating(call, input_sets)}
-        if case.device.type == "cuda":
-            graph = captured(call, input_sets)
-            graph.first_output.fill_(POISON)
-            graph.graph.replay()
-            entry.error = max(entry.error, _error(graph.first_output, expected))
-            works["graph"] = graph.work
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if case.device.type == "cuda":
-            # A library that refuses leaves the device alive; a lost device raises here again.
-            torch.cuda.synchronize()
-        entry.refused = _first_line(error)
-        return entry, {}
-    return entry, works
+    device = cases[0].device
+    entry.refused = route.why_not(cases[0].layer, device)
 
+    def prepare() -> Works:
+        calls = [
+            partial(route.prepare(case), *inputs) for case, inputs in zip(cases, input_sets, strict=True)
+        ]
+        entry.first_call_seconds = first_call(calls[0])
+        entry.error = error_of(calls[0](), expected)
+        return works_of(entry, calls, lambda output: error_of(output, expected), device, recent)
 
-def _first_line(error: RuntimeError) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def _time(entries: list[Entry], works: dict[tuple[int, str], Work], setting: Setting) -> None:
-    """Time all works of a row side by side and file the samples with their entries."""
-    samples = interleaved(
-        works,
-        stopwatch_for(setting.device),
-        rounds=setting.effort.rounds,
-        sample_seconds=setting.effort.sample_seconds,
-        limit_seconds=setting.effort.layer_limit_seconds,
-    )
-    for (index, launch), seconds in samples.items():
-        entries[index].samples[launch] = seconds
-    for entry in entries:
-        entry.summarize()
+    return {} if entry.refused else attempt(entry, device, prepare)

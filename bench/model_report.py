@@ -1,11 +1,11 @@
-"""Tables of the job models: the goals, how many times faster, images per second, and the same answers?"""
+"""The job models in tables, how many times faster and the same answers?, and in a summary with the goals."""
 
 from collections.abc import Callable
 
 from bench.layer_report import COLORS
 from bench.model_result import ModelResult, ModelsResult
 from bench.model_routes import EAGER
-from bench.report import ratio_text
+from bench.report import clipped, ratio_text
 from bench.stats import verdict
 from bench.summary import LAUNCHES
 from bench.terminal import Console, make_table
@@ -14,11 +14,12 @@ REFERENCE = {
     True: "the fastest route that is not ours, launched the same way",
     False: "the faster of the two eager layouts",
 }
-GOAL_WORDS = {True: "[green]reached[/]", False: "[red]not reached[/]", None: "[yellow]not measured[/]"}
+GOAL_WORDS = {True: "reached", False: "not reached", None: "not measured"}
+MOST_NETWORKS = 10
 
 
 def print_models(console: Console, result: ModelsResult) -> None:
-    """Everything about a run."""
+    """The tables of a run."""
     for launch in result.launches:
         _print_matrix(
             console,
@@ -26,13 +27,6 @@ def print_models(console: Console, result: ModelsResult) -> None:
             f"networks, {LAUNCHES[launch]}: time of the reference / time of the route (quartiles)",
             f"reference: {REFERENCE[result.on_gpu]}; above 1 the route is faster",
             lambda one, route, launch=launch: _ratio_cell(one, route, launch),  # type: ignore[misc]
-        )
-        _print_matrix(
-            console,
-            result,
-            f"networks, {LAUNCHES[launch]}: images per second",
-            None,
-            lambda one, route, launch=launch: _rate_cell(one, route, launch),  # type: ignore[misc]
         )
     if result.results:
         _print_matrix(
@@ -44,10 +38,26 @@ def print_models(console: Console, result: ModelsResult) -> None:
             _answer_cell,
         )
         _print_setup(console, result)
+    _print_gaps(console, result)
+
+
+def models_summary(result: ModelsResult) -> list[str]:
+    """How many times faster than the reference, the best way of launching of each network, and the goals."""
+    lines = [f"networks: {len(result.results)} measured, {len(result.left_out)} left out"]
+    lines += clipped([line for one in result.results for line in _network_lines(one)], MOST_NETWORKS)
     for goal in result.goals:
         measured = f": {goal.measured}" if goal.measured else ""
-        console.print(f"goal: {goal.goal}: {GOAL_WORDS[goal.reached]}{measured}", highlight=False)
-    _print_gaps(console, result)
+        lines += clipped([f"goal: {goal.goal}: {GOAL_WORDS[goal.reached]}{measured}"])
+    return lines
+
+
+def _network_lines(one: ModelResult) -> list[str]:
+    launch = next((launch for launch in LAUNCHES if launch in one.references), None)
+    if launch is None:
+        return []
+    ratios = {entry.route: one.speedup(entry.route, launch) for entry in one.entries}
+    said = (f"{route} {ratio.median:.2f}" for route, ratio in ratios.items() if ratio is not None)
+    return [f"{one.name}, {LAUNCHES[launch]}: {', '.join(said)}"]
 
 
 def _print_matrix(
@@ -78,11 +88,6 @@ def _ratio_cell(one: ModelResult, route: str, launch: str) -> str:
         return "[bold]reference[/]"
     speedup = one.speedup(route, launch)
     return "-" if speedup is None else f"[{COLORS[verdict(speedup)]}]{ratio_text(speedup)}[/]"
-
-
-def _rate_cell(one: ModelResult, route: str, launch: str) -> str:
-    rate = one.images_per_second(route, launch)
-    return "-" if rate is None else f"{rate:.4g}"
 
 
 def _answer_cell(one: ModelResult, route: str) -> str:

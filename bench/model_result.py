@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.checks import allowed_for_networks, allowed_for_rivals
-from bench.layer_result import Entry
+from bench.entry import Entry
 from bench.model_cases import GOALS, Case
 from bench.model_routes import EAGER, FROZEN, FUSED, INDUCTOR_FROZEN
 from bench.report import ratio_text
@@ -21,9 +20,8 @@ class ModelEntry(Entry):
 
     `agreement` is the part of images, or pixels or anchors, with the class that float64 gives them;
     `setup_seconds` what fusing or compiling took; `speedups` the time of the reference, by way of launching,
-    over this route's, paired by round; `left_out` why it was not tried, `refused` why it was not timed,
-    `no_graph` why not in a CUDA graph; `fused_calls` how many of `conv_calls` a fused network fuses; `notes`
-    warnings.
+    over this route's, paired by round; `left_out` why it was not tried; `fused_calls` how many of
+    `conv_calls` a fused network fuses; `notes` warnings.
     """
 
     agreement: float | None = None
@@ -31,19 +29,8 @@ class ModelEntry(Entry):
     fused_calls: int | None = None
     conv_calls: int | None = None
     left_out: str | None = None
-    no_graph: str | None = None
     notes: list[str] = field(default_factory=list)
     speedups: dict[str, Summary] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "ModelEntry":
-        of_launches = {
-            name: {launch: Summary(**summary) for launch, summary in content[name].items()}
-            for name in ("seconds", "speedups")
-        }
-        error = None if content["error"] is None else float(content["error"])
-        known = {name: content[name] for name in (one.name for one in fields(cls)) if name in content}
-        return cls(**(known | of_launches | {"error": error}))
 
 
 @dataclass
@@ -108,28 +95,6 @@ class ModelResult:
             inductor_over_frozen=None if ratio is None else Summary(**ratio),
             failure=content["failure"],
         )
-
-
-def judge(entries: Sequence[ModelEntry], dtype: torch.dtype) -> str | None:
-    """Refuse routes that compute something else, and say what is wrong with ours; None if nothing is.
-
-    Eager's error, which both bounds refer to, is that in channels_last, in which all but one route run.
-    """
-    failures = []
-    eager_error = next((one.error for one in entries if one.route == EAGER[1]), None) or 0.0
-    for entry in entries:
-        if entry.error is not None:
-            allowed = (allowed_for_networks if entry.ours else allowed_for_rivals)(eager_error, dtype)
-            if entry.error > allowed:
-                entry.refused = (
-                    f"wrong result: relative error {entry.error:.2e}, at most {allowed:.2e} is allowed"
-                )
-                failures += [f"{entry.route}: {entry.refused}"] if entry.ours else []
-        elif entry.ours and entry.refused is not None:
-            failures.append(f"{entry.route} did not run: {entry.refused}")
-        if entry.ours and entry.no_graph is not None:
-            failures.append(f"{entry.route} was not captured in a CUDA graph: {entry.no_graph}")
-    return "; ".join(failures) or None
 
 
 def compare(result: ModelResult, device: torch.device) -> None:

@@ -5,12 +5,13 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.checks import POISON, largest_image_error, poison
-from bench.layers import checked_images
+from bench.checks import NETWORK_ROOM, checked_images, error_of, first_call, largest_image_error
+from bench.entry import Works, attempt, first_line, judge, time_entries, works_of
 from bench.model_cases import (
     Case,
     Images,
@@ -20,13 +21,12 @@ from bench.model_cases import (
     planned_cases,
     why_not_installed,
 )
-from bench.model_result import ModelEntry, ModelResult, ModelsResult, compare, judge
-from bench.model_routes import Call, ModelRoute, routes_for
-from bench.setting import Setting
-from bench.timing import InputSets, Work, captured, interleaved, rotating, stopwatch_for
+from bench.model_result import ModelEntry, ModelResult, ModelsResult, compare
+from bench.model_routes import EAGER, ModelRoute, routes_for
+from bench.setting import PRECISIONS, Setting
+from bench.timing import InputSets, Work, bound, no_search
 from fused_cna.fusion import records
 
-OVER_BUDGET = "the budget was spent"
 ONLY_GOALS_COMPILE = (
     "on a CPU only networks with a goal are compiled, unless named by --model or given time by --budget"
 )
@@ -63,10 +63,14 @@ def run(
         if _is_done(case, compiled, outcome, setting):
             continue
         if not setting.budget.allows(keep):
-            outcome.left_out[name] = OVER_BUDGET
+            outcome.left_out[name] = setting.budget.why_not
             continue
         step(name)
-        _attempt(case, compiled, images, setting, outcome)
+        try:
+            _attempt(case, compiled, images, setting, outcome)
+        except KeyboardInterrupt:
+            setting.budget.interrupted = True
+            outcome.left_out[name] = setting.budget.why_not
         save(outcome)
     return outcome
 
@@ -78,6 +82,8 @@ def most_steps(setting: Setting) -> int:
 
 def _turns(cases: Sequence[Case], setting: Setting) -> list[tuple[Case, bool]]:
     """What is measured in which order, and whether with the routes that compile."""
+    if not setting.compiled:
+        return [(case, False) for case in cases]
     if setting.budget.seconds is None:
         return [(case, True) for case in cases]
     return [(case, compiled) for compiled in (False, True) for case in cases]
@@ -107,7 +113,7 @@ def _attempt(case: Case, compiled: bool, images: Images, setting: Setting, outco
     except torch.OutOfMemoryError:
         outcome.left_out[case.name] = "it did not fit the device's memory"
     except RuntimeError as error:
-        outcome.broke_off.append(f"{case.name}: {_first_line(error)}")
+        outcome.broke_off.append(f"{case.name}: {first_line(error)}")
     torch._dynamo.reset()
     gc.collect()
     if setting.device.type == "cuda":
@@ -126,100 +132,72 @@ def measure(case: Case, routes: Sequence[ModelRoute], images: Images, setting: S
         sets: InputSets = [(x.contiguous(memory_format=memory_format),) for (x,) in plain_sets]
         for route in routes:
             if route.memory_format == memory_format:
-                entry, launches = _prepare(route, case, laid_out, sets, expected)
+                entry, launches = _prepare(route, case, laid_out, sets, expected, setting.device)
                 works |= {(len(entries), launch): work for launch, work in launches.items()}
                 entries.append(entry)
     with torch.inference_mode():
-        _time(entries, works, setting)
+        time_entries(
+            entries,
+            works,
+            setting,
+            setting.effort.network_limit_seconds,
+            # On a CPU the check has warmed them up, and a network may take a second.
+            warmup=0 if setting.device.type == "cpu" else 2,
+        )
     result = ModelResult(
         case=case,
         image_size=case.model.size(setting.device),
         images=images.source,
         entries=entries,
-        failure=judge(entries, case.dtype),
+        failure=judge(entries, PRECISIONS[case.precision], EAGER, NETWORK_ROOM),
     )
     compare(result, setting.device)
     return result
 
 
+@no_search()
 def _expected(case: Case, network: nn.Module, input_sets: InputSets) -> list[Tensor]:
-    """The float64 answer for the checked images of every input set.
-
-    Searching cuDNN's float64 algorithms would only cost time.
-    """
+    """The float64 answer for the checked images of every input set."""
     exact = case.model.answers(copy.deepcopy(network).double())
-    searching = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        with torch.inference_mode():
-            return [exact(x[checked_images(len(x))].double()) for (x,) in input_sets]
-    finally:
-        torch.backends.cudnn.benchmark = searching
+    with torch.inference_mode():
+        return [exact(x[checked_images(len(x))].double()) for (x,) in input_sets]
 
 
 def _prepare(
-    route: ModelRoute, case: Case, network: nn.Module, input_sets: InputSets, expected: Sequence[Tensor]
-) -> tuple[ModelEntry, dict[str, Work]]:
-    """Check one route on poisoned memory, and make what is to be timed for each way of launching."""
-    entry = ModelEntry(route.name, str(route.memory_format).removeprefix("torch."), route.ours)
-    reason = route.why_not()
-    if reason is not None:
-        entry.left_out = reason
-        return entry, {}
-    with warnings.catch_warnings(record=True) as warned:
-        try:
-            works = _checked(route, entry, case, network, input_sets, expected)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # Whatever a compiler or a fuser raises, the other routes and networks are still to be measured.
-            if input_sets[0][0].is_cuda:
-                # A library that refuses leaves the device alive; a lost device raises here again.
-                torch.cuda.synchronize()
-            entry.refused = _first_line(error)
-            works = {}
-    entry.notes = list(dict.fromkeys(str(warning.message).partition("\n")[0] for warning in warned))
-    return entry, works
-
-
-def _checked(
     route: ModelRoute,
-    entry: ModelEntry,
     case: Case,
     network: nn.Module,
     input_sets: InputSets,
     expected: Sequence[Tensor],
-) -> dict[str, Work]:
-    """Prepare a route, fill in its errors, and return what is to be timed."""
-    start = time.perf_counter()
-    call = route.prepare(network, case.model, input_sets[0][0])
-    entry.setup_seconds = time.perf_counter() - start
-    if isinstance(call, nn.Module):
-        entry.fused_calls, entry.conv_calls = calls_of(call)
-    with torch.inference_mode():
-        poison(call(*input_sets[0]))
-        outputs = [call(*inputs) for inputs in input_sets]
-        entry.error = max(_error(one, other) for one, other in zip(outputs, expected, strict=True))
-        entry.agreement = _agreement(outputs, expected, case.model.classes)
-        works = {"launched": rotating(call, input_sets)}
-        if input_sets[0][0].is_cuda:
-            works |= _capture(entry, call, input_sets, expected[0])
-    return works
+    device: torch.device,
+) -> tuple[ModelEntry, Works]:
+    """Check one route on poisoned memory, and make what is to be timed for each way of launching."""
+    entry = ModelEntry(route.name, str(route.memory_format).removeprefix("torch."), route.ours)
+    entry.left_out = route.why_not()
+
+    def prepare() -> Works:
+        start = time.perf_counter()
+        call = route.prepare(network, case.model, input_sets[0][0])
+        entry.setup_seconds = time.perf_counter() - start
+        if isinstance(call, nn.Module):
+            entry.fused_calls, entry.conv_calls = calls_of(call)
+        calls = bound(call, input_sets)
+        with torch.inference_mode():
+            entry.first_call_seconds = first_call(calls[0])
+            outputs = [call() for call in calls]
+            entry.error = max(_error(output, exact) for output, exact in zip(outputs, expected, strict=True))
+            entry.agreement = _agreement(outputs, expected, case.model.classes)
+            return works_of(entry, calls, lambda output: _error(output, expected[0]), device)
+
+    if entry.left_out is not None:
+        return entry, {}
+    with warnings.catch_warnings(record=True) as warned:
+        works = attempt(entry, device, prepare)
+    entry.notes = list(dict.fromkeys(str(warning.message).partition("\n")[0] for warning in warned))
+    return entry, works
 
 
-def _capture(entry: ModelEntry, call: Call, input_sets: InputSets, expected: Tensor) -> dict[str, Work]:
-    """The route in a CUDA graph, its first output checked; nothing where it cannot be captured."""
-    try:
-        graph = captured(call, input_sets)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        entry.no_graph = _first_line(error)
-        return {}
-    graph.first_output.fill_(POISON)
-    graph.graph.replay()
-    entry.error = max(entry.error or 0.0, _error(graph.first_output, expected))
-    return {"graph": graph.work}
+_error = partial(error_of, measure=largest_image_error)
 
 
 def calls_of(call: nn.Module) -> tuple[int, int] | tuple[None, None]:
@@ -231,13 +209,6 @@ def calls_of(call: nn.Module) -> tuple[int, int] | tuple[None, None]:
     return None, None
 
 
-def _error(output: Tensor, expected: Tensor) -> float:
-    """The largest relative error of a checked image; inf if anything in the whole batch is not finite."""
-    if not bool(torch.isfinite(output).all()):
-        return torch.inf
-    return largest_image_error(output[checked_images(len(output))], expected)
-
-
 def _agreement(outputs: Sequence[Tensor], expected: Sequence[Tensor], classes: int | None) -> float:
     """The part of the checked images, or their pixels or anchors, whose top class is that of float64."""
     same = [
@@ -245,26 +216,3 @@ def _agreement(outputs: Sequence[Tensor], expected: Sequence[Tensor], classes: i
         for output, other in zip(outputs, expected, strict=True)
     ]
     return float(torch.cat(same).double().mean())
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def _time(entries: list[ModelEntry], works: dict[tuple[int, str], Work], setting: Setting) -> None:
-    """Time all works of a case side by side and file the samples with their entries.
-
-    On a CPU the check has warmed them up, and a network may take a second.
-    """
-    samples = interleaved(
-        works,
-        stopwatch_for(setting.device),
-        rounds=setting.effort.rounds,
-        sample_seconds=setting.effort.sample_seconds,
-        limit_seconds=setting.effort.network_limit_seconds,
-        warmup=0 if setting.device.type == "cpu" else 2,
-    )
-    for (index, launch), seconds in samples.items():
-        entries[index].samples[launch] = seconds
-    for entry in entries:
-        entry.summarize()

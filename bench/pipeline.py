@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.checks import allowed_for_networks, largest_image_error
+from bench.checks import NETWORK_ROOM, allowed_error, largest_image_error
 from bench.photographs import crops, photographs
-from bench.setting import Setting
+from bench.setting import Precision, Setting
 from bench.stats import Summary, paired_ratio, summarize
-from bench.timing import InputSets, Work, captured, interleaved, rotating, stopwatch_for
+from bench.timing import InputSets, Work, bound, captured, interleaved, no_search, rotating, stopwatch_for
 from fused_cna import ConvNormAct
 
 NETWORKS = ("mobilenet_v2", "efficientnet_b0")
@@ -53,14 +53,17 @@ class NetworkResult:
 
 
 def run(setting: Setting, step: Callable[[str], None]) -> list[NetworkResult]:
-    """All networks; one that the budget leaves no time for is left out."""
+    """All networks but those that the budget leaves no time for."""
     results = []
     images = photographs()
     for name in NETWORKS:
         if not setting.budget.allows():
             break
         step(name)
-        results.append(measure(name, images, setting, IMAGE_SIZE))
+        try:
+            results.append(measure(name, images, setting, IMAGE_SIZE))
+        except KeyboardInterrupt:
+            setting.budget.interrupted = True
     return results
 
 
@@ -81,7 +84,8 @@ def measure(name: str, images: list[Tensor], setting: Setting, size: int) -> Net
         for index in range(INPUT_SETS)
     ]
     with torch.inference_mode():
-        expected = _answers(copy.deepcopy(eager).double(), [(x.double(),) for (x,) in input_sets])
+        with no_search():
+            expected = _answers(copy.deepcopy(eager).double(), [(x.double(),) for (x,) in input_sets])
         before, after = _answers(eager, input_sets), _answers(fused, input_sets)
         latency = _time(eager, fused, input_sets, setting)
     fused_error, eager_error = largest_image_error(after, expected), largest_image_error(before, expected)
@@ -96,12 +100,12 @@ def measure(name: str, images: list[Tensor], setting: Setting, size: int) -> Net
         fused_against_eager=largest_image_error(after, before.double()),
         top1_agreement=float((after.argmax(1) == before.argmax(1)).double().mean()),
         latency=latency,
-        failure=failure_of(fused_error, eager_error, setting.dtype),
+        failure=failure_of(fused_error, eager_error, setting.precision),
     )
 
 
-def failure_of(fused_error: float, eager_error: float, dtype: torch.dtype) -> str | None:
-    allowed = allowed_for_networks(eager_error, dtype)
+def failure_of(fused_error: float, eager_error: float, precision: Precision) -> str | None:
+    allowed = allowed_error(eager_error, precision, NETWORK_ROOM)
     if fused_error <= allowed:
         return None
     return f"wrong result: relative error {fused_error:.2e}, at most {allowed:.2e} is allowed"
@@ -125,6 +129,7 @@ def calibrated_network(name: str, images: list[Tensor], batch: int, size: int, s
     return network
 
 
+@no_search()
 def calibrate(network: nn.Module, batches: list[Tensor]) -> None:
     """Set every batch norm's running statistics to the mean over `batches`; the network ends in eval mode.
 
@@ -181,12 +186,12 @@ def _answers(network: nn.Module, input_sets: InputSets) -> Tensor:
 
 def _time(eager: nn.Module, fused: nn.Module, input_sets: InputSets, setting: Setting) -> dict[str, Latency]:
     """Both networks by every way of launching, interleaved."""
+    calls = {"before": bound(eager, input_sets), "after": bound(fused, input_sets)}
     works: dict[str, dict[str, Work]] = {
-        "launched": {"before": rotating(eager, input_sets), "after": rotating(fused, input_sets)}
+        "launched": {name: rotating(of_network) for name, of_network in calls.items()}
     }
     if setting.device.type == "cuda":
-        graphs = {"before": captured(eager, input_sets), "after": captured(fused, input_sets)}
-        works["graph"] = {name: graph.work for name, graph in graphs.items()}
+        works["graph"] = {name: captured(of_network).work for name, of_network in calls.items()}
     latency = {}
     for launch, pair in works.items():
         samples = interleaved(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 import fused_cna
-from bench.roofline import convolution_precision
 from bench.setting import Setting
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +52,7 @@ def provenance(setting: Setting, arguments: Sequence[str], load_before: float | 
         "fused_cna": fused_cna.build_info(),
         "settings": {
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "conv_fp32_precision": convolution_precision(),
+            "conv_fp32_precision": torch.backends.cudnn.conv.fp32_precision,
         },
     }
 

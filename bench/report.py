@@ -1,16 +1,21 @@
-"""Tables of the small jobs, and the JSON file."""
+"""The summary, what the small jobs have in it, and the JSON file."""
 
 import json
 import math
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.overhead import Overhead
 from bench.pipeline import NetworkResult
 from bench.stats import Summary
-from bench.terminal import Console, make_table
+from bench.summary import LAUNCHES
+from bench.terminal import Console
 
-SCHEMA = 2
+SCHEMA = 3
+MOST_LINES = 8
+WIDEST_LINE = 150
 
 
 def time_text(summary: Summary) -> str:
@@ -23,60 +28,47 @@ def ratio_text(summary: Summary) -> str:
     return f"{summary.median:.2f} ({summary.low:.2f}-{summary.high:.2f})"
 
 
-def print_pipeline(console: Console, results: list[NetworkResult]) -> None:
-    """One row per network and way of launching."""
-    table = make_table("pipeline: whole networks on photographs, every Conv2dNormActivation replaced")
-    for column in ("network", "batch", "replaced", "launch"):
-        table.add_column(column)
-    for column in ("before", "after", "before / after"):
-        table.add_column(column, justify="right")
-    for result in results:
-        for launch, latency in result.latency.items():
-            table.add_row(
-                result.network,
-                str(result.batch),
-                f"{result.layers_replaced} (of {result.convolutions} convs)",
-                launch,
-                time_text(latency.before),
-                time_text(latency.after),
-                ratio_text(latency.speedup),
-            )
-    console.print(table)
-    answers = make_table("pipeline: the same answers? (largest relative error of an image's logits)")
-    for column in ("network", "fused / float64", "eager / float64", "fused / eager", "top-1 agreement"):
-        answers.add_column(column, justify="left" if column == "network" else "right")
-    for result in results:
-        answers.add_row(
-            result.network,
-            f"{result.fused_error:.2e}",
-            f"{result.eager_error:.2e}",
-            f"{result.fused_against_eager:.2e}",
-            f"{result.top1_agreement:.1%}",
+def clipped(lines: Sequence[str], most: int = MOST_LINES) -> list[str]:
+    """The first of them, cut to a width, and how many more there are."""
+    shown = [textwrap.shorten(line, WIDEST_LINE, placeholder=" ...") for line in lines[:most]]
+    more = [f"and {len(lines) - most} more, in the file"] if len(lines) > most else []
+    return [f"  {line}" for line in (*shown, *more)]
+
+
+def print_summary(console: Console, lines: Sequence[str], failures: Sequence[str]) -> None:
+    """What to read first, so it comes last: of a long log only the end may be seen."""
+    console.print("[bold]summary")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"wrong or not run: {len(failures) or 'none'}", style="red" if failures else None)
+    for line in clipped(failures):
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def pipeline_summary(results: Sequence[NetworkResult]) -> list[str]:
+    """A line for each network, and one for each way of launching it."""
+    lines = []
+    for one in results:
+        lines.append(
+            f"photographs, {one.network} n{one.batch}: {one.layers_replaced} of {one.convolutions} "
+            f"convolutions replaced; largest relative error of an image {one.fused_error:.2e}, of eager "
+            f"{one.eager_error:.2e}; top-1 agreement {one.top1_agreement:.1%}"
         )
-    console.print(answers)
+        lines += [
+            f"  {LAUNCHES[launch]}: {time_text(latency.before)} before, {time_text(latency.after)} after, "
+            f"{ratio_text(latency.speedup)}"
+            for launch, latency in one.latency.items()
+        ]
+    return lines
 
 
-def print_overhead(console: Console, result: Overhead) -> None:
+def overhead_summary(result: Overhead) -> list[str]:
     """Host time per call, and the goal as information."""
-    table = make_table("overhead: host time per call, 1x16x8x8, eval, inference mode")
-    for column in (
-        "fused",
-        "three modules",
-        "one hand-written module",
-        "fused / three",
-        "fused / hand-written",
-    ):
-        table.add_column(column, justify="right")
-    table.add_row(
-        time_text(result.fused),
-        time_text(result.three_modules),
-        time_text(result.hand_written),
-        ratio_text(result.ratio),
-        ratio_text(result.ratio_to_hand_written),
-    )
-    console.print(table)
-    reached = "reached" if result.reached else "not reached"
-    console.print(f"the goal for this device is at most {result.goal:.2g} times the three modules: {reached}")
+    goal = f"goal {result.goal:.2g}: {'reached' if result.reached else 'not reached'}"
+    return [
+        f"host time of a call: {time_text(result.fused)}, three modules {time_text(result.three_modules)}, "
+        f"in one module {time_text(result.hand_written)}; fused / three {ratio_text(result.ratio)}, {goal}"
+    ]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -99,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
-        raise ValueError(f"{path} should be a results.json with schema {SCHEMA}, got schema {schema}")
+        raise ValueError(f"{path} should be a result of the bench with schema {SCHEMA}, got schema {schema}")
     return content
 
 

@@ -1,13 +1,12 @@
 """What a layer must compute and move, and how fast this device can do either."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 
 from bench.layer_list import Layer
+from bench.setting import Precision
 from bench.timing import Work, interleaved, stopwatch_for
 
 NORM_VECTORS = 4
@@ -69,29 +68,30 @@ def floor(layer: Layer, batch: int, itemsize: int, ceilings: Ceilings) -> Floor:
     return Floor(matrix, "matrix") if matrix > memory else Floor(memory, "memory")
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, *, seed: int, small: bool = False) -> Ceilings:
-    """A large copy (bytes read plus written) and a large square matrix product in `dtype`, on random data.
+def measure_ceilings(
+    device: torch.device, precision: Precision, *, seed: int, small: bool = False
+) -> Ceilings:
+    """A large copy (bytes read plus written) and a large square matrix product, on random data.
 
     The fastest sample of each counts: a ceiling is what the device can do, not what other work left of it.
-    float32 products on a GPU run in the precision that convolutions use, else the two would not compare.
     `small` is for tests of the arithmetic: sizes that measure nothing.
     """
     copied, size = (
         ((1 << 16), 64) if small else ((1 << 30), 8192) if device.type == "cuda" else ((1 << 27), 1536)
     )
+    dtype = precision.dtype
     generator = torch.Generator(device).manual_seed(seed)
     source = torch.randn(copied // dtype.itemsize, device=device, dtype=dtype, generator=generator)
     target = torch.empty_like(source)
     left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     product = torch.empty_like(left)
-    stopwatch = stopwatch_for(device)
-    with matrix_precision_of_convolutions() as precision:
+    with precision.applied():
         samples = interleaved(
             {
                 "copy": Work(lambda: target.copy_(source)),
                 "matrix": Work(lambda: torch.mm(left, right, out=product)),
             },
-            stopwatch,
+            stopwatch_for(device),
             rounds=20,
             sample_seconds=0.0 if small else 0.02,
             limit_seconds=CEILING_LIMIT_SECONDS,
@@ -101,27 +101,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, seed: int, sma
         flops_per_second=2 * size**3 / min(samples["matrix"]),
         copied_bytes=source.nbytes,
         matrix_size=size,
-        matrix_precision=precision if dtype == torch.float32 and device.type == "cuda" else str(dtype)[6:],
+        matrix_precision=(device.type == "cuda" and precision.float32_products) or str(dtype)[6:],
     )
-
-
-def convolution_precision() -> str:
-    """How cuDNN multiplies float32: "tf32" or "ieee"."""
-    # torch's stubs do not know this module attribute; the older switch raises once this one was used.
-    return str(getattr(torch.backends.cudnn, "conv").fp32_precision)  # noqa: B009
-
-
-@contextmanager
-def matrix_precision_of_convolutions() -> Iterator[str]:
-    """float32 matrix products on a GPU in the precision that convolutions have: "tf32" or "ieee"."""
-    backend = torch.backends.cuda.matmul
-    before = backend.fp32_precision
-    precision = "ieee" if convolution_precision() == "ieee" else "tf32"
-    backend.fp32_precision = precision
-    try:
-        yield precision
-    finally:
-        backend.fp32_precision = before
 
 
 def share(floor_seconds: float, seconds: float) -> float:

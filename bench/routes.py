@@ -8,7 +8,7 @@ user can write them by hand.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.layer_list import Layer
 from bench.layer_result import BASELINE
+from bench.setting import Precision
 from fused_cna import ConvNormAct
 
 Call = Callable[..., Tensor]
@@ -41,11 +42,23 @@ class Case:
     device: torch.device
     dtype: torch.dtype
 
-    @property
-    def memory_formats(self) -> tuple[torch.memory_format, ...]:
-        """channels_last on a GPU, as its tensor cores want it; both on a CPU."""
-        both = (torch.channels_last, torch.contiguous_format)
-        return both[:1] if self.device.type == "cuda" else both
+    def laid_out(self, memory_format: torch.memory_format) -> "Case":
+        """The same with a convolution of its own, whose weight lies in `memory_format`."""
+        return replace(self, conv=copy.deepcopy(self.conv).to(memory_format=memory_format))
+
+
+def memory_formats(
+    layer: Layer, precision: Precision, device: torch.device
+) -> tuple[torch.memory_format, ...]:
+    """channels_last, and NCHW too wherever that may be faster.
+
+    Tensor cores want channels_last of a dense layer, and cuDNN only converts what lies otherwise. Strict
+    float32, groups and odd channel counts have kernels of their own for NCHW.
+    """
+    for_tensor_cores = layer.groups == 1 and layer.cin % 8 == 0 and layer.cout % 8 == 0
+    if device.type == "cuda" and for_tensor_cores and precision.float32_products != "ieee":
+        return (torch.channels_last,)
+    return torch.channels_last, torch.contiguous_format
 
 
 def make_case(layer: Layer, device: torch.device, dtype: torch.dtype, seed: int) -> Case:
@@ -77,7 +90,7 @@ def make_case(layer: Layer, device: torch.device, dtype: torch.dtype, seed: int)
 
 
 def folded_weight_and_bias(case: Case) -> tuple[Tensor, Tensor]:
-    """The convolution with its batch norm folded in, in float64 and rounded once to the case's dtype."""
+    """The convolution with its batch norm folded in, in float64 and rounded once; the weight as it lay."""
     weight = case.conv.weight.double()
     bias = weight.new_zeros(case.layer.cout) if case.conv.bias is None else case.conv.bias.double()
     norm = case.norm
@@ -140,8 +153,11 @@ class Route(ABC):
         return None
 
     @abstractmethod
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
-        """A callable `(x)` or `(x, residual)`; everything that need not be done per call is done here."""
+    def prepare(self, case: Case) -> Call:
+        """A callable `(x)` or `(x, residual)`, which may hold the case's own modules.
+
+        Everything that need not be done per call is done here.
+        """
 
 
 class Fused(Route):
@@ -150,11 +166,10 @@ class Fused(Route):
     name = "fused"
     ours = True
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
+    def prepare(self, case: Case) -> Call:
         order = case.layer.residual_order
-        conv = copy.deepcopy(case.conv)
-        module = ConvNormAct.from_modules(conv, case.norm, case.act, residual_order=order or "add_act")
-        return module.eval().to(memory_format=memory_format)
+        module = ConvNormAct.from_modules(case.conv, case.norm, case.act, residual_order=order or "add_act")
+        return module.eval()
 
 
 class ThreeStep(Route):
@@ -162,8 +177,8 @@ class ThreeStep(Route):
 
     name = BASELINE
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
-        conv = copy.deepcopy(case.conv).to(memory_format=memory_format)
+    def prepare(self, case: Case) -> Call:
+        conv = case.conv
         norm: Callable[[Tensor], Tensor] = case.norm if case.norm is not None else _unchanged
         done = finish(case)
         return lambda x, residual=None: done(norm(conv(x)), residual)
@@ -181,15 +196,14 @@ class Folded(Route):
             )
         return None if layer.has_norm else "there is no norm to fold: the same as the eager three-step"
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
+    def prepare(self, case: Case) -> Call:
         weight, bias = folded_weight_and_bias(case)
-        weight = weight.contiguous(memory_format=memory_format)
         geometry, done = case.layer.geometry, finish(case)
         return lambda x, residual=None: done(F.conv2d(x, weight, bias, *geometry), residual)
 
 
-class CudnnRelu(Route):
-    """torch.cudnn_convolution_relu: cuDNN's own fusion with bias and ReLU; the norm is folded."""
+class Cudnn(Route):
+    """cuDNN's own fusion with bias, residual and ReLU; the norm is folded."""
 
     name = "cuDNN relu"
 
@@ -198,36 +212,14 @@ class CudnnRelu(Route):
             return "needs a CUDA device"
         if layer.act != "ReLU":
             return f"does only ReLU, the layer has {layer.act}"
-        return "has no residual" if layer.residual_order is not None else None
+        return "adds a residual only before the activation" if layer.residual_order == "act_add" else None
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
+    def prepare(self, case: Case) -> Call:
         weight, bias = folded_weight_and_bias(case)
-        weight = weight.contiguous(memory_format=memory_format)
         geometry = case.layer.geometry
-        return lambda x: torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        if case.layer.residual_order is None:
+            return lambda x: torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return lambda x, z: torch.cudnn_convolution_add_relu(x, weight, z, 1.0, bias, *geometry)
 
 
-class CudnnAddRelu(Route):
-    """torch.cudnn_convolution_add_relu: cuDNN's own fusion with bias, residual, ReLU; the norm is folded."""
-
-    name = "cuDNN add relu"
-
-    def why_not(self, layer: Layer, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return "needs a CUDA device"
-        if layer.act != "ReLU":
-            return f"does only ReLU, the layer has {layer.act}"
-        return (
-            None
-            if layer.residual_order == "add_act"
-            else "needs a residual that is added before the activation"
-        )
-
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
-        weight, bias = folded_weight_and_bias(case)
-        weight = weight.contiguous(memory_format=memory_format)
-        geometry = case.layer.geometry
-        return lambda x, residual: torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-
-
-ROUTES: tuple[Route, ...] = (Fused(), ThreeStep(), Folded(), CudnnRelu(), CudnnAddRelu())
+ROUTES: tuple[Route, ...] = (Fused(), ThreeStep(), Folded(), Cudnn())

@@ -1,7 +1,7 @@
 """What all jobs of the bench share: device, precisions, sizes, effort, and the time that is left."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ LAYER_BATCHES = (1, 8, 32, 128)
 
 @dataclass(frozen=True)
 class Precision:
-    """A storage type and, for float32, how convolutions on a GPU multiply it: "tf32" or "ieee"."""
+    """A storage type and, for float32, how a GPU multiplies it: "tf32" or "ieee"."""
 
     name: str
     dtype: torch.dtype
@@ -24,16 +24,32 @@ class Precision:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """PyTorch's switch for convolutions, which every route follows, set for the time inside."""
-        # torch's stubs do not know this module attribute; the older switch raises once this one was used.
-        switch: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009
-        before = switch.fp32_precision
-        if self.float32_products is not None:
-            switch.fp32_precision = self.float32_products
+        """PyTorch's switches, which every route follows, set for the time inside."""
+        if self.float32_products is None:
+            yield
+            return
+        before = [switch.fp32_precision for switch in _switches()]
+        _set_switches([self.float32_products] * len(before))
         try:
             yield
         finally:
-            switch.fp32_precision = before
+            _set_switches(before)
+
+
+def _switches() -> tuple[Any, Any, Any]:
+    return torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+
+
+def _set_switches(precisions: Sequence[str]) -> None:
+    """Of convolutions, RNNs and matrix products, and the older switches with them.
+
+    Where all of cuDNN's do not agree, whoever reads `allow_tf32`, as inductor does, gets an error.
+    """
+    torch.backends.cudnn.allow_tf32 = precisions[0] == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precisions[2] == "tf32"
+    # Last, as the older switches have set them too.
+    for switch, precision in zip(_switches(), precisions, strict=True):
+        switch.fp32_precision = precision
 
 
 PRECISIONS = {
@@ -63,18 +79,28 @@ class Effort:
 
 @dataclass
 class Budget:
-    """Time that may be spent, in seconds; None is no limit. `keep` is held back for what comes later."""
+    """Time that may be spent, in seconds; None is no limit. Who interrupts the run ends it."""
 
     seconds: float | None
     clock: Callable[[], float] = time.monotonic
     start: float = field(init=False)
+    interrupted: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.start = self.clock()
 
     def allows(self, keep: float = 0.0) -> bool:
         """Whether more work may start with `keep` seconds to be left over."""
+        if self.interrupted:
+            return False
         return self.seconds is None or self.clock() - self.start < self.seconds - keep
+
+    @property
+    def why_not(self) -> str:
+        """Why no more work may start."""
+        return (
+            "the run was interrupted" if self.interrupted else f"the budget of {self.seconds:g} s was spent"
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +108,8 @@ class Setting:
     """One run of the bench. Jobs that take one precision and one batch take the first of each.
 
     `batches` is empty where none was asked for, and each job has a default of its own; so is `networks`,
-    those of the job models. `max_autotune` adds the route that compiles so.
+    those of the job models. Without `compiled` no network is compiled; `max_autotune` adds the route that
+    compiles so.
     """
 
     device: torch.device
@@ -93,6 +120,7 @@ class Setting:
     budget: Budget
     seed: int
     networks: tuple[str, ...] = ()
+    compiled: bool = True
     max_autotune: bool = False
 
     @property

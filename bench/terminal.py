@@ -1,22 +1,19 @@
 """What the tables are printed with: rich where it is installed, else plain text with the same calls."""
 
 import re
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 try:
-    from rich import box, console, progress, table
+    from rich import box, console, table
 except ModuleNotFoundError:
     HAS_RICH = False
 else:
     HAS_RICH = True
 
-WIDTH_IN_FILES = 150
+WIDTH_IN_FILES = 200
 _MARKUP = re.compile(r"\[/?(?:bold|red|green|yellow|default)?\]")
 
 
@@ -51,9 +48,6 @@ class PlainTable:
 class PlainConsole:
     """Prints without colours. Takes what rich's Console takes of it, and ignores what is only looks."""
 
-    is_terminal = False
-    width = WIDTH_IN_FILES
-
     def print(self, *values: object, **looks: Any) -> None:
         print(*(_MARKUP.sub("", v) if isinstance(v, str) else v for v in values), flush=True)
 
@@ -79,42 +73,3 @@ def make_table(title: str, caption: str | None = None, *, dense: bool = False) -
     if dense:
         return table.Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     return table.Table(title=title, caption=caption)
-
-
-@contextmanager
-def progress_of(where: Console, title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Shows `total` steps; calling the yielded function names the step that begins."""
-    if not HAS_RICH:
-        yield _plain_progress(title, total)
-        return
-    columns = (
-        progress.TextColumn("[bold]{task.fields[title]}"),
-        progress.BarColumn(bar_width=24),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("{task.description}"),
-    )
-    with progress.Progress(*columns, console=where, transient=where.is_terminal) as bar:
-        task = bar.add_task("", total=total, title=title)
-        begun = 0
-
-        def step(name: str) -> None:
-            nonlocal begun
-            bar.update(task, description=name, completed=begun)
-            begun += 1
-
-        yield step
-        bar.update(task, description="done", completed=begun)
-
-
-def _plain_progress(title: str, total: int) -> Callable[[str], None]:
-    """About ten lines in all, so that a log stays short."""
-    begun = 0
-
-    def step(name: str) -> None:
-        nonlocal begun
-        if begun % max(1, total // 10) == 0:
-            print(f"{title}: {begun} of {total}: {name}"[: shutil.get_terminal_size().columns], flush=True)
-        begun += 1
-
-    return step

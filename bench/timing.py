@@ -1,24 +1,29 @@
-"""Clocks, interleaved repeats, rotating inputs, CUDA graphs."""
+"""Clocks, interleaved repeats, rotating operands and outputs, CUDA graphs."""
 
+import gc
 import itertools
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from fused_cna._device_timer import CACHES_TO_OUTRUN, MOST_INPUT_SETS
+
 ALIGNMENT_BYTES = 256
 FEWEST_ROUNDS = 3
-MAX_INPUT_SETS = 512
-MIN_INPUT_SETS = 2
-CACHES_TO_OUTRUN = 3
+FEWEST_SETS = 2
 ASSUMED_CPU_CACHE = 32 << 20
 
 Shape = tuple[int, int, int, int]
 InputSets = list[tuple[Tensor, ...]]
+Call = Callable[[], Tensor]
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -51,6 +56,17 @@ class EventStopwatch:
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
     return EventStopwatch() if device.type == "cuda" else HostStopwatch()
+
+
+@contextmanager
+def no_search() -> Iterator[None]:
+    """cuDNN's search for the fastest algorithm switched off: seconds, for what runs once and is not timed."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True)
@@ -108,10 +124,30 @@ def _repeated(run: Callable[[], object], times: int) -> Callable[[], None]:
     return work
 
 
-def input_sets_needed(set_bytes: int, cache_bytes: int) -> int:
-    """How many sets of `set_bytes` outrun a cache of `cache_bytes` three times; between 2 and 512."""
-    wanted = math.ceil(CACHES_TO_OUTRUN * cache_bytes / max(set_bytes, 1))
-    return min(max(wanted, MIN_INPUT_SETS), MAX_INPUT_SETS)
+@dataclass(frozen=True)
+class Rotation:
+    """How many sets of operands and outputs a layer is called with in turn, and whether a cache holds them.
+
+    As fused_cna.tune does it: input, weight, residual and output, because in a network each of them was last
+    touched a whole pass ago. A few small sets fit the cache all the same, as the number of sets is bounded.
+    """
+
+    sets: int
+    set_bytes: int
+    cache_bytes: int
+
+    @property
+    def outruns_cache(self) -> bool:
+        return self.sets * self.set_bytes >= CACHES_TO_OUTRUN * self.cache_bytes
+
+    def as_json(self) -> dict[str, int | bool]:
+        return {**asdict(self), "outruns_cache": self.outruns_cache}
+
+
+def rotation_of(set_bytes: int, cache_bytes: int) -> Rotation:
+    """Enough sets to outrun the cache three times, as far as the bound on their number allows."""
+    wanted = math.ceil(CACHES_TO_OUTRUN * cache_bytes / set_bytes)
+    return Rotation(min(max(wanted, FEWEST_SETS), MOST_INPUT_SETS), set_bytes, cache_bytes)
 
 
 def cache_bytes_of(device: torch.device) -> int:
@@ -132,6 +168,13 @@ class RandomPool:
         self._dtype = dtype
         self._generator = torch.Generator(device).manual_seed(seed)
         self._numbers = torch.empty(0, device=device, dtype=dtype)
+
+    def free(self) -> None:
+        """Give all memory that nothing uses back to the device."""
+        self._numbers = self._numbers.new_empty(0)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def input_sets(
         self, shapes: Sequence[Shape], count: int, memory_format: torch.memory_format
@@ -163,33 +206,43 @@ def _shaped(numbers: Tensor, shape: Shape, memory_format: torch.memory_format) -
     return numbers.view(shape)
 
 
-def rotating(call: Callable[..., Tensor], input_sets: InputSets) -> Work:
-    """A work that calls with the next input set each time, launched eagerly."""
-    inputs = itertools.cycle(input_sets)
-    return Work(lambda: call(*next(inputs)))
+def bound(call: Callable[..., Tensor], input_sets: InputSets) -> list[Call]:
+    """A call for each input set."""
+    return [partial(call, *inputs) for inputs in input_sets]
+
+
+def rotating(calls: Sequence[Call], recent: deque[Tensor] | None = None) -> Work:
+    """A work that makes the next of the calls each time, launched eagerly.
+
+    Its output joins the `recent` ones, or it would lie where the last one did, which the cache still holds.
+    Works that are not timed at once may share them, and so the memory.
+    """
+    turns = itertools.cycle(calls)
+    kept = deque(maxlen=len(calls)) if recent is None else recent
+    return Work(lambda: kept.append(next(turns)()))
 
 
 @dataclass(frozen=True)
 class CapturedCalls:
-    """A CUDA graph with one call per input set; `first_output` is what its first call writes."""
+    """Calls in a CUDA graph; `first_output` is what the first of them writes."""
 
     graph: "torch.cuda.CUDAGraph"
     first_output: Tensor
     work: Work
 
 
-def captured(call: Callable[..., Tensor], input_sets: InputSets) -> CapturedCalls:
-    """Capture one call per input set. The warm-up on a side stream lets libraries choose algorithms first."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+def captured(calls: Sequence[Call]) -> CapturedCalls:
+    """Capture all calls in one graph. The warm-up on a side stream lets libraries choose algorithms first."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(3):
-            call(*input_sets[0])
-    torch.cuda.current_stream().wait_stream(side)
+            calls[0]()
+    current.wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        first_output = call(*input_sets[0])
-        for inputs in input_sets[1:]:
-            call(*inputs)
-    return CapturedCalls(graph, first_output, Work(graph.replay, len(input_sets)))
+    # The outer of the two restores the stream, which torch leaves at its own where a capture fails.
+    with torch.cuda.stream(current), torch.cuda.graph(graph):
+        # All are kept until the last is made, or they would share memory.
+        outputs = [call() for call in calls]
+    return CapturedCalls(graph, outputs[0], Work(graph.replay, len(calls)))

@@ -20,6 +20,7 @@ constexpr const char* dtype_name(DType dtype) {
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
 struct ConvProblem {
     int64_t n = 0, c = 0, h = 0, w = 0;  // input: batch, channels, height, width

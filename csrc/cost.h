@@ -9,24 +9,35 @@ namespace fused_cna {
 
 // Assumptions that no measurement has yet replaced; times in multiprocessor cycles unless the name says otherwise.
 inline constexpr double launch_us = 2.5;
-inline constexpr double mma_share = 0.85;      // of the tensor cores' rate, in a main loop that is fed
-inline constexpr double memory_latency = 800;  // from a copy's start to its landing
-inline constexpr double step_latency = 120;    // barrier, loads from shared memory and first products of a lone block's step
-inline constexpr double prologue_and_epilogue = 3000;
+inline constexpr double mma_share = 0.85;        // of the tensor cores' rate, in a main loop that is fed
+inline constexpr double memory_latency = 800;    // from a copy's start to its landing
+inline constexpr double step_latency = 120;      // barrier, loads from shared memory and first products of a lone step
+inline constexpr double block_start = 700;       // launch, first addresses, tables: until operands are waited for
+inline constexpr double block_ends = 3000;       // where nothing is known apart: all but the main loop of a lone block
+inline constexpr double issued_per_cycle = 3.2;  // warp instructions: four fifths of what four schedulers can issue
 inline constexpr double shared_bytes_per_cycle = 128;
-inline constexpr double l2_bytes_per_cycle = 40;  // to one multiprocessor while all read
+inline constexpr double l2_bytes_per_cycle = 26;  // to one multiprocessor while all read
 
 double as_us(double cycles, const DeviceInfo& device);
 
 // Through device memory.
 double transfer_us(double bytes, const DeviceInfo& device);
 
+// Between the multiprocessors and the L2, all of them taking part.
+double l2_us(double bytes, const DeviceInfo& device);
+
 double x_bytes(const ConvProblem& problem);
 double weight_bytes(const ConvProblem& problem);
 double y_bytes(const ConvProblem& problem);
 
-// What any kernel moves: each operand once. Pixels that a strided 1x1 filter skips are not read.
+// What any kernel moves: each operand and the residual once. Pixels that a strided 1x1 filter skips are not read.
 double compulsory_bytes(const ConvProblem& problem);
+
+// The epilogue of a block that makes so many outputs: what it takes of a multiprocessor, and how long it lasts alone.
+struct EpilogueCycles {
+    double busy, alone;
+};
+EpilogueCycles epilogue_cycles(const ConvProblem& problem, double outputs, int threads);
 
 // The separate passes that a plan asks for.
 double conversions_us(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device);

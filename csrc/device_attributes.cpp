@@ -1,9 +1,11 @@
 #include "device_attributes.h"
 
+#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 
 #include <map>
 #include <mutex>
+#include <string_view>
 
 namespace fused_cna {
 
@@ -30,6 +32,8 @@ DeviceInfo read_device_info(c10::DeviceIndex device) {
         .clock_ghz = known(get(cudaDevAttrClockRate) * 1e-6, fallback.clock_ghz),
         .bandwidth_gbs =
             known(2 * memory_clock_hz * get(cudaDevAttrGlobalMemoryBusWidth) / 8 * 1e-9, fallback.bandwidth_gbs),
+        .is_geforce =
+            std::string_view(at::cuda::getDeviceProperties(device)->name).find("GeForce") != std::string_view::npos,
     };
     TORCH_CHECK(info.compute_major >= 8, "fused_cna's kernels need compute capability 8.0 or newer, but device ",
                 static_cast<int>(device), " has ", info.compute_major, ".", info.compute_minor,

@@ -12,27 +12,48 @@ struct DeviceInfo {
     int compute_major = 0, compute_minor = 0;
     int multiprocessors = 0;
     int64_t shared_per_multiprocessor = 0, shared_per_block = 0;  // bytes; the second is the limit with opt-in
-    double clock_ghz = 0;
-    double bandwidth_gbs = 0;  // device memory, datasheet
+    double clock_ghz = 0;                                         // the highest
+    double bandwidth_gbs = 0;                                     // device memory, datasheet
+    bool is_geforce = false;
 
     auto operator<=>(const DeviceInfo&) const = default;
 };
 
-// Multiply-adds per clock and multiprocessor of mma.sync with float32 accumulation, 16-bit operands; tf32 runs at half.
-// NVIDIA's architecture whitepapers; on 9.0 and newer mma.sync reaches about five eighths of what wgmma does.
-constexpr double mma_per_clock(const DeviceInfo& device) {
-    switch (device.compute_major * 10 + device.compute_minor) {
-        case 80: return 1024;
-        case 86: return 256;
-        case 89: return 512;
-        default: return 1280;
+// What all GPUs of a compute capability share.
+struct Architecture {
+    int compute_major, compute_minor;
+    int threads_per_multiprocessor;
+    // Multiply-adds per clock and multiprocessor: of mma.sync on 16-bit operands with float32 sums, and of the CUDA cores.
+    double mma_per_clock, fma_per_clock;
+};
+
+// Threads from the CUDA programming guide's table of compute capabilities, rates from NVIDIA's architecture whitepapers.
+inline constexpr std::array<Architecture, 6> architectures{{
+    {8, 0, 2048, 1024, 64},
+    {8, 6, 1536, 512, 128},
+    {8, 9, 1536, 512, 128},
+    {9, 0, 2048, 1280, 128},   // five eighths of what wgmma does
+    {10, 0, 2048, 1024, 128},  // an assumption: its whitepaper speaks of tcgen05 alone
+    {12, 0, 1536, 512, 128},
+}};
+
+// The newest that is not newer than the device.
+constexpr const Architecture& architecture_of(const DeviceInfo& device) {
+    const Architecture* found = &architectures[0];
+    for (const Architecture& known : architectures) {
+        const bool is_newer = known.compute_major > device.compute_major ||
+                              (known.compute_major == device.compute_major && known.compute_minor > device.compute_minor);
+        if (!is_newer) found = &known;
     }
+    return *found;
 }
 
-// Multiply-adds per clock and multiprocessor of the float32 CUDA cores.
-constexpr double fma_per_clock(const DeviceInfo& device) {
-    return device.compute_major == 8 && device.compute_minor == 0 ? 64 : 128;
+// tf32 runs at half of it. GeForce cards halve the rate of float32 sums.
+constexpr double mma_per_clock(const DeviceInfo& device) {
+    return architecture_of(device).mma_per_clock / (device.is_geforce ? 2 : 1);
 }
+
+constexpr double fma_per_clock(const DeviceInfo& device) { return architecture_of(device).fma_per_clock; }
 
 struct NamedDevice {
     std::string_view name;
@@ -43,10 +64,10 @@ struct NamedDevice {
 inline constexpr std::array<NamedDevice, 6> named_devices{{
     {"A100", {8, 0, 108, 164 << 10, 163 << 10, 1.41, 1555}},
     {"L4", {8, 9, 58, 100 << 10, 99 << 10, 2.04, 300}},
-    {"RTX 4090", {8, 9, 128, 100 << 10, 99 << 10, 2.52, 1008}},
-    {"H100", {9, 0, 132, 228 << 10, 227 << 10, 1.83, 3350}},
-    {"H200", {9, 0, 132, 228 << 10, 227 << 10, 1.83, 4800}},
-    {"B200", {10, 0, 148, 228 << 10, 227 << 10, 1.85, 8000}},
+    {"RTX 4090", {8, 9, 128, 100 << 10, 99 << 10, 2.52, 1008, true}},
+    {"H100", {9, 0, 132, 228 << 10, 227 << 10, 1.98, 3350}},
+    {"H200", {9, 0, 132, 228 << 10, 227 << 10, 1.98, 4800}},
+    {"B200", {10, 0, 148, 228 << 10, 227 << 10, 1.97, 8000}},
 }};
 
 }  // namespace fused_cna

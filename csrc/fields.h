@@ -43,7 +43,7 @@ void for_each_problem_field(Problem& problem, Visit visit) {
 template <class Device, class Visit>
 void for_each_device_field(Device& device, Visit visit) {
     auto& [compute_major, compute_minor, multiprocessors, shared_per_multiprocessor, shared_per_block, clock_ghz,
-           bandwidth_gbs] = device;
+           bandwidth_gbs, is_geforce] = device;
     visit("compute_major", compute_major);
     visit("compute_minor", compute_minor);
     visit("multiprocessors", multiprocessors);
@@ -51,6 +51,7 @@ void for_each_device_field(Device& device, Visit visit) {
     visit("shared_per_block", shared_per_block);
     visit("clock_ghz", clock_ghz);
     visit("bandwidth_gbs", bandwidth_gbs);
+    visit("is_geforce", is_geforce);
 }
 
 }  // namespace fused_cna

@@ -10,8 +10,6 @@
 
 namespace fused_cna {
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-
 // Output pixels are taken in octets, eight neighbours of one row: the rows of one matrix of ldmatrix. A row's last octet may
 // be partly empty. A slot is a place for an output pixel in an octet.
 inline constexpr int octet = 8;
@@ -38,7 +36,7 @@ struct GroupedShape {
 // Entries of a step in the table of offsets.
 constexpr int64_t offsets_per_step(GroupReader reader) { return reader == GroupReader::chunks ? 2 : 8; }
 
-inline constexpr int64_t bytes_per_place = 24, bytes_per_fold = 12;
+inline constexpr int64_t bytes_per_place = 16, bytes_per_fold = 12;
 
 constexpr GroupedShape grouped_shape(const ConvProblem& problem, const GroupedTile& tile, const GroupedPart& part) {
     GroupedShape shape;
@@ -82,7 +80,7 @@ constexpr GroupedShape grouped_shape(const ConvProblem& problem, const GroupedTi
     shape.offsets_at = std::max(operands, staged);
     // One step more than there are, because the next step's offsets are read ahead.
     shape.columns_at = shape.offsets_at + (shape.steps + 1) * offsets_per_step(tile.reader) * int64_t{sizeof(int)};
-    shape.places_at = round_up(shape.columns_at + shape.row_positions * int64_t{sizeof(int)}, 8);
+    shape.places_at = round_up(shape.columns_at + shape.row_positions * int64_t{sizeof(int)}, 16);
     shape.folds_at = shape.places_at + shape.slots * bytes_per_place;
     shape.shared_bytes = shape.folds_at + round_up(shape.columns, 8) * bytes_per_fold;
     return shape;

@@ -42,11 +42,10 @@ void check_extents(const ConvProblem& problem) {
     }
 }
 
-// Legal before illegal, then by estimate; equal estimates keep the order in which they were listed: the most special kernel
-// first, and its fastest rows.
+// Legal before illegal, then by estimate.
 bool is_better(const Candidate& a, const Candidate& b) {
     if (a.illegal.empty() != b.illegal.empty()) return a.illegal.empty();
-    return a.illegal.empty() && a.plan.estimate.total_us() < b.plan.estimate.total_us();
+    return a.illegal.empty() && a.plan.estimate < b.plan.estimate;
 }
 
 std::vector<Candidate>::const_iterator find_exactly(const std::vector<Candidate>& all, const std::string& name) {

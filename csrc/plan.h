@@ -77,6 +77,11 @@ struct Estimate {
     double overhead_us = 0;  // launches, and separate passes: conversions, the reduction of a split
 
     double total_us() const;
+
+    // By the total. Where memory bounds several alike, the one that keeps the multiprocessors least busy is the best, and
+    // then the one with the shortest chain; where nothing tells them apart they keep the order in which they were listed:
+    // the most special kernel first, and its fastest rows.
+    bool operator<(const Estimate& other) const;
 };
 
 struct Plan {

@@ -35,8 +35,6 @@ struct StemGeometry {
     int64_t shared_bytes = 0;
 };
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-
 inline StemGeometry stem_geometry(const ConvProblem& problem, const StemTile& tile, const StemCut& cut) {
     constexpr int64_t words_per_mma = 8;
     constexpr int64_t bytes_per_word = 4;

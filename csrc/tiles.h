@@ -27,8 +27,8 @@ struct GemmTile {
     bool takes_any_filter = false;       // also instantiated with plain rows
 
     constexpr int threads() const { return warps_m * warps_n * 32; }
-    // Operands, and beside them the tables of rows (24 bytes) and of channels (12 bytes).
-    constexpr int64_t shared_bytes() const { return int64_t{stages} * (m + n) * k_bytes + m * 24 + n * 12; }
+    // Operands, and beside them the tables of rows (16 bytes) and of channels (12 bytes).
+    constexpr int64_t shared_bytes() const { return int64_t{stages} * (m + n) * k_bytes + m * 16 + n * 12; }
 
     bool operator==(const GemmTile&) const = default;
 };

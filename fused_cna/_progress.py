@@ -1,10 +1,12 @@
-"""A progress bar on stderr where that is a terminal and rich is installed, else about ten lines of text."""
+"""A progress bar on stderr where that is a terminal and rich is installed, else a few lines of text."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Step = Callable[[str], None]
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
@@ -43,12 +45,17 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Step]:
 
 
 def _lines(title: str, total: int) -> Step:
+    """A line for every tenth of the steps and every ten seconds, so that a log says how far a run came."""
     begun = 0
+    start = shown = time.monotonic()
 
     def step(name: str) -> None:
-        nonlocal begun
-        if begun % max(1, total // 10) == 0:
-            print(f"{title} {begun + 1} of {total}: {name}", file=sys.stderr, flush=True)
+        nonlocal begun, shown
+        now = time.monotonic()
+        if begun % max(1, total // 10) == 0 or now - shown >= SECONDS_BETWEEN_LINES:
+            line = f"{title} {begun + 1} of {total}: {name} ({now - start:.0f} s)"
+            print(line, file=sys.stderr, flush=True)
+            shown = now
         begun += 1
 
     return step

@@ -3,9 +3,9 @@
 ``conv_norm_act_out`` writes into memory that it is given. It returns nothing, because torch.compile cannot
 follow an operator that returns a slice which it was given.
 
-The schemas and the fake, CPU, autograd and autocast kernels are here; the compiled extension adds the CUDA
-kernels. The front runs plain PyTorch for every other device, which costs less per call than the operator
-does and which compilers see through.
+The schemas and the fake, CPU and autocast kernels are here; the compiled extension adds those of CUDA and of
+autograd, which have stand-ins here for where it is missing. The front runs plain PyTorch for every other
+device, which costs less per call than the operator does and which compilers see through.
 """
 
 import warnings
@@ -39,6 +39,9 @@ _ARGUMENTS = (
 _library = torch.library.Library("fused_cna", "DEF")
 _library.define(f"{_NAME}({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _library.define(f"{_OUT_NAME}({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
+# What both do where a gradient is wanted; the compiled extension calls them by name.
+_library.define(f"_differentiable_{_NAME}({_ARGUMENTS}) -> Tensor")
+_library.define(f"_differentiable_{_OUT_NAME}({_ARGUMENTS}, Tensor(a!) out) -> ()")
 operator = torch.ops.fused_cna.conv_norm_act.default
 """The operator, for callers whose arguments are in the form of its schema and whose tensors are on a GPU."""
 out_operator = torch.ops.fused_cna.conv_norm_act_out.default
@@ -118,15 +121,23 @@ def _wants_gradient(args: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def _differentiable(*args: Any) -> Tensor:
+    check_arguments(*args)
+    return eager.conv_norm_act(*args)
+
+
+def _refuse_to_differentiate(*args: Any) -> None:
+    refuse_gradient([*_tensors_of(args).values(), args[-1]])
+
+
 def _autograd_kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
     if _wants_gradient(args):
-        check_arguments(*args)
-        return eager.conv_norm_act(*args)
+        return _differentiable(*args)
     return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def _autograd_out_kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
-    refuse_gradient([*_tensors_of(args).values(), args[-1]])
+    _refuse_to_differentiate(*args)
     out_operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
@@ -157,13 +168,16 @@ def _register_autocast(name: str, call: Callable[..., Any], device_type: str, ke
 
 
 _library.impl(_NAME, _eager_kernel, "CPU")
-_library.impl(_NAME, _autograd_kernel, "Autograd", with_keyset=True)
 _library.impl(_OUT_NAME, _eager_out_kernel, "CPU")
-_library.impl(_OUT_NAME, _autograd_out_kernel, "Autograd", with_keyset=True)
+_library.impl(f"_differentiable_{_NAME}", _differentiable, "CompositeImplicitAutograd")
+_library.impl(f"_differentiable_{_OUT_NAME}", _refuse_to_differentiate, "CompositeImplicitAutograd")
 for _name, _operator in ((_NAME, operator), (_OUT_NAME, out_operator)):
     _register_autocast(_name, _operator, "cuda", "AutocastCUDA")
     _register_autocast(_name, _operator, "cpu", "AutocastCPU")
+# The extension has kernels of its own for these keys.
 if not _extension.is_available():
+    _library.impl(_NAME, _autograd_kernel, "Autograd", with_keyset=True)
+    _library.impl(_OUT_NAME, _autograd_out_kernel, "Autograd", with_keyset=True)
     _library.impl(_NAME, _cuda_kernel_without_extension, "CUDA")
     _library.impl(_OUT_NAME, _cuda_out_kernel_without_extension, "CUDA")
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from bench.entry import Entry
 from bench.layer_list import Layer, parse
-from bench.layer_result import BASELINE, Comparison, Entry, LayerResult
+from bench.layer_result import BASELINE, Comparison, LayerResult
 from bench.roofline import Ceilings, Floor
 from bench.rows import Row
 from bench.setting import PRECISIONS, Budget, Effort, Setting
 from bench.stats import Summary
+from bench.timing import Rotation
 
 CPU = torch.device("cpu")
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -46,6 +48,10 @@ def setting(*, budget: Budget | float | None = None, device: torch.device = CPU,
     limit = budget if isinstance(budget, Budget) else Budget(budget)
     made = Setting(device, (PRECISIONS["fp32"],), ("quick",), (2,), Effort(3, 0.0), limit, seed=0)
     return replace(made, **changes)
+
+
+def two_sets(set_bytes: int, cache_bytes: int) -> Rotation:
+    return Rotation(2, set_bytes, cache_bytes)
 
 
 def exact(value: float) -> Summary:
@@ -84,7 +90,7 @@ def layer_result(speedup: float, measured: Row | None = None, **changes: Any) ->
         floor=Floor(1e-4, "memory"),
         flops=10**6,
         least_bytes=10**5,
-        input_sets=3,
+        rotation=Rotation(3, 1000, 1000),
         entries=[entry("fused", 1e-3, ours=True), entry(BASELINE, 4e-3)],
         comparisons=both,
         against_baseline=to_baseline,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bench import model_cases, models
+from bench.entry import judge
 from bench.model_cases import Case, Images, Model
-from bench.model_result import ModelEntry, ModelResult, judge
+from bench.model_result import ModelEntry, ModelResult
 from bench.model_routes import (
     EAGER,
     FROZEN,
@@ -22,6 +23,7 @@ from bench.model_routes import (
     Fused,
     ModelRoute,
 )
+from bench.setting import PRECISIONS
 
 NOISE = Images([torch.rand(1, 3, 128, 160, generator=torch.Generator().manual_seed(1))], "noise")
 TINY = Case("tiny", 2, "fp32")
@@ -64,7 +66,7 @@ def entry(
 
 
 def result(*entries: ModelEntry, case: Case = TINY, device: str = "cpu") -> ModelResult:
-    made = ModelResult(case, 16, "noise", list(entries), failure=judge(entries, torch.float32))
+    made = ModelResult(case, 16, "noise", list(entries), failure=judge(entries, PRECISIONS["fp32"], EAGER))
     models.compare(made, torch.device(device))
     return made
 

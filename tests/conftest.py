@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 
 import hypothesis
@@ -21,7 +20,13 @@ from tests.reference import (
     expected_rounded,
     relative_error,
 )
-from tests.sass import SHARED_BYTES_PER_MULTIPROCESSOR, Compiled, compile_all, find_disassembler
+from tests.sass import (
+    SHARED_BYTES_PER_MULTIPROCESSOR,
+    Compiled,
+    find_extension,
+    read_extension,
+    why_unreadable,
+)
 
 hypothesis.settings.register_profile(
     "repeatable",
@@ -163,18 +168,21 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def compiled() -> Compiled:
-    """Every kernel file compiled for every architecture, with the flags of the build."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc, and there is none on PATH")
-    return compile_all(SHARED_BYTES_PER_MULTIPROCESSOR)
+def built_kernels() -> dict[str, Compiled]:
+    """The kernels in the built extension, by architecture."""
+    extension = find_extension()
+    if reason := why_unreadable(extension):
+        pytest.skip(reason)
+    assert extension is not None
+    return read_extension(extension)
 
 
-@pytest.fixture
-def disassembled(compiled: Compiled) -> Compiled:
-    if find_disassembler() is None:
-        pytest.skip("needs nvdisasm, of the CUDA toolkit or of the triton package")
-    return compiled
+@pytest.fixture(params=SHARED_BYTES_PER_MULTIPROCESSOR)
+def compiled(request: pytest.FixtureRequest, built_kernels: dict[str, Compiled]) -> Compiled:
+    """The kernels in the built extension, for one architecture after the other."""
+    if request.param not in built_kernels:
+        pytest.skip(f"the extension was not built for {request.param}")
+    return built_kernels[request.param]
 
 
 @pytest.fixture

@@ -1,85 +1,103 @@
-"""How every kernel comes out of the compiler, as a table: ``python -m tests.kernel_report``.
+"""How every kernel came out of the compiler, as a table: ``python -m tests.kernel_report``.
 
-The implicit GEMM and small_m by tile, dtype, kind of rows and width of access; the others by dtype.
-What differs between sm_80 (A100) and sm_90a (H100) is given as a pair. Needs nvcc and nvdisasm.
+One row for each instantiation in the built extension. What differs between sm_80 (A100) and sm_90a (H100) is
+given as a pair.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
+import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-from tests.machine_code import Loop, count
+from tests.epilogue_code import (
+    before_the_first_load,
+    epilogue_turns,
+    instructions_per_output,
+    residual_loads_under_way,
+    shared_loads,
+)
+from tests.kernel_names import KINDS, GemmKernel
+from tests.machine_code import CUDA_CORES, TENSOR_CORES, Code, Loop, count, main_loop
 from tests.sass import (
     SHARED_BYTES_PER_MULTIPROCESSOR,
     Compiled,
     CompiledKernel,
-    compile_all,
-    find_disassembler,
-    gemm_kernel,
+    find_extension,
+    read_extension,
     resident_blocks,
-    small_m_kernel,
-    stem_kernel,
+    why_unreadable,
 )
 
-HEADINGS = (
-    "kernel",
-    "tile",
-    "dtype",
-    "rows",
-    "access",
-    "threads",
-    "registers",
-    "shared KiB",
-    "blocks",
-    "products",
-    "others",
-    "share",
-    "every turn",
-)
+KERNEL = ("kernel", "tile", "dtype", "rows", "access")
+MAIN_LOOP = ("threads", "registers", "shared KiB", "blocks", "products", "others", "share", "every turn")
+ENDS = ("to first load", "an output", "with residual", "under way", "LDS a turn")
 
 NOTES = """\
 Pairs are sm_80 / sm_90a, blocks those that one multiprocessor of an A100 / H100 holds at once.
+
 Products (HMMA, or FFMA of the CUDA cores) and others are the instructions that a turn of the main loop
 issues, those that a predicate skips and those of the copies among them; share is that of the products
-among them all, every turn their share of those that no turn jumps over."""
+among them all, every turn their share of those that no turn jumps over.
 
-_DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+To first load: instructions before the first cp.async, or before the first load where there is none, on the
+shortest path, taken by a thread that has no share in the tables; after the +, how many more lie before it.
+An output: instructions of the shortest turn of the epilogue's loop that stores 16 bytes, for each value in
+them; its activation is the identity. With residual: of the shortest turn that loads 16 bytes of one as well.
+Under way: 16-byte loads of the residual that a thread has started when it first waits for one of them.
+LDS a turn: loads from shared memory in a turn without a residual, number x bits; two of 128 bits are the
+accumulators."""
 
 
-def pair(values: Sequence[object]) -> str:
-    """Both values, or one where they are the same."""
-    first, second = map(str, values)
-    return first if first == second else f"{first} / {second}"
+def pair(values: Iterable[object]) -> str:
+    """One value for each architecture, or one where they are the same."""
+    return " / ".join(dict.fromkeys(map(str, values)))
 
 
-def gemm_row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...] | None:
-    """A row for an instantiation of the implicit GEMM, compiled for both architectures."""
-    gemm = gemm_kernel(kernels[0].name)
-    if gemm is None:
-        return None
-    blocks = [
-        resident_blocks(kernel, gemm.shared_bytes, architecture)
-        for kernel, architecture in zip(kernels, SHARED_BYTES_PER_MULTIPROCESSOR, strict=True)
-    ]
-    loops = [kernel.main_loop() for kernel in kernels if kernel.code is not None]
-    products = [count(loop.all, gemm.products) for loop in loops]
+def row(family: str, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
+    """A kernel, as compiled for each architecture: under KERNEL, MAIN_LOOP and ENDS."""
+    made = KINDS[family].of(kernels[0].name)
+    access = getattr(made, "access_bytes", 0)
     return (
-        gemm.kernel,
-        gemm.tile,
-        gemm.dtype,
-        gemm.rows,
-        f"{gemm.access_bytes} bytes",
-        str(gemm.threads),
-        pair([kernel.resources.registers for kernel in kernels]),
+        family,
+        getattr(made, "tile", ""),
+        made.dtype,
+        made.rows if isinstance(made, GemmKernel) else "pointwise" * getattr(made, "is_pointwise", False),
+        f"{access} bytes" if access else "",
+        str(kernels[0].resources.threads),
+        pair(kernel.resources.registers for kernel in kernels),
+        *(main_loop_cells(family, made, kernels) if isinstance(made, GemmKernel) else [""] * 6),
+        *map(pair, zip(*(end_cells(kernel.code, made.value_bytes) for kernel in kernels), strict=True)),
+    )
+
+
+def main_loop_cells(family: str, gemm: GemmKernel, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
+    """Shared memory, blocks and main loop of an implicit GEMM."""
+    products = CUDA_CORES if family == "implicit_gemm_fp32" else TENSOR_CORES
+    loops = [main_loop(kernel.code, products) for kernel in kernels]
+    numbers = [count(loop.all, products) for loop in loops]
+    return (
         f"{gemm.shared_bytes / 1024:.1f}",
-        pair(blocks),
-        pair(products),
-        pair([len(loop.all) - count(loop.all, gemm.products) for loop in loops]),
-        pair([f"{loop.share(gemm.products):.0%}" for loop in loops]),
-        pair([f"{share_of_every_turn(loop, gemm.products):.0%}" for loop in loops]),
+        pair(resident_blocks(kernel, gemm.shared_bytes) for kernel in kernels),
+        pair(numbers),
+        pair(len(loop.all) - number for loop, number in zip(loops, numbers, strict=True)),
+        pair(f"{loop.share(products):.0%}" for loop in loops),
+        pair(f"{share_of_every_turn(loop, products):.0%}" for loop in loops),
+    )
+
+
+def end_cells(code: Code, value_bytes: int) -> tuple[str, ...]:
+    """What lies before the first load, and a turn of the epilogue."""
+    path, position = before_the_first_load(code)
+    plain, with_residual = epilogue_turns(code)
+    loads = sorted(shared_loads(plain).items(), reverse=True)
+    return (
+        f"{path}+{position - path}",
+        f"{instructions_per_output(plain, value_bytes):.1f}" if plain else "",
+        f"{instructions_per_output(with_residual, value_bytes):.1f}" if with_residual else "",
+        str(residual_loads_under_way(with_residual) or "?") if with_residual else "",
+        " ".join(f"{number}x{bits}" for bits, number in loads),
     )
 
 
@@ -87,77 +105,52 @@ def share_of_every_turn(loop: Loop, products: str) -> float:
     return count(loop.every_turn, products) / len(loop.every_turn)
 
 
-def small_m_row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...] | None:
-    """A row for an instantiation of small_m, whose tile is rows x channels of a team x chunks of a step."""
-    small_m = small_m_kernel(kernels[0].name)
-    if small_m is None:
-        return None
-    return (
-        "small_m",
-        f"{small_m.rows}x{small_m.channels}x{small_m.chunks}",
-        small_m.dtype,
-        "pointwise" if small_m.is_pointwise else "plain",
-        f"{small_m.access_bytes} bytes",
-        str(kernels[0].bounds.threads),
-        pair([kernel.resources.registers for kernel in kernels]),
-        *("", "", "", "", "", ""),
-    )
-
-
-def plain_row(file: str, kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
-    """A row for any other kernel."""
-    """A row for a kernel other than implicit_gemm_sm80."""
-    name = kernels[0].name
-    dtype = re.search(r"I(f|6__half|13__nv_bfloat16)", name)
-    tile = re.search(r"4TileELi(\d+)ELi(\d+)ELi(\d+)E", name)
-    stem = stem_kernel(name)
-    return (
-        file,
-        stem.tile if stem else "x".join(tile.groups()) if tile else "",
-        _DTYPES[dtype[1]] if dtype else "",
-        *("", ""),
-        str(kernels[0].bounds.threads),
-        pair([kernel.resources.registers for kernel in kernels]),
-        *("", "", "", "", "", ""),
-    )
-
-
-def rows(compiled: Compiled) -> Iterator[tuple[str, ...]]:
-    """Every kernel, in the order of the files and of the tiles in them."""
-    for file in dict.fromkeys(file for file, _ in compiled):
+def rows(by_architecture: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
+    """Every kernel, by family and as its file instantiates them."""
+    for family in KINDS:
         by_name = [
-            {kernel.name: kernel for kernel in compiled[file, architecture]}
-            for architecture in SHARED_BYTES_PER_MULTIPROCESSOR
+            {kernel.name: kernel for kernel in compiled.get(family, [])} for compiled in by_architecture
         ]
         for name in reversed(by_name[0]):
-            kernels = [found[name] for found in by_name]
-            yield gemm_row(kernels) or small_m_row(kernels) or plain_row(file, kernels)
+            yield row(family, [found[name] for found in by_name])
 
 
-def print_table(table: Sequence[tuple[str, ...]]) -> None:
+def print_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> None:
     """With rich where it is installed, else in plain columns."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(HEADINGS, *table, strict=True)]
-        for row in (HEADINGS, *table):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        widths = [max(map(len, column)) for column in zip(headings, *table, strict=True)]
+        for cells in (headings, *table):
+            print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
         return
-    pretty = Table(*HEADINGS, box=None, pad_edge=False)
-    for row in table:
-        pretty.add_row(*row)
+    pretty = Table(*headings, box=None, pad_edge=False)
+    for cells in table:
+        pretty.add_row(*cells)
     console = Console()
     # a pipe has no width of its own, and a cut cell says nothing
     Console(width=console.width if console.is_terminal else 160).print(pretty)
 
 
-def main() -> int:
-    if shutil.which("nvcc") is None or find_disassembler() is None:
-        print("This report needs nvcc on PATH, and nvdisasm of the CUDA toolkit or of the triton package.")
-        return 1
-    print_table(list(rows(compile_all(SHARED_BYTES_PER_MULTIPROCESSOR))))
+def print_report(table: Sequence[Sequence[str]]) -> None:
+    """A table of the main loops, one of what lies before and after them, and what they say."""
+    names, loops = len(KERNEL), len(KERNEL) + len(MAIN_LOOP)
+    print_table(KERNEL + MAIN_LOOP, [cells[:loops] for cells in table])
+    print()
+    print_table(KERNEL + ENDS, [(*cells[:names], *cells[loops:]) for cells in table])
     print(f"\n{NOTES}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="How every kernel came out of the compiler.")
+    parser.add_argument("--extension", type=Path, help="the extension to read, instead of the one in use")
+    extension = parser.parse_args().extension or find_extension()
+    if reason := why_unreadable(extension):
+        print(f"This report {reason}.")
+        return 1
+    found = read_extension(extension)
+    print_report(list(rows([found[name] for name in SHARED_BYTES_PER_MULTIPROCESSOR if name in found])))
     return 0
 
 

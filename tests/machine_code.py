@@ -6,13 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:(@!?)(U?P(?:\w+)) +)?([A-Z][\w.]*)(.*)")
 _LABEL = re.compile(r"(\.L_x_\d+):")
 _TARGET = re.compile(r"\.L_x_\d+")
+_GROUPS_LEFT = re.compile(r" SB\d, (0x[0-9a-f]+)")
 
-_JUMPS = ("BRA", "BRX", "JMP", "JMX")
-_ENDS = ("EXIT", "RET", *_JUMPS)
+_JUMPS = ("BRA", "BRX", "JMP", "JMX", "CALL")
+"""A call of a function names no label and is left out; one that names a label is a jump like the others."""
+
+_ENDS = ("EXIT", "RET", "BRA", "BRX", "JMP", "JMX")
 
 TENSOR_CORES = r"HMMA\..*"
 """The opcodes of mma.sync, modifiers included."""
@@ -26,14 +30,23 @@ COPIES = r"LDGSTS\..*"
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: opcode with its modifiers, whether a predicate may skip it, and where it may jump.
+    """One instruction.
 
-    Targets are indices into the kernel's instructions.
+    Attributes:
+        opcode: with its modifiers.
+        is_conditional: whether a predicate may skip it.
+        targets: where it may jump, as indices into the kernel's instructions.
+        barrier: the one that is released when its result is there.
+        waits: the barriers that it waits for, a bit each.
+        leaves: as many groups of copies may be under way when it has waited.
     """
 
     opcode: str
     is_conditional: bool = False
     targets: tuple[int, ...] = ()
+    barrier: int | None = None
+    waits: int = 0
+    leaves: int | None = None
 
     @property
     def falls_through(self) -> bool:
@@ -42,39 +55,50 @@ class Instruction:
 
 Code = tuple[Instruction, ...]
 
-
-def parse_code(listing: str) -> dict[str, Code]:
-    """The instructions of each kernel in order, by mangled name, from what ``nvdisasm -c`` prints.
-
-    Functions that a kernel calls and that were not inlined lie in its section and so count as part of it.
-    """
-    sections = re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.MULTILINE)[1:]
-    return {part[: part.index(",")]: _parse_section(part.splitlines()) for part in sections}
+Graph = list[list[int]]
+"""For each instruction, by number, those that may come next."""
 
 
-def _parse_section(lines: Iterable[str]) -> Code:
+def parse_section(listing: str, encodings: bytes) -> Code:
+    """The instructions of a kernel in order: its section of what ``nvdisasm -c`` prints, and its bytes."""
     found: list[re.Match[str]] = []
     labels: dict[str, int] = {}
-    for line in lines:
+    for line in listing.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(found)
         elif instruction := _INSTRUCTION.match(line):
             found.append(instruction)
-    return tuple(_make_instruction(match, labels) for match in found)
+    control = [int.from_bytes(encodings[at + 8 : at + 16], "little") for at in range(0, 16 * len(found), 16)]
+    return tuple(_make_instruction(*each, labels) for each in zip(found, control, strict=True))
 
 
-def _make_instruction(match: re.Match[str], labels: dict[str, int]) -> Instruction:
+def _make_instruction(match: re.Match[str], control: int, labels: dict[str, int]) -> Instruction:
     negation, predicate, opcode, operands = match.groups()
     is_conditional = predicate is not None and not (negation == "@" and predicate in ("PT", "UPT"))
     jumps = opcode.partition(".")[0] in _JUMPS
     targets = tuple(labels[name] for name in _TARGET.findall(operands)) if jumps else ()
-    return Instruction(opcode, is_conditional, targets)
+    # of an instruction's 128 bits 110 to 112 are the barrier, 116 to 121 those that it waits for
+    barrier, waits = control >> 46 & 7, control >> 52 & 63
+    left = _GROUPS_LEFT.match(operands) if opcode == "DEPBAR.LE" else None
+    leaves = int(left[1], 16) if left else None
+    return _shared(opcode, is_conditional, targets, None if barrier == 7 else barrier, waits, leaves)
+
+
+_shared = cache(Instruction)
+"""Instructions that say the same are one object: an extension has millions."""
 
 
 def count(code: Iterable[Instruction], pattern: str) -> int:
     """How many instructions have an opcode, modifiers included, that ``pattern`` matches as a whole."""
     matches = re.compile(pattern).fullmatch
-    return sum(matches(instruction.opcode) is not None for instruction in code)
+    opcodes = Counter(instruction.opcode for instruction in code)
+    return sum(number for opcode, number in opcodes.items() if matches(opcode))
+
+
+def positions(code: Code, pattern: str) -> list[int]:
+    """Where the instructions that ``count`` counts are."""
+    matches = re.compile(pattern).fullmatch
+    return [i for i, instruction in enumerate(code) if matches(instruction.opcode)]
 
 
 @dataclass(frozen=True)
@@ -96,19 +120,20 @@ class Loop:
 def main_loop(code: Code, pattern: str = TENSOR_CORES) -> Loop:
     """The loop with the most instructions that ``pattern`` matches, blocks that lie elsewhere included.
 
-    It is found by following branches: everything that can be reached from one of its instructions and from
-    which that instruction can be reached again. A skipped instruction is issued all the same, and counts.
+    A loop that stores to global memory is the epilogue's, and left out. A loop is everything that can be
+    reached from one of its instructions, following branches, and from which that instruction can be reached
+    again. A skipped instruction is issued all the same, and counts.
 
     Raises:
-        ValueError: no such instruction lies in a loop.
+        ValueError: no such instruction lies in such a loop.
     """
-    graph = _graph(code)
-    loops = [loop for loop in _strong_components(graph) if count((code[i] for i in loop), pattern)]
-    if not loops:
+    graph = graph_of(code)
+    loops = [loop for loop in _strong_components(graph) if not count((code[i] for i in loop), r"STG\..*")]
+    loop = max(loops, key=lambda nodes: count((code[i] for i in nodes), pattern), default=set())
+    if not count((code[i] for i in loop), pattern):
         raise ValueError(f"no loop has an instruction like {pattern}")
-    loop = max(loops, key=lambda nodes: count((code[i] for i in nodes), pattern))
-    every_turn = [node for node in loop if not _has_cycle(graph, loop - {node})]
-    return Loop(tuple(code[i] for i in sorted(loop)), tuple(code[i] for i in sorted(every_turn)))
+    every_turn = _unavoidable(graph, loop)
+    return Loop(tuple(code[i] for i in sorted(loop)), tuple(code[i] for i in every_turn))
 
 
 def innermost_loop(code: Code, pattern: str) -> Code:
@@ -132,21 +157,26 @@ def innermost_loop(code: Code, pattern: str) -> Code:
     return best
 
 
-def _graph(code: Code) -> list[tuple[int, ...]]:
-    """The instructions that each one may be followed by."""
+def graph_of(code: Code) -> Graph:
     following = []
     for i, instruction in enumerate(code):
-        next_one = (i + 1,) if instruction.falls_through and i + 1 < len(code) else ()
-        following.append((*instruction.targets, *next_one))
+        next_one = [i + 1] if instruction.falls_through and i + 1 < len(code) else []
+        following.append([*instruction.targets, *next_one])
     return following
 
 
-def _strong_components(graph: list[tuple[int, ...]]) -> list[set[int]]:
-    """The sets of nodes that reach one another, nodes that do not reach themselves left out."""
-    reverse: list[list[int]] = [[] for _ in graph]
+def reversed_graph(graph: Graph) -> Graph:
+    """For each instruction those that may come before."""
+    reverse: Graph = [[] for _ in graph]
     for node, following in enumerate(graph):
         for other in following:
             reverse[other].append(node)
+    return reverse
+
+
+def _strong_components(graph: Graph) -> list[set[int]]:
+    """The sets of nodes that reach one another, nodes that do not reach themselves left out."""
+    reverse = reversed_graph(graph)
     components = []
     left = set(range(len(graph)))
     for node in reversed(_postorder(graph)):
@@ -158,7 +188,7 @@ def _strong_components(graph: list[tuple[int, ...]]) -> list[set[int]]:
     return components
 
 
-def _postorder(graph: list[tuple[int, ...]]) -> list[int]:
+def _postorder(graph: Graph) -> list[int]:
     """Every node after those that it leads to, as a depth-first walk leaves them."""
     order: list[int] = []
     seen: set[int] = set()
@@ -177,7 +207,7 @@ def _postorder(graph: list[tuple[int, ...]]) -> list[int]:
     return order
 
 
-def _reached(graph: list[list[int]], start: int, within: Collection[int]) -> set[int]:
+def _reached(graph: Graph, start: int, within: Collection[int]) -> set[int]:
     found, stack = {start}, [start]
     while stack:
         for other in graph[stack.pop()]:
@@ -187,7 +217,20 @@ def _reached(graph: list[list[int]], start: int, within: Collection[int]) -> set
     return found
 
 
-def _has_cycle(graph: list[tuple[int, ...]], within: set[int]) -> bool:
+def _unavoidable(graph: Graph, loop: set[int]) -> list[int]:
+    """The nodes of a loop without which no walk inside it comes back."""
+    inside = {node: [other for other in graph[node] if other in loop] for node in loop}
+    arrivals = Counter(other for following in inside.values() for other in following)
+    found: list[int] = []
+    for node in sorted(loop):
+        continues = inside.get(node - 1) == [node] and arrivals[node] == 1
+        # what follows in a straight line shares the answer, which is dear
+        if found[-1:] == [node - 1] if continues else not _has_cycle(graph, loop - {node}):
+            found.append(node)
+    return found
+
+
+def _has_cycle(graph: Graph, within: set[int]) -> bool:
     """Whether a walk inside ``within`` can come back: taking away nodes that nothing leads to leaves some."""
     arrivals = Counter(other for node in within for other in graph[node] if other in within)
     free = [node for node in within if not arrivals[node]]

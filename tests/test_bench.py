@@ -1,9 +1,12 @@
 """The bench's arithmetic: statistics, roofline, clocks and inputs. Nothing here asserts a time."""
 
 import itertools
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,18 @@ from torch import Tensor
 from bench.roofline import Floor, floor, flops, least_bytes, measure_ceilings, share
 from bench.setting import PRECISIONS, Budget
 from bench.stats import Summary, geometric_mean, paired_ratio, summarize, verdict
-from bench.timing import EventStopwatch, RandomPool, Work, captured, input_sets_needed, interleaved, rotating
+from bench.timing import (
+    EventStopwatch,
+    RandomPool,
+    Rotation,
+    Work,
+    bound,
+    captured,
+    interleaved,
+    rotating,
+    rotation_of,
+)
+from fused_cna._device_timer import MOST_INPUT_SETS
 from tests.bench_cases import CEILINGS, CPU, FORMATS, FakeClock, layer
 
 
@@ -71,11 +85,41 @@ class TestRoofline:
         assert share(1.0, 4.0) == 0.25
 
     def test_ceilings_are_measured(self) -> None:
-        measured = measure_ceilings(CPU, torch.float32, seed=0, small=True)
+        measured = measure_ceilings(CPU, PRECISIONS["fp32"], seed=0, small=True)
         assert measured.bytes_per_second > 0
         assert measured.flops_per_second > 0
         assert measured.matrix_precision == "float32"
-        assert torch.backends.cuda.matmul.fp32_precision == "none"
+
+
+class FakeStream(str):
+    def wait_stream(self, other: str) -> None:
+        assert self != other
+
+
+def use_fake_streams(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
+    """Streams that are names. As torch's, a capture whose body raises leaves its stream current."""
+    current = ["main"]
+
+    @contextmanager
+    def stream(entered: str) -> Iterator[None]:
+        before, current[0] = current[0], entered
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(made: object) -> Iterator[None]:
+        before, current[0] = current[0], "capture"
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: FakeStream("side"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(current[0]))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
 
 
 class TestTiming:
@@ -110,22 +154,20 @@ class TestTiming:
         )
         assert samples == {"a": [1.0, 1.0, 1.0]}
 
-    def test_inputs_rotate(self) -> None:
-        seen: list[float] = []
-
-        def call(x: Tensor) -> Tensor:
-            seen.append(float(x))
-            return x
-
-        work = rotating(call, [(torch.tensor(1.0),), (torch.tensor(2.0),), (torch.tensor(3.0),)])
+    def test_inputs_and_outputs_rotate(self) -> None:
+        inputs = [torch.tensor(value) for value in (1.0, 2.0, 3.0)]
+        recent: deque[Tensor] = deque(maxlen=2)
+        work = rotating(bound(lambda x: x + 1, [(x,) for x in inputs]), recent)
         for _ in range(4):
             work.run()
-        assert seen == [1.0, 2.0, 3.0, 1.0]
+        assert [float(output) for output in recent] == [4.0, 2.0]
 
-    def test_input_sets_outrun_the_cache_three_times(self) -> None:
-        assert input_sets_needed(100, 1000) == 30
-        assert input_sets_needed(10**9, 1000) == 2
-        assert input_sets_needed(1, 10**9) == 512
+    def test_sets_outrun_the_cache_three_times(self) -> None:
+        assert rotation_of(100, 1000) == Rotation(30, 100, 1000)
+        assert rotation_of(10**9, 1000).sets == 2
+        small = rotation_of(1000, 10**9)
+        assert small.sets == MOST_INPUT_SETS
+        assert [one.outruns_cache for one in (rotation_of(100, 1000), small)] == [True, False]
 
     @pytest.mark.parametrize("memory_format", FORMATS)
     def test_pool_gives_separate_aligned_tensors(self, memory_format: torch.memory_format) -> None:
@@ -161,39 +203,33 @@ class TestTiming:
         assert EventStopwatch().seconds(lambda: log.append("work")) == 1.5
         assert log == ["record", "work", "record", "wait"]
 
-    def test_a_graph_holds_one_call_per_input_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_graph_holds_every_call_and_each_output(self, monkeypatch: pytest.MonkeyPatch) -> None:
         log: list[str] = []
-
-        class Stream:
-            def wait_stream(self, other: "Stream") -> None:
-                log.append("wait")
-
-        class Graph:
-            def replay(self) -> None:
-                log.append("replay")
-
-        @contextmanager
-        def entered(what: object) -> Iterator[None]:
-            log.append("capture" if isinstance(what, Graph) else "side")
-            yield
-            log.append("end")
-
-        for name, fake in (("Stream", Stream), ("CUDAGraph", Graph), ("stream", entered), ("graph", entered)):
-            monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+        use_fake_streams(monkeypatch, log)
+        alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
         def call(x: Tensor) -> Tensor:
-            log.append(str(int(x)))
-            return x + 1
+            log.append(f"{int(x)} on {torch.cuda.current_stream()}, {len(alive)} outputs")
+            alive.add(output := x + 1)
+            return output
 
-        graph = captured(call, [(torch.tensor(index),) for index in range(3)])
-        warmup = ["wait", "side", "0", "0", "0", "end", "wait", "synchronize"]
-        assert log == [*warmup, "capture", "0", "1", "2", "end"]
+        graph = captured(bound(call, [(torch.tensor(index),) for index in range(3)]))
+        warmup = ["0 on side, 0 outputs"] * 3
+        assert log == [*warmup, "synchronize", *(f"{n} on capture, {n} outputs" for n in range(3))]
         assert int(graph.first_output) == 1
         assert graph.work.calls == 3
-        graph.work.run()
-        assert log[-1] == "replay"
+
+    def test_a_capture_that_fails_restores_the_stream(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        use_fake_streams(monkeypatch, [])
+
+        def call() -> Tensor:
+            if torch.cuda.current_stream() == "capture":
+                raise RuntimeError("not permitted")
+            return torch.ones(1)
+
+        with pytest.raises(RuntimeError, match="not permitted"):
+            captured([call])
+        assert torch.cuda.current_stream() == "main"
 
     def test_budget(self) -> None:
         clock = FakeClock()
@@ -208,17 +244,17 @@ class TestTiming:
 
 class TestPrecision:
     @pytest.mark.parametrize(("name", "inside"), [("tf32", "tf32"), ("fp32", "ieee"), ("fp16", "before")])
-    def test_switch_is_set_inside_and_put_back(self, name: str, inside: str) -> None:
-        switch = torch.backends.cudnn.conv
-        found = switch.fp32_precision
-        before = "ieee" if inside == "tf32" else "tf32"
-        switch.fp32_precision = before
-        try:
-            with PRECISIONS[name].applied():
-                assert switch.fp32_precision == (before if inside == "before" else inside)
-            assert switch.fp32_precision == before
-        finally:
-            switch.fp32_precision = found
+    def test_switches_are_set_inside_agree_and_are_put_back(self, name: str, inside: str) -> None:
+        def switches() -> tuple[object, ...]:
+            cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+            newer = (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision)
+            return (*newer, cudnn.allow_tf32, matmul.allow_tf32)
+
+        before = switches()
+        with PRECISIONS[name].applied():
+            expected = before if inside == "before" else (*[inside] * 3, *[inside == "tf32"] * 2)
+            assert switches() == expected
+        assert switches() == before
 
     def test_names_and_types(self) -> None:
         assert {name: one.dtype for name, one in PRECISIONS.items()} == {

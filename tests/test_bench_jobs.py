@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import cli, overhead, provenance
+from bench import cli, overhead, provenance, report
+from bench.setting import PRECISIONS
 from tests.bench_cases import setting
 
 
@@ -83,13 +84,16 @@ class TestPipeline:
         assert result.top1_agreement == 1.0
         assert result.latency["launched"].before.median > 0
         assert json.loads(json.dumps(result.as_json()))["network"] == "mobilenet_v2"
+        said = report.pipeline_summary([result])
+        assert said[0].startswith("photographs, mobilenet_v2 n2: 35 of 52 convolutions replaced")
+        assert [line.partition(":")[0] for line in said[1:]] == ["  launched eagerly"]
 
     def test_a_wrong_network_is_a_failure(self) -> None:
         pytest.importorskip("torchvision", reason="the pipeline's networks are torchvision's")
         from bench.pipeline import failure_of
 
-        assert failure_of(1e-5, 9e-6, torch.float32) is None
-        assert "at most 1.80e-05 is allowed" in str(failure_of(1e-4, 9e-6, torch.float32))
+        assert failure_of(1e-5, 9e-6, PRECISIONS["fp32"]) is None
+        assert "at most 1.89e-05 is allowed" in str(failure_of(1e-4, 9e-6, PRECISIONS["fp32"]))
 
 
 class TestProvenance:

@@ -1,7 +1,8 @@
 """The layers job: what is checked, timed, left out, broken off, resumed, and what it comes to."""
 
+import itertools
 import json
-from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from bench import layers
 from bench.layer_result import BASELINE, LayerResult
 from bench.plans import Plan
 from bench.roofline import Ceilings
-from bench.routes import Call, Case, Fused, Route, ThreeStep, make_case
+from bench.routes import Call, Case, Fused, Route, ThreeStep
 from bench.rows import Row, layers_of
 from bench.setting import Budget
 from bench.summary import LayersResult
-from bench.timing import CapturedCalls, RandomPool, Work
-from tests.bench_cases import CEILINGS, CPU, FakeClock, layer, layer_result, row, setting
+from bench.timing import RandomPool, Rotation
+from tests.bench_cases import CEILINGS, CPU, FORMATS, FakeClock, layer, layer_result, row, setting, two_sets
 
 SMALL = layer(h=6, w=6)
 
@@ -24,8 +25,8 @@ SMALL = layer(h=6, w=6)
 class Broken(Fused):
     """A fused route that leaves a pixel wrong."""
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
-        call = super().prepare(case, memory_format)
+    def prepare(self, case: Case) -> Call:
+        call = super().prepare(case)
 
         def wrong(*inputs: Tensor) -> Tensor:
             output = call(*inputs)
@@ -40,14 +41,14 @@ class Refusing(ThreeStep):
 
     name = "refusing"
 
-    def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
+    def prepare(self, case: Case) -> Call:
         raise RuntimeError("no engine for this\nand more lines")
 
 
 class TestLayers:
     def measure(self, routes: tuple[Route, ...], monkeypatch: pytest.MonkeyPatch) -> LayerResult:
         monkeypatch.setattr(layers, "ROUTES", routes)
-        monkeypatch.setattr(layers, "input_sets_needed", lambda *_: 2)
+        monkeypatch.setattr(layers, "rotation_of", two_sets)
         pool = RandomPool(CPU, torch.float32, seed=0)
         return layers.measure(row(SMALL), setting(), pool, CEILINGS)
 
@@ -62,82 +63,75 @@ class TestLayers:
         timed = [one for one in result.entries if one.route != "refusing"]
         assert all(one.error is not None and 0 < one.error < 1e-6 for one in timed)
         assert all(len(one.samples["launched"]) == 3 for one in timed)
+        assert all(one.first_call_seconds is not None for one in timed)
         assert [one.refused for one in result.entries if one.route == "refusing"] == [
             "RuntimeError: no engine for this"
         ] * 2
         assert result.comparisons["launched"].rival == BASELINE
 
     @pytest.mark.parametrize(("precision", "products"), [("tf32", "tf32"), ("fp32", "ieee")])
-    def test_every_route_runs_in_the_precision_of_the_row(
+    def test_routes_run_in_the_precision_of_the_row_and_they_alone_search_algorithms(
         self, precision: str, products: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        seen: set[str] = set()
+        seen: set[tuple[str, bool]] = set()
 
         class Watching(ThreeStep):
-            def prepare(self, case: Case, memory_format: torch.memory_format) -> Call:
-                call = super().prepare(case, memory_format)
+            def prepare(self, case: Case) -> Call:
+                call = super().prepare(case)
 
                 def watched(*inputs: Tensor) -> Tensor:
-                    seen.add(torch.backends.cudnn.conv.fp32_precision)
+                    seen.add((torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.benchmark))
                     return call(*inputs)
 
                 return watched
 
+        searched: list[bool] = []
+        reference = layers.reference
+
+        def watched_reference(*arguments: Any) -> Tensor:
+            searched.append(torch.backends.cudnn.benchmark)
+            return reference(*arguments)
+
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        monkeypatch.setattr(layers, "reference", watched_reference)
         monkeypatch.setattr(layers, "ROUTES", (Watching(),))
-        monkeypatch.setattr(layers, "input_sets_needed", lambda *_: 2)
+        monkeypatch.setattr(layers, "rotation_of", two_sets)
         pool = RandomPool(CPU, torch.float32, seed=0)
         layers.measure(row(SMALL, precision=precision), setting(), pool, CEILINGS)
-        assert seen == {products}
+        assert seen == {(products, True)}
+        assert searched == [False] * len(FORMATS)
+
+    def test_every_call_of_a_pass_has_tensors_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in fused_cna.tune: what is called again at once would still lie in the cache."""
+        operands: list[tuple[int, ...]] = []
+        outputs: list[int] = []
+
+        class Watching(ThreeStep):
+            def prepare(self, case: Case) -> Call:
+                call = super().prepare(case)
+
+                def watched(*inputs: Tensor) -> Tensor:
+                    output = call(*inputs)
+                    if output.is_contiguous():
+                        operands.append(tuple(t.data_ptr() for t in (*inputs, case.conv.weight)))
+                    outputs.append(output.data_ptr())
+                    return output
+
+                return watched
+
+        measured = row(layer(residual="add_act", h=40, w=40))
+        monkeypatch.setattr(layers, "ROUTES", (Watching(),))
+        monkeypatch.setattr(layers, "rotation_of", lambda size, cache: Rotation(3, size, cache))
+        result = layers.measure(measured, setting(), RandomPool(CPU, torch.float32, seed=0), CEILINGS)
+        assert len(set(itertools.chain(*operands[-3:]))) == 9
+        assert len(set(outputs[-3:])) == 3
+        sizes = 8 * 40 * 40 * 2 + 2 * 4 * 40 * 40 * 2 + 4 * 8 * 9
+        assert result.rotation.set_bytes == 4 * sizes
 
     def test_a_wrong_pixel_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         result = self.measure((Broken(), ThreeStep()), monkeypatch)
         assert "wrong result" in str(result.failure)
         assert result.comparisons == {}
-
-    @pytest.mark.parametrize("writes", [True, False])
-    def test_a_graph_that_writes_nothing_is_found(
-        self, writes: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        @dataclass
-        class Graph:
-            call: Call
-            inputs: tuple[Tensor, ...]
-            output: Tensor
-
-            def replay(self) -> None:
-                if writes:
-                    self.output.copy_(self.call(*self.inputs))
-
-        def capture(call: Call, input_sets: list[tuple[Tensor, ...]]) -> CapturedCalls:
-            graph = Graph(call, input_sets[0], call(*input_sets[0]))
-            return CapturedCalls(graph, graph.output, Work(graph.replay, len(input_sets)))  # type: ignore[arg-type]
-
-        monkeypatch.setattr(layers, "captured", capture)
-        case = replace(make_case(SMALL, CPU, torch.float32, seed=0), device=torch.device("cuda"))
-        shape = (2, SMALL.cin, SMALL.h, SMALL.w)
-        input_sets = RandomPool(CPU, torch.float32, seed=0).input_sets([shape], 2, torch.channels_last)
-        with torch.inference_mode():
-            expected = layers._expected(case, input_sets[0])
-            prepared, works = layers._prepare(ThreeStep(), case, input_sets, expected, torch.channels_last)
-        assert set(works) == {"launched", "graph"}
-        assert works["graph"].calls == 2
-        assert prepared.error is not None
-        assert (prepared.error < 1e-6) == writes
-
-    def test_checked_images_are_spread_and_hold_both_ends(self) -> None:
-        assert layers.checked_images(1) == [0]
-        assert layers.checked_images(3) == [0, 1, 2]
-        spread = layers.checked_images(128)
-        assert (len(spread), spread[0], spread[-1]) == (8, 0, 127)
-        assert len(set(spread)) == 8
-
-    def test_an_image_between_the_checked_ones_must_be_finite(self) -> None:
-        output = torch.ones(32, 1, 1, 1)
-        expected = torch.ones(8, 1, 1, 1, dtype=torch.float64)
-        assert layers._error(output, expected) == 0.0
-        assert 1 not in layers.checked_images(32)
-        output[1] = torch.nan
-        assert layers._error(output, expected) == float("inf")
 
 
 class TestRun:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import model_cases, models
+from bench.entry import judge
 from bench.model_cases import GOALS, MODELS, Case, Model, images_here, planned_cases
-from bench.model_result import ModelEntry, judge
 from bench.model_routes import (
     EAGER,
     FROZEN,
@@ -21,19 +21,19 @@ from bench.model_routes import (
     Compiled,
     CompiledFused,
     EagerChannelsLast,
+    EagerFolded,
     Fused,
     FusedFrozen,
     ModelRoute,
     routes_for,
 )
-from bench.timing import CapturedCalls, Work
+from bench.setting import PRECISIONS
 from tests.bench_cases import setting
 from tests.bench_model_cases import (
     NOISE,
     TINY,
     DropsNorms,
     Tiny,
-    entry,
     use_few_routes,
     use_small_networks,
 )
@@ -122,7 +122,7 @@ class TestNetworks:
         pytest.importorskip(model.library, reason=f"{name} is a network of {model.library}")
         monkeypatch.setitem(MODELS, name, replace(model, size_on_cpu=64))
         monkeypatch.setattr(model_cases, "CALIBRATION_BATCHES", 1)
-        monkeypatch.setattr(models, "_time", lambda *_: None)
+        monkeypatch.setattr(models, "time_entries", lambda *_, **__: None)
         made = models.measure(
             Case(name, 2, "fp32"), (EagerChannelsLast(), Fused(), FusedFrozen()), NOISE, setting()
         )
@@ -146,9 +146,35 @@ class TestRoutes:
 
     def test_of_a_gpu(self) -> None:
         names = [route.name for route in routes_for(setting(device=GPU))]
-        assert names == [*EAGER, FUSED, "torch.compile", "compile fused_cna"]
+        assert names == [*EAGER, "eager folded", FUSED, INDUCTOR_FROZEN, "torch.compile", "compile fused_cna"]
         tuned = [route.name for route in routes_for(setting(device=GPU, max_autotune=True))]
         assert tuned == [*names, "max-autotune"]
+
+    def test_norms_are_folded_ahead(self) -> None:
+        class Norm(nn.BatchNorm2d):
+            """As timm's, which activate too."""
+
+            def __init__(self, channels: int) -> None:
+                super().__init__(channels)
+                self.act = nn.LeakyReLU()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.act(super().forward(x))
+
+        network = Tiny().eval().requires_grad_(False)
+        network.branch[1] = Norm(8).eval().requires_grad_(False)
+        for norm in (network.stem[1], network.branch[1]):
+            assert isinstance(norm, nn.BatchNorm2d)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+        x = torch.randn(2, 3, 20, 20)
+        before = network(x)
+        folded: Any = EagerFolded().prepare(network, MODELS["resnet50"], x)
+        torch.testing.assert_close(folded(x), before)
+        assert folded.get_submodule("stem.0").weight.is_contiguous(memory_format=torch.channels_last)
+        with torch.profiler.profile() as profile:
+            folded(x)
+        assert not any("batch_norm" in event.key for event in profile.key_averages())
+        torch.testing.assert_close(network(x), before, rtol=0, atol=0)
 
     def test_all_routes_give_the_same_answers(self, tiny: None, few_routes: None) -> None:
         made = models.measure(TINY, models.routes_for(setting()), NOISE, setting())
@@ -166,12 +192,29 @@ class TestRoutes:
         assert (fused.fused_calls, fused.conv_calls) == (2, 2)
         assert made.references["launched"] in EAGER
 
+    def test_algorithms_are_searched_only_for_what_is_timed(
+        self, tiny: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[torch.dtype, bool]] = []
+
+        class Recording(Tiny):
+            def forward(self, x: Tensor) -> Tensor:
+                seen.append((x.dtype, torch.backends.cudnn.benchmark))
+                return super().forward(x)
+
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        monkeypatch.setitem(model_cases.MODELS, "tiny", replace(model_cases.MODELS["tiny"], build=Recording))
+        models.measure(TINY, (EagerChannelsLast(),), NOISE, setting())
+        calibrations = model_cases.CALIBRATION_BATCHES
+        assert seen[:calibrations] == [(torch.float32, False)] * calibrations
+        assert set(seen[calibrations:]) == {(torch.float64, False), (torch.float32, True)}
+
     def test_the_backend_is_taken_where_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("bench.model_routes.BACKEND_MODULE", "fused_cna.no_such_module")
-        made = models._prepare(CompiledFused(), TINY, Tiny(), [(torch.ones(1, 3, 16, 16),)], [])
+        made = models._prepare(CompiledFused(), TINY, Tiny(), [], [], GPU)
         assert made[1] == {}
         assert "has no fused_cna.no_such_module" in str(made[0].left_out)
-        assert judge([made[0]], torch.float32) is None
+        assert judge([made[0]], PRECISIONS["fp32"], EAGER) is None
 
     def test_a_route_that_raises_leaves_the_others(self, tiny: None) -> None:
         made = models.measure(TINY, (EagerChannelsLast(), Refuses()), NOISE, setting())
@@ -197,75 +240,15 @@ class TestRoutes:
                 return call
 
         made = models.measure(TINY, (EagerChannelsLast(), Reuses()), NOISE, setting())
-        assert "reuses: wrong result" in str(made.failure)
-
-
-class FakeGraph:
-    """Runs its calls when it is replayed, as a CUDA graph does."""
-
-    def __init__(self, output: Tensor, replayed: Tensor) -> None:
-        self.output, self.replayed = output, replayed
-
-    def replay(self) -> None:
-        self.output.copy_(self.replayed)
-
-
-class TestCapture:
-    def capture(
-        self, monkeypatch: pytest.MonkeyPatch, replayed: Tensor
-    ) -> tuple[ModelEntry, dict[str, Work]]:
-        output = torch.ones(1, 4)
-        graph: Any = FakeGraph(output, replayed)
-        calls = CapturedCalls(graph, output, Work(graph.replay, 2))
-        monkeypatch.setattr(models, "captured", lambda call, sets: calls)
-        made = entry(FUSED, error=1e-9)
-        return made, models._capture(made, lambda x: x, [], torch.ones(1, 4).double())
-
-    def test_what_a_graph_writes_is_checked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made, works = self.capture(monkeypatch, torch.ones(1, 4))
-        assert (made.error, works["graph"].calls) == (1e-9, 2)
-        made, _ = self.capture(monkeypatch, torch.tensor([[1.0, 1.0, 1.0, 3.0]]))
-        assert made.error == 1.0
-
-    def test_what_cannot_be_captured_is_timed_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*_: object) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-        monkeypatch.setattr(models, "captured", refuse)
-        made = entry(FUSED)
-        assert models._capture(made, lambda x: x, [], torch.ones(1)) == {}
-        assert made.no_graph == "RuntimeError: operation not permitted when stream is capturing"
-        assert made.refused is None
+        assert "reuses (channels_last): wrong result" in str(made.failure)
 
 
 class TestJudge:
     def test_a_dropped_norm_is_a_failure(self, tiny: None) -> None:
         made = models.measure(TINY, (EagerChannelsLast(), DropsNorms()), NOISE, setting())
-        assert "fused: wrong result: relative error" in str(made.failure)
+        assert "fused (channels_last): wrong result: relative error" in str(made.failure)
         assert made.speedup(FUSED) is None
         assert made.images_per_second(FUSED, "launched") is None
-
-    def test_a_wrong_rival_is_not_timed_but_no_failure(self) -> None:
-        rival = entry(INDUCTOR_FROZEN, 1.0, error=1.0)
-        assert judge([entry(EAGER[1], 2.0), rival], torch.float32) is None
-        assert "wrong result" in str(rival.refused)
-
-    def test_ours_that_did_not_run_is_a_failure(self) -> None:
-        broken = entry(FUSED, ours=True, error=None, refused="FusionError: no")
-        assert judge([entry(EAGER[1], 2.0), broken], torch.float32) == "fused did not run: FusionError: no"
-
-    def test_only_ours_has_to_run_in_a_cuda_graph(self) -> None:
-        rival = entry("torch.compile", 1.0, no_graph="RuntimeError: no")
-        assert judge([rival], torch.float32) is None
-        ours = entry(FUSED, 1.0, ours=True, no_graph="RuntimeError: no")
-        assert judge([ours], torch.float32) == "fused was not captured in a CUDA graph: RuntimeError: no"
-
-    def test_not_finite_anywhere(self) -> None:
-        whole = torch.ones(9, 4)
-        assert models._error(whole, whole[models.checked_images(9)].double()) == 0
-        (unchecked,) = set(range(9)) - set(models.checked_images(9))
-        whole[unchecked, 0] = torch.nan
-        assert models._error(whole, torch.ones(8, 4).double()) == torch.inf
 
     def test_agreement_is_of_the_classes(self) -> None:
         expected = torch.tensor([[1.0, 2.0, 9.0], [2.0, 1.0, 9.0]])

@@ -3,23 +3,24 @@
 import importlib.util
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import cli, compare, jobs, model_cases, models, report, terminal
+from bench import cli, compare, jobs, layers, model_cases, models, report, terminal
 from bench.model_cases import GOALS, planned_cases
 from bench.model_plot import plot_models
-from bench.model_report import print_models
+from bench.model_report import models_summary, print_models
 from bench.model_result import ModelResult, ModelsResult, goals_reached
 from bench.model_routes import (
     EAGER,
+    FROZEN,
     FUSED,
     INDUCTOR_FROZEN,
     EagerChannelsLast,
+    routes_for,
 )
 from bench.setting import Budget
 from tests.bench_cases import FakeClock, setting
@@ -138,7 +139,7 @@ class TestRun:
         monkeypatch.setattr(models, "measure", takes_ten_seconds)
         outcome, steps = self.run(budget=Budget(25.0, clock=lambda: clock.now), batches=(1, 2))
         assert steps == ["tiny n1 fp32", "tiny n2 fp32", "tiny n1 fp32 (compiled routes)"]
-        assert outcome.left_out["tiny n2 fp32 (compiled routes)"] == "the budget was spent"
+        assert outcome.left_out["tiny n2 fp32 (compiled routes)"] == "the budget of 25 s was spent"
         assert [[one.route for one in made.entries] for made in outcome.results] == [
             [*EAGER, FUSED, INDUCTOR_FROZEN],
             [*EAGER, FUSED],
@@ -146,7 +147,7 @@ class TestRun:
 
     def test_part_of_a_budget_is_kept(self, tiny: None, few_routes: None) -> None:
         outcome = models.run(setting(networks=("tiny",), budget=10.0), [].append, keep=10.0)
-        assert outcome.left_out["tiny n2 fp32"] == "the budget was spent"
+        assert outcome.left_out["tiny n2 fp32"] == "the budget of 10 s was spent"
 
     def test_without_a_budget_a_cpu_compiles_only_goals(
         self, tiny: None, few_routes: None, monkeypatch: pytest.MonkeyPatch
@@ -174,11 +175,12 @@ class TestRun:
         [
             (torch.OutOfMemoryError("too much"), ["tiny n2 fp32"], []),
             (RuntimeError("gone\nlines"), [], ["tiny n2 fp32: RuntimeError: gone"]),
+            (KeyboardInterrupt(), ["tiny n2 fp32"], []),
         ],
     )
     def test_a_case_that_breaks_off(
         self,
-        error: Exception,
+        error: BaseException,
         left_out: list[str],
         broke_off: list[str],
         tiny: None,
@@ -200,7 +202,7 @@ class TestJob:
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
         made = setting(networks=("tiny", "absent"))
         status = jobs.run(made, ("models",), out, [], terminal.make_console(), resume)
-        return status, json.loads((out / "results.json").read_text())
+        return status, json.loads((out / "models.json").read_text())
 
     def test_leaves_results_and_plot(
         self,
@@ -222,7 +224,7 @@ class TestJob:
         said = capsys.readouterr().out
         assert "pip install no_such_library" in said
         assert "not measured" in said
-        status, again = self.run(tmp_path, monkeypatch, tmp_path / "results.json")
+        status, again = self.run(tmp_path, monkeypatch, tmp_path / "models.json")
         assert status == 0
         assert again["models"]["rows"] == written["models"]["rows"]
         assert "1 networks were measured in the run" in capsys.readouterr().out
@@ -235,22 +237,38 @@ class TestJob:
         assert status == 1
         assert "wrong result" in written["models"]["failures"][0]
 
-    def test_half_of_a_budget_is_kept_for_layers(
-        self, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("later", "kept"), [((), 0.0), (("models", "overhead"), 30.0), (("pipeline", "overhead"), 6.0)]
+    )
+    def test_a_part_of_a_budget_is_kept_for_what_comes_later(
+        self, later: tuple[str, ...], kept: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        kept: list[float] = []
+        def only_look(*_: object, keep: float, **__: object) -> Any:
+            assert keep == pytest.approx(kept)
+            raise RuntimeError("enough")
 
-        def only_look(*_: object, keep: float, **__: object) -> ModelsResult:
-            kept.append(keep)
-            return ModelsResult(on_gpu=False)
-
-        monkeypatch.setattr(models, "run", only_look)
         session = jobs.Session(
-            setting(budget=60.0), terminal.make_console(), tmp_path, jobs.Earlier(), lambda content: None
+            setting(budget=60.0),
+            terminal.make_console(),
+            tmp_path,
+            jobs.Earlier(),
+            lambda content: None,
+            later,
         )
-        jobs.run_models(session)
-        jobs.run_models(replace(session, later=("layers", "overhead")))
-        assert kept == [0.0, 30.0]
+        for module, run in ((models, jobs.run_models), (layers, jobs.run_layers)):
+            monkeypatch.setattr(module, "run", only_look)
+            with pytest.raises(RuntimeError, match="enough"):
+                run(session)
+
+    def test_without_compiling(self, tiny: None, few_routes: None) -> None:
+        made = cli.setting_of(cli.parser().parse_args(["models", "--device", "cpu", "--no-compile"]))
+        assert [route.name for route in routes_for(made)] == [*EAGER, FUSED, FROZEN]
+        for budget in (None, 1e9):
+            steps: list[str] = []
+            outcome = models.run(setting(compiled=False, budget=budget, networks=("tiny",)), steps.append)
+            assert steps == ["tiny n2 fp32"]
+            assert outcome.left_out == {}
+            assert [one.route for one in outcome.results[0].entries] == [*EAGER, FUSED]
 
     def test_an_unknown_network(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
@@ -301,7 +319,6 @@ class TestReport:
         rows = [line for line in lines if line.startswith("tiny n2 fp32")]
         assert rows == [
             "tiny n2 fp32 reference 0.50 (0.50-0.50) -",
-            "tiny n2 fp32 1000 500 -",
             "tiny n2 fp32 1.0e-07 100.0% 1.0e-07 100.0% -",
             "tiny n2 fp32 16 2 of 3 0.5 -",
         ]
@@ -313,8 +330,15 @@ class TestReport:
             "images: noise",
         ):
             assert line in lines
-        (never,) = [line for line in lines if "never slower" in line]
-        assert "not reached: slower on tiny n2 fp32 0.50x" in never
+
+    def test_the_summary_has_ratios_and_goals(self) -> None:
+        lines = models_summary(ModelsResult(False, [SLOWER]))
+        assert lines[:2] == [
+            "networks: 1 measured, 0 left out",
+            f"  tiny n2 fp32, launched eagerly: {EAGER[1]} 1.00, fused 0.50",
+        ]
+        assert len(lines) == 7
+        assert lines[-1].endswith(": not reached: slower on tiny n2 fp32 0.50x, of 1 measured")
 
     @pytest.mark.parametrize("on_gpu", [True, False])
     def test_plots(self, on_gpu: bool, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is printed and drawn: tables with and without rich, pictures, and two results side by side."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,10 +11,16 @@ from typing import Any
 import pytest
 
 from bench import cli, compare, plot, report, terminal
-from bench.layer_report import print_layers
+from bench.layer_report import layers_summary, print_layers
 from bench.layer_result import LayerResult
+from bench.model_cases import GOALS
+from bench.model_report import models_summary
+from bench.model_result import ModelsResult
 from bench.summary import LayersResult
+from bench.timing import Rotation
+from fused_cna import _progress
 from tests.bench_cases import CEILINGS, exact, layer, layer_result, row
+from tests.bench_model_cases import result_with_goal
 
 LOSS = layer_result(0.5)
 WIN = layer_result(2.0)
@@ -32,31 +39,77 @@ def console(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class TestTables:
-    def test_losses_are_named_before_all_layers(
-        self, console: Any, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_slowest_rows_come_first(self, console: Any, capsys: pytest.CaptureFixture[str]) -> None:
         print_layers(console, RESULT)
         lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-        assert "slower than the best rival, in a CUDA graph: 1" in lines
-        named = lines.index(f"  {LOSS.name}: 0.50 of folded conv (quick)")
         table = next(index for index, line in enumerate(lines) if "slowest first" in line)
-        assert named < table
         rows = [line for line in lines[table:] if LOSS.name in line or WIN.name in line]
         assert LOSS.name in rows[0]
         assert WIN.name in rows[1]
         assert "50% memory" in rows[1]
-        assert "left out, the budget was spent: 1 rows: left" in lines
+        assert "left out for want of time: 1 rows: left" in lines
         assert "did not fit the device's memory: 1 rows: huge" in lines
 
     def test_suites_have_counts_means_and_the_worst(
         self, console: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         print_layers(console, RESULT)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  quick fp32")]
+        assert lines == 2 * [
+            "  quick fp32 n2: mean 1.00 (4.00 to three-step), network 1.25, roofline 10%, 1/0/1, "
+            f"2 of 3 layers, 50%, worst 0.50 {LOSS.row.layer.name}"
+        ]
+
+    def test_the_summary_has_ceilings_means_and_losses(
+        self, console: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        timed = replace(LOSS, entries=[replace(LOSS.entries[0], first_call_seconds=2.5)])
+        summary = layers_summary(replace(RESULT, results=[WIN, timed]))
+        report.print_summary(console, summary, ["networks: [Errno 5] wrong"])
         lines = capsys.readouterr().out.splitlines()
-        (first, _) = [line.split() for line in lines if line.split()[:2] == ["quick", "fp32"]]
-        assert first[2:10] == ["2", "2", "of", "3", "50%", "1.00", "4.00", "1.25"]
-        assert "1/0/1" in first
-        assert " ".join(first).endswith(f"0.50 {LOSS.row.layer.name}")
+        assert lines[:4] == [
+            "summary",
+            "layers: 2 measured, 1 left out for want of time, 1 too large; first calls: fused 2.5 s",
+            "ceilings, fp32: copy 1.0 GB/s (read + written), matrix product 1 TFLOP/s (float32)",
+            "best rival / fused, in a CUDA graph:",
+        ]
+        assert lines[4].startswith("  quick fp32 n2: mean 1.00")
+        assert lines[5:] == [
+            "slower than the best rival, in a CUDA graph: 1",
+            f"  {LOSS.name}: 0.50, 1000.0 us, 500.0 us by folded conv (quick)",
+            "launched eagerly: 1 slower, 0 even, 1 faster",
+            "wrong or not run: 1",
+            "  networks: [Errno 5] wrong",
+        ]
+
+    def test_the_summary_of_many_losses_is_short(
+        self, console: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        suites = [f"a suite with a name of thirty {index:2}" for index in range(20)]
+        many = [layer_result(0.5, row(layer(h=6 + h), **dict.fromkeys(suites, 1))) for h in range(50)]
+        planned = {(suite, 2, "fp32"): {one.row.key: 1.0 for one in many} for suite in suites}
+        ceilings = dict.fromkeys(("fp16", "bf16", "tf32", "fp32"), CEILINGS)
+        summary = layers_summary(LayersResult(dict.fromkeys(suites, ""), ceilings, planned, many))
+        networks = models_summary(ModelsResult(True, 30 * [result_with_goal(GOALS[0], 3.0, 3.5, 5.9)]))
+        report.print_summary(console, [*summary, *networks], 50 * ["something went wrong " * 20])
+        text = capsys.readouterr().out
+        assert "slower than the best rival, in a CUDA graph: 50" in text
+        assert "networks: 30 measured" in text
+        assert "wrong or not run: 50" in text
+        assert len(text) <= 6000
+
+    def test_rows_that_stay_in_the_cache_are_marked(
+        self, console: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cached = replace(LOSS, rotation=Rotation(2, 100, 1000))
+        print_layers(console, replace(RESULT, results=[cached, WIN]))
+        lines = capsys.readouterr().out.splitlines()
+        assert [("50% memory *" in line, "50% memory" in line) for line in lines].count((True, True)) == 2
+        assert sum("*: too small to outrun the cache" in line for line in lines) == 2
+        print_layers(console, RESULT)
+        assert "*" not in capsys.readouterr().out
+        in_summary = "\n".join(layers_summary(replace(RESULT, results=[cached])))
+        assert "folded conv (quick, stays in the cache)" in in_summary
 
     def test_markup_does_not_show(self, console: Any, capsys: pytest.CaptureFixture[str]) -> None:
         table = terminal.make_table("title", "caption")
@@ -70,16 +123,18 @@ class TestTables:
         for word in ("title", "caption", "number", "one", "7", "careful: said"):
             assert word in text
 
-    def test_plain_progress_is_short(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize(("seconds", "lines"), [(0.0, 10), (3.0, 30)])
+    def test_a_log_says_how_far_a_run_came(
+        self, seconds: float, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(terminal, "HAS_RICH", False)
-        with terminal.progress_of(terminal.PlainConsole(), "layers", 100) as step:
+        now = itertools.count(0.0, seconds)
+        monkeypatch.setattr(_progress.time, "monotonic", lambda: next(now))
+        with _progress.progress("layers", 100, shown=True) as step:
             for index in range(100):
                 step(f"layer {index}")
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == "layers: 0 of 100: layer 0"
-        assert len(lines) == 10
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines
+        assert said[0] == f"layers 1 of 100: layer 0 ({seconds:.0f} s)"
 
     def test_runs_without_rich_and_matplotlib(self, tmp_path: Path) -> None:
         program = (
@@ -94,7 +149,8 @@ class TestTables:
         )
         assert done.returncode == 0, done.stderr
         assert "rich is not installed here" in done.stdout
-        assert json.loads((tmp_path / "results.json").read_text())["overhead"]["shape"] == [1, 16, 8, 8]
+        assert "host time of a call: " in done.stdout
+        assert json.loads((tmp_path / "overhead.json").read_text())["overhead"]["shape"] == [1, 16, 8, 8]
 
 
 class TestPlots:

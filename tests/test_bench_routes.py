@@ -4,28 +4,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.checks import (
-    POISON,
-    allowed_for_rivals,
-    allowed_for_us,
-    largest_image_error,
-    poison,
-    relative_error,
-)
-from bench.layer_result import BASELINE, compare, judge
+from bench.entry import judge
+from bench.layer_result import BASELINE, compare
 from bench.roofline import Floor
 from bench.routes import (
     ROUTES,
-    CudnnAddRelu,
-    CudnnRelu,
+    Cudnn,
     Folded,
     Fused,
     ThreeStep,
     folded_weight_and_bias,
     make_case,
+    memory_formats,
     reference,
 )
+from bench.setting import PRECISIONS
 from bench.timing import RandomPool
+from fused_cna._accuracy import relative_error
 from tests.bench_cases import CPU, FORMATS, entry, layer
 
 VARIANTS = {
@@ -57,7 +52,7 @@ class TestRoutes:
         (inputs,) = RandomPool(CPU, torch.float32, seed=2).input_sets(shapes, 1, memory_format)
         kept = [tensor.clone() for tensor in inputs]
         with torch.inference_mode():
-            output = route.prepare(case, memory_format)(*inputs)
+            output = route.prepare(case.laid_out(memory_format))(*inputs)
             assert relative_error(output, reference(case, *inputs)) < 1e-6
         assert all(torch.equal(tensor, before) for tensor, before in zip(inputs, kept, strict=True))
 
@@ -80,21 +75,18 @@ class TestRoutes:
 
     def test_routes_say_why_they_do_not_apply(self) -> None:
         gpu = torch.device("cuda")
-        relu, add_relu = CudnnRelu(), CudnnAddRelu()
-        assert "needs a CUDA device" in str(relu.why_not(layer(), CPU))
-        assert relu.why_not(layer(), gpu) is None
-        assert "only ReLU, the layer has SiLU" in str(relu.why_not(layer(act="SiLU"), gpu))
-        assert "residual" in str(relu.why_not(layer(residual="add_act"), gpu))
-        assert add_relu.why_not(layer(residual="add_act"), gpu) is None
-        assert "before the activation" in str(add_relu.why_not(layer(residual="act_add"), gpu))
-        assert "before the activation" in str(add_relu.why_not(layer(), gpu))
+        assert "needs a CUDA device" in str(Cudnn().why_not(layer(), CPU))
+        assert "only ReLU, the layer has SiLU" in str(Cudnn().why_not(layer(act="SiLU"), gpu))
+        assert [Cudnn().why_not(layer(residual=order), gpu) for order in ("none", "add_act", "act_add")] == [
+            None,
+            None,
+            "adds a residual only before the activation",
+        ]
         assert "no norm to fold" in str(Folded().why_not(layer(norm="none"), gpu))
         assert Folded().why_not(layer(), gpu) is None
 
-    @pytest.mark.parametrize(("route", "residual"), [(CudnnRelu(), "none"), (CudnnAddRelu(), "add_act")])
-    def test_cudnn_is_called_as_its_schema_says(
-        self, route: CudnnRelu, residual: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.parametrize("residual", ["none", "add_act"])
+    def test_cudnn_is_called_as_its_schema_says(self, residual: str, monkeypatch: pytest.MonkeyPatch) -> None:
         name = "cudnn_convolution_relu" if residual == "none" else "cudnn_convolution_add_relu"
         schema = getattr(torch.ops.aten, name).default._schema
         seen: dict[str, object] = {}
@@ -106,7 +98,7 @@ class TestRoutes:
         monkeypatch.setattr(torch, name, record)
         case = make_case(layer(residual=residual, stride_h=2, dil_w=3, groups=2), CPU, torch.float32, seed=0)
         x, z = torch.zeros(1), torch.ones(1)
-        route.prepare(case, torch.channels_last)(*((x, z) if residual == "add_act" else (x,)))
+        Cudnn().prepare(case.laid_out(torch.channels_last))(*((x, z) if residual == "add_act" else (x,)))
         assert seen["self"] is x
         assert (seen["stride"], seen["padding"], seen["dilation"], seen["groups"]) == (
             (2, 1),
@@ -121,29 +113,26 @@ class TestRoutes:
             assert seen["z"] is z
             assert seen["alpha"] == 1.0
 
+    @pytest.mark.parametrize(
+        ("changes", "precision", "formats"),
+        [
+            ({"cin": 64, "cout": 64}, "fp16", 1),
+            ({"cin": 64, "cout": 64}, "tf32", 1),
+            ({"cin": 64, "cout": 64}, "fp32", 2),
+            ({"cin": 64, "cout": 64, "groups": 64}, "fp16", 2),
+            ({"cin": 3, "cout": 64}, "fp16", 2),
+        ],
+    )
+    def test_a_gpu_tries_nchw_where_it_may_be_faster(
+        self, changes: dict[str, int], precision: str, formats: int
+    ) -> None:
+        tried = memory_formats(layer(**changes), PRECISIONS[precision], torch.device("cuda"))
+        assert tried == (torch.channels_last, torch.contiguous_format)[:formats]
+        assert len(memory_formats(layer(**changes), PRECISIONS[precision], CPU)) == 2
+
     def test_exactly_one_route_is_ours(self) -> None:
         assert [route.name for route in ROUTES if route.ours] == ["fused"]
         assert BASELINE in [route.name for route in ROUTES]
-
-
-class TestChecks:
-    def test_relative_error(self) -> None:
-        expected = torch.tensor([3.0, 4.0], dtype=torch.float64)
-        assert relative_error(torch.tensor([3.0, 4.5]), expected) == pytest.approx(0.1)
-        assert relative_error(torch.tensor([3.0, float("nan")]), expected) == float("inf")
-        assert largest_image_error(torch.tensor([[3.0, 4.0], [3.0, 4.5]]), torch.stack([expected] * 2)) == (
-            pytest.approx(0.1)
-        )
-
-    def test_ours_is_held_to_the_contract(self) -> None:
-        assert allowed_for_us(1e-2, torch.float16) == pytest.approx(1.05e-2)
-        assert allowed_for_us(0.0, torch.float16) == 4 * 2.0**-11
-        assert allowed_for_rivals(0.0, torch.float16) == 16 * 2.0**-11
-
-    def test_poison(self) -> None:
-        output = torch.ones(8)
-        poison(output)
-        assert (output == POISON).all()
 
 
 class TestComparison:
@@ -154,7 +143,7 @@ class TestComparison:
             entry("slow", 8.0),
             entry("wrong", 1.0, error=0.5),
         ]
-        assert judge(entries, torch.float32) is None
+        assert judge(entries, PRECISIONS["fp32"], (BASELINE,)) is None
         assert "wrong result" in str(entries[3].refused)
         comparison = compare(entries, Floor(1.0, "memory"))["launched"]
         assert comparison.rival == BASELINE
@@ -165,7 +154,7 @@ class TestComparison:
     @pytest.mark.parametrize("error", [1e-5, float("inf")])
     def test_a_wrong_fused_result_is_a_failure_and_not_compared(self, error: float) -> None:
         entries = [entry("fused", 2.0, ours=True, error=error), entry(BASELINE, 6.0)]
-        assert "fused (channels_last): wrong result" in str(judge(entries, torch.float32))
+        assert "fused (channels_last): wrong result" in str(judge(entries, PRECISIONS["fp32"], (BASELINE,)))
         assert compare(entries, Floor(1.0, "memory")) == {}
 
     def test_baseline_is_compared_beside_the_best(self) -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from bench import cli, jobs, layers, report, rows, terminal
+from bench.layer_result import LayerResult
 from bench.networks import NETWORKS
 from bench.roofline import measure_ceilings
 from bench.routes import ThreeStep
 from bench.rows import SUITES
 from bench.setting import PRECISIONS, fused_path
 from bench.summary import LayersResult
-from tests.bench_cases import CPU, layer, layer_result, setting
+from tests.bench_cases import CPU, layer, layer_result, setting, two_sets
 from tests.test_bench_layers import Broken
 
 SMALL = (layer(h=6, w=6), layer(residual="add_act", cout=8))
@@ -42,6 +43,7 @@ class TestCommandLine:
             "--any-device",
             "--model",
             "--max-autotune",
+            "--no-compile",
             *jobs.JOBS,
             *SUITES,
         ):
@@ -51,12 +53,13 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["networks"], "'pipeline', 'models', 'layers', 'overhead'"),
+            (["networks"], "'layers', 'models', 'pipeline', 'overhead'"),
             (["--device", "tpu"], "'auto', 'cpu', 'cuda'"),
             (["--dtype", "fp16,int8"], "unknown dtype 'int8' (choose from fp16, bf16, tf32, fp32)"),
             (["--suite", "all"], "unknown suite 'all' (choose from default, quick, resnet50"),
             (["--batch", "8,0"], "1 or more, got '0'"),
             (["--any-device"], "goes with --compare"),
+            (["--no-compile", "--max-autotune"], "not allowed with"),
             (["--batch", "0"], "1 or more, got '0'"),
             (["--batch", "two"], "1 or more, got 'two'"),
             (["--budget", "-1"], "above 0, got '-1'"),
@@ -119,16 +122,17 @@ class TestRun:
     ) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(rows, "layers_of", lambda suite: SMALL)
         monkeypatch.setattr(layers, "layers_of", lambda suite: SMALL)
-        monkeypatch.setattr(layers, "input_sets_needed", lambda *_: 2)
+        monkeypatch.setattr(layers, "rotation_of", two_sets)
         monkeypatch.setattr(
             layers,
             "measure_ceilings",
-            lambda device, dtype, *, seed: measure_ceilings(device, dtype, seed=seed, small=True),
+            lambda device, precision, *, seed: measure_ceilings(device, precision, seed=seed, small=True),
         )
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
         console = terminal.make_console()
         status = jobs.run(setting(**changes), names, out, ["--batch", "2"], console, resume)
-        return status, json.loads((out / "results.json").read_text())
+        file = f"{names[0]}.json" if len(names) == 1 else "results.json"
+        return status, json.loads((out / file).read_text())
 
     def test_leaves_results_and_plot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("matplotlib", reason="the plot needs it")
@@ -180,6 +184,38 @@ class TestRun:
         assert [one["name"] for one in written["layers"]["rows"]] == [layer_result(2.0).row.layer.name]
         assert written["overhead"]["shape"] == [1, 16, 8, 8]
 
+    def test_an_interrupted_run_reports_what_it_measured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def measure(measured: rows.Row, *_: object) -> LayerResult:
+            if measured.layer is SMALL[1]:
+                raise KeyboardInterrupt
+            return layer_result(0.5, measured)
+
+        monkeypatch.setattr(layers, "measure", measure)
+        status, written = self.run(monkeypatch, tmp_path, "layers", "overhead")
+        assert status == 130
+        assert [one["name"] for one in written["layers"]["rows"]] == [SMALL[0].name]
+        assert written["layers"]["left_out"] == [f"fp32 n2 {SMALL[1].name}"]
+        assert written["skipped"] == {"overhead": "the run was interrupted before it"}
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+        said = capsys.readouterr().out
+        assert said.index("slowest first") < said.index(
+            f"{SMALL[0].name}: 0.50, 1000.0 us, 500.0 us by folded conv"
+        )
+
+    def test_a_job_without_rows_may_be_interrupted_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(jobs.overhead, "run", interrupt)
+        status, written = self.run(monkeypatch, tmp_path, "overhead", "layers")
+        assert status == 130
+        assert written["overhead"] == {"broke_off": "the run was interrupted"}
+        assert list(written["skipped"]) == ["layers"]
+
     def test_every_dtype_and_batch_runs_on_a_cpu(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -193,7 +229,7 @@ class TestRun:
 
     def test_resumes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run(monkeypatch, tmp_path / "first", "layers", batches=(1,))
-        first = tmp_path / "first" / "results.json"
+        first = tmp_path / "first" / "layers.json"
         status, both = self.run(monkeypatch, tmp_path / "second", "layers", batches=(1, 2), resume=first)
         assert status == 0
         before = json.loads(first.read_text())["layers"]
@@ -205,13 +241,15 @@ class TestRun:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         _, before = self.run(monkeypatch, tmp_path, "layers")
-        _, after = self.run(monkeypatch, tmp_path, "overhead", resume=tmp_path / "results.json")
+        _, after = self.run(monkeypatch, tmp_path, "overhead", resume=tmp_path / "layers.json")
         assert after["layers"] == before["layers"]
+        # One job leaves the file of another alone.
+        assert json.loads((tmp_path / "layers.json").read_text()) == before
         assert "overhead" in after
 
     def test_another_device_is_not_resumed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run(monkeypatch, tmp_path, "layers")
-        path = tmp_path / "results.json"
+        path = tmp_path / "layers.json"
         path.write_text(path.read_text().replace('"type": "cpu"', '"type": "abacus"'))
         with pytest.raises(jobs.ResumeError, match="device type: abacus and cpu"):
             self.run(monkeypatch, tmp_path, "layers", resume=path)
@@ -243,7 +281,7 @@ class TestRun:
         status, written = self.run(monkeypatch, tmp_path, "layers")
         assert status == 0
         assert len(written["layers"]["rows"]) == len(SMALL)
-        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+        assert [path.name for path in tmp_path.iterdir()] == ["layers.json"]
         assert "matplotlib is not installed here" in capsys.readouterr().out
 
     def test_what_cannot_run_is_skipped_with_its_reason(

@@ -253,8 +253,9 @@ def test_the_plan_takes_it_for_the_depthwise_layers_of_real_networks(dtype: torc
         problem = dataclasses.replace(problem, dtype=dtype)
         candidates = explain(problem).candidates
         # where products are the bound tensor cores are faster, and few pixels have a kernel of their own
-        assert candidates[0]["kernel"] in ("depthwise", "depthwise_toeplitz", "small_m"), problem
         chosen = next(c for c in candidates if c["kernel"] == "depthwise" and not c["illegal"])
+        is_special = candidates[0]["kernel"] in ("depthwise", "depthwise_toeplitz", "small_m")
+        assert is_special or chosen["estimate_us"] < 1.01 * candidates[0]["estimate_us"], problem
         own = problem.r == problem.s and problem.r in (3, 5, 7) and problem.dilation == (1, 1)
         own = own and problem.k == problem.c and problem.stride in ((1, 1), (2, 2))
         assert ("any filter" not in chosen["name"]) == own, problem
@@ -303,9 +304,9 @@ def test_why_a_version_is_out() -> None:
     assert illegal(dataclasses.replace(MOBILE, n=2**26, c=8, k=8, groups=8), "strips or blocks")
 
 
-def test_large_layers_are_bound_by_memory_up_to_3x3_and_by_instructions_above() -> None:
+def test_large_layers_are_even_between_memory_and_instructions_at_3x3_and_bound_by_these_above() -> None:
     large = dataclasses.replace(MOBILE, n=32, h=112, w=112)
     small_filter = explain(large).candidates[0]
-    assert small_filter["bytes_us"] > 0.9 * small_filter["products_us"]
+    assert 0.8 < small_filter["bytes_us"] / small_filter["products_us"] < 1.25
     large_filter = explain(dataclasses.replace(large, r=7, s=7, padding=3)).candidates[0]
     assert large_filter["products_us"] > 1.5 * large_filter["bytes_us"]

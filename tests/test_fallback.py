@@ -6,8 +6,11 @@ Fake CUDA tensors stand in for a GPU, so that all of this runs without one.
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,3 +272,33 @@ def test_float64_on_a_gpu(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.warns(FusionFallbackWarning, match="float64"):
             actual = placed.call(fused_cna.conv_norm_act)
         assert relative_error(actual, expected_exactly(problem)) < 1e-12
+
+
+def test_without_the_extension_the_operator_differentiates_all_the_same() -> None:
+    """In a process of its own: an extension, once loaded, has registered its kernels for good."""
+    code = """
+import sys
+sys.modules["fused_cna._C"] = None
+import torch, fused_cna
+assert not fused_cna.build_info()["available"]
+from tests.test_operator import GRADIENT_PROBLEMS, gradient_problem, three_steps
+operator, out_operator = torch.ops.fused_cna.conv_norm_act, torch.ops.fused_cna.conv_norm_act_out
+problem, names = gradient_problem(GRADIENT_PROBLEMS["add_act"])
+tensors = [getattr(problem, name) for name in names]
+wanted = torch.autograd.grad(three_steps(problem).square().sum(), tensors)
+given = torch.autograd.grad(operator(*problem.operator_arguments()).square().sum(), tensors)
+for mine, theirs in zip(given, wanted, strict=True):
+    torch.testing.assert_close(mine, theirs)
+out = torch.empty_like(three_steps(problem))
+with torch.no_grad():
+    out_operator(*problem.operator_arguments(), out)
+    torch.testing.assert_close(out, three_steps(problem))
+    assert not operator(*problem.operator_arguments()).requires_grad
+try:
+    out_operator(*problem.operator_arguments(), out)
+except RuntimeError as error:
+    assert "don't support automatic differentiation" in str(error)
+else:
+    raise AssertionError("out was written where a gradient is wanted")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

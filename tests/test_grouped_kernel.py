@@ -112,9 +112,15 @@ GROUPED = (
         padding=(0, 1, 0, 2),
         groups=2,
     ),
+    ConvShape(
+        "dense", 2, 40, 9, 11, 72, 3, 3, "one group, the last of its column shares narrow", padding=(1, 1)
+    ),
+    ConvShape("dense_words", 1, 20, 9, 10, 36, 3, 3, "one group of words, stride 2", (2, 2), (1, 1)),
+    ConvShape("dense_1x1", 3, 96, 7, 7, 88, 1, 1, "one group and one tap"),
 )
 
 SHARED = tuple(shape for shape in SHAPES if 1 < shape.groups < shape.c and shape.n > 0)
+"""Those with several groups; the dense ones that fit are many."""
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -289,8 +295,8 @@ def test_no_grouped_layer_of_real_networks_is_left_to_direct() -> None:
     assert len(grouped_layers()) > 150
     kernels = {p: explain(p).kernel for _, p in grouped_layers()}
     assert "direct" not in kernels.values()
-    narrow = [p for p in kernels if p.c // p.groups < 32 and p.r > 1]
-    assert len(narrow) > 80
+    narrow = [p for p in kernels if p.c // p.groups < 24 and p.r > 1]
+    assert len(narrow) > 60
     assert {kernels[p] for p in narrow} == {KERNEL}
 
 
@@ -316,7 +322,6 @@ def test_why_it_is_out() -> None:
     def layer(c: int, k: int, groups: int, **options: object) -> ConvProblem:
         return ConvProblem(8, c, 28, 28, k, 3, 3, padding=1, groups=groups, **options)
 
-    assert "several groups" in illegal(layer(64, 64, 1), KERNEL)
     assert "one channel" in illegal(layer(64, 64, 64), KERNEL)
     assert "3 channels" in illegal(layer(48, 64, 16), KERNEL)
     assert "12 channels" in illegal(layer(48, 64, 4), f"{KERNEL} 64x8")

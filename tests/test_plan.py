@@ -13,8 +13,9 @@ from fused_cna import ConvNormAct, ConvProblem, explain
 
 DEVICES = ("A100", "L4", "RTX 4090", "H100", "H200", "B200")
 LAYERS = Path(__file__).parents[1] / "bench" / "data" / "conv_layers.csv"
-RESNET = ConvProblem(32, 64, 56, 56, 64, 3, 3, padding=1)
+RESNET = ConvProblem(256, 256, 14, 14, 256, 3, 3, padding=1)
 TENSOR_CORES = "implicit_gemm_sm80"
+ON_TENSOR_CORES = (TENSOR_CORES, "grouped")
 
 
 def illegal(problem: ConvProblem, name: str, **options: Any) -> str:
@@ -83,17 +84,18 @@ def test_pointwise_layers_take_the_plain_gemm() -> None:
 @pytest.mark.parametrize(
     ("channels", "dtype", "access"),
     [
-        (64, torch.float16, 16),
+        (256, torch.float16, 16),
         (20, torch.float16, 8),
         (22, torch.bfloat16, 4),
-        (64, torch.float32, 16),
+        (256, torch.float32, 16),
         (22, torch.float32, 8),
         (21, torch.float32, 4),
     ],
 )
 def test_accesses_are_as_wide_as_channels_allow(channels: int, dtype: torch.dtype, access: int) -> None:
     chosen = explain(ConvProblem(8, channels, 28, 28, 64, 3, 3, padding=1, dtype=dtype)).candidates[0]
-    assert (chosen["kernel"], chosen["access_bytes"]) == (TENSOR_CORES, access)
+    assert chosen["kernel"] in ON_TENSOR_CORES
+    assert chosen["access_bytes"] == access
 
 
 def test_why_a_plan_is_out() -> None:
@@ -137,7 +139,7 @@ def test_a_module_and_its_input_are_seen_as_they_lie_in_memory() -> None:
     assert explain(module, aligned).candidates[0]["access_bytes"] == 16
     expanded = torch.randn(1, 28, 28, 64).half().permute(0, 3, 1, 2).expand(8, -1, -1, -1)
     assert not explain(module, expanded).candidates[0]["convert_x"]
-    assert explain(module, x[0]).kernel == TENSOR_CORES
+    assert explain(module, x[0]).kernel in ON_TENSOR_CORES
 
 
 def test_bad_questions() -> None:
@@ -185,6 +187,6 @@ def test_dense_layers_of_real_networks_run_on_tensor_cores() -> None:
     assert len(dense) > 2000
     total = sum(uses for uses, _ in dense)
     # layers of few output pixels have a kernel of their own
-    others = [(uses, p) for uses, p in dense if explain(p).kernel not in (TENSOR_CORES, "small_m")]
+    others = [(uses, p) for uses, p in dense if explain(p).kernel not in (*ON_TENSOR_CORES, "small_m")]
     assert all(p.c % 2 for _, p in others), "only odd channel counts are left out"
     assert sum(uses for uses, _ in others) <= 0.01 * total

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.coverage_report import Hole, complaints, find_holes, read_counts, short_name
-from tests.kernel_report import HEADINGS, gemm_row, pair, plain_row, print_table
-from tests.machine_code import Instruction
-from tests.sass import CompiledKernel, GemmKernel, LaunchBounds, Resources, gemm_kernel
+from tests.cubin import Resources
+from tests.kernel_report import ENDS, KERNEL, MAIN_LOOP, print_report, row
+from tests.sass import CompiledKernel
+from tests.test_machine_code import GEMM, SPLIT_K, straight
 
 FILE = "csrc/kernels/a.cuh"
 SOURCE = """\
@@ -97,52 +98,30 @@ def test_holes_and_arguments_must_match() -> None:
     ]
 
 
-GEMM = (
-    "_ZN9fused_cna7kernels13implicit_gemmINS0_18ImplicitGemmTraitsI6__halfXtlNS_8GemmTileELi128ELi32ELi64ELi6ELi4E"
-    "Li1ELi3ELb1ELb0EEELi8ENS0_11TensorCoresEEENS0_10MaskedRowsEEEvNS0_16ImplicitGemmArgsE"
-)
-SPLIT_K = "_ZN9fused_cna7kernels7split_kI13__nv_bfloat16EEvNS0_10SplitKArgsE"
+MAIN = "LDGSTS.E.64 LDSM.16 HMMA.16816.F32 ?BRA>6 LDGSTS.E.64 ?BRA>2"
+EPILOGUE = "LDS.128 LDS.128 LDS ?BRA>13 LDG.E.128+0 FADD-0 F2FP STG.E.128 ?BRA>7 EXIT"
+HEADINGS = (*KERNEL, *MAIN_LOOP, *ENDS)
 
 
-def kernel(name: str, registers: int) -> CompiledKernel:
-    code = (
-        Instruction("LDSM.16"),
-        Instruction("HMMA.16816.F32"),
-        Instruction("BRA", is_conditional=True, targets=(4,)),
-        Instruction("LDGSTS.E.64"),
-        Instruction("BRA", is_conditional=True, targets=(0,)),
-        Instruction("EXIT"),
-    )
-    return CompiledKernel(name, Resources(registers, 0, 0, 0, 0), LaunchBounds(128, 3), code)
+def kernel(name: str, architecture: str, registers: int) -> CompiledKernel:
+    code = straight(f"S2R {MAIN} {EPILOGUE}")
+    return CompiledKernel(name, architecture, Resources(registers, 128), lambda: code)
 
 
-def test_an_instantiation_is_read_from_its_name() -> None:
-    gemm = gemm_kernel(GEMM)
-    assert gemm == GemmKernel("implicit_gemm_sm80", "float16", 128, 32, 64, 6, 4, 1, 3, 8, "masked")
-    assert (gemm.tile, gemm.threads, gemm.shared_bytes) == ("128x32x32", 128, 65024)
-    assert gemm_kernel(SPLIT_K) is None
+GEMMS = [kernel(GEMM, "sm_80", 120), kernel(GEMM, "sm_90a", 180)]
 
 
 def test_a_row_of_the_kernel_report() -> None:
-    row = gemm_row([kernel(GEMM, 120), kernel(GEMM, 180)])
-    assert row is not None
-    cells = dict(zip(HEADINGS, row, strict=True))
+    cells = dict(zip(HEADINGS, row("implicit_gemm_sm80", GEMMS), strict=True))
     assert cells["registers"] == "120 / 180"
     assert cells["blocks"] == "2", "shared memory limits it on an A100, registers on an H100"
-    assert (cells["products"], cells["others"], cells["share"], cells["every turn"]) == (
-        "1",
-        "4",
-        "20%",
-        "25%",
-    )
-    assert gemm_row([kernel(SPLIT_K, 40)]) is None
-    assert plain_row("split_k", [kernel(SPLIT_K, 40)] * 2)[:3] == ("split_k", "", "bfloat16")
-    assert pair([3, 3]) == "3"
+    assert [cells[heading] for heading in MAIN_LOOP[4:]] == ["1", "4", "20%", "25%"]
+    assert [cells[heading] for heading in ENDS] == ["1+0", "0.9", "1.1", "1", "2x128 1x32"]
+    assert row("split_k", [kernel(SPLIT_K, "sm_80", 40)])[:3] == ("split_k", "", "float32")
 
 
-def test_the_table_prints_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
-    row = gemm_row([kernel(GEMM, 120), kernel(GEMM, 180)])
-    assert row is not None
-    print_table([row])
+def test_the_report_prints_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = row("implicit_gemm_sm80", GEMMS)
+    print_report([cells])
     printed = capsys.readouterr().out
-    assert all(cell in printed for cell in (*HEADINGS, *row))
+    assert all(cell in printed for cell in (*HEADINGS, *cells))

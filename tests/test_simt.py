@@ -123,7 +123,7 @@ def test_only_an_explicit_fused_multiply_add_rounds_once() -> None:
         ((0, 32, 0), "number of blocks must be from 1"),
         ((1, 0, 0), "number of threads must be from 1 to 1024"),
         ((1, 1056, 0), "number of threads must be from 1 to 1024"),
-        ((1, 32, 227 * 1024 + 16), "dynamic shared memory must be from 0 to 232448 bytes"),
+        ((1, 32, 227 * 1024 + 16), "dynamic shared memory beyond the kernel's limit"),
     ],
 )
 def test_a_launch_that_no_device_takes_is_refused(shape: tuple[float, ...], message: str) -> None:
@@ -136,6 +136,12 @@ def test_the_largest_launch_is_taken() -> None:
     blocks, threads, shared_bytes = 3.0, 1024.0, 227.0 * 1024
     counts = run_test_kernel("any_shape", (blocks, threads, shared_bytes), 1024, fill=0.0)
     assert counts == [blocks] * 1024
+
+
+def test_a_smaller_launch_on_another_thread_takes_no_shared_memory_away() -> None:
+    assert run_test_kernel("two_sizes", [], 1, fill=0.0) == [3.0]
+    with pytest.raises(RuntimeError, match="dynamic shared memory beyond the kernel's limit"):
+        run_test_kernel("two_sizes_with_exact_limits", [], 1)
 
 
 REPORTED_FAULTS = {

@@ -1,49 +1,37 @@
-// Dynamic shared memory, and the one way to launch a kernel.
+// The one way to launch a kernel. Portable.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include <atomic>
 #include <cstdint>
 
-#include "../stream.h"
+#include <device/runtime.cuh>
 
 namespace fused_cna::device {
 
-// The block's dynamic shared memory as a T. Static __shared__ is not used: a simulator could not poison it.
-template <class T>
-__device__ __forceinline__ T& shared_storage() {
-    extern __shared__ __align__(1024) unsigned char raw_shared[];
-    return *reinterpret_cast<T*>(raw_shared);
-}
-
-struct LaunchShape {
-    int64_t blocks;
-    int threads;
-    int64_t shared_bytes;
-};
-
-// The error in words, taken from the runtime as well: whoever asks it next would blame the wrong launch.
-inline const char* taken_error(cudaError_t error) {
-    cudaGetLastError();
-    return cudaGetErrorString(error);
+// A launch beyond 48 KB of shared memory needs a limit raised that the kernel has on its device, whoever launches it. So it
+// is raised once, to all that the device has, and never lowered: another thread may be about to launch the kernel with more
+// than this call needs, and a captured graph launches it again at any time.
+template <auto kernel>
+const char* raise_shared_limit() {
+    static std::atomic<uint64_t> raised = 0;  // a bit for each of the first 64 devices
+    int device = 0, bytes = 0;
+    if (const char* error = find_current_device(device)) return error;
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (raised & bit) return nullptr;
+    if (const char* error = find_shared_bytes(device, bytes)) return error;
+    if (const char* error = set_shared_limit(kernel, bytes)) return error;
+    raised |= bit;
+    return nullptr;
 }
 
 // Returns null, or the error in words.
-template <class... P, class... A>
-const char* launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... args) {
-    constexpr int64_t default_shared_bytes = 48 * 1024;  // more has to be asked for, per kernel
-    if (shape.shared_bytes > default_shared_bytes) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-        if (error != cudaSuccess) return taken_error(error);
+template <auto kernel, class... A>
+const char* launch(const LaunchShape& shape, Stream stream, const A&... args) {
+    constexpr int64_t shared_bytes_without_asking = 48 * 1024;
+    if (shape.shared_bytes > shared_bytes_without_asking) {
+        if (const char* error = raise_shared_limit<kernel>()) return error;
     }
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-    config.stream = stream;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-    return error == cudaSuccess ? nullptr : taken_error(error);
+    return start(kernel, shape, stream, args...);
 }
 
 }  // namespace fused_cna::device

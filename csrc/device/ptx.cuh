@@ -44,6 +44,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// prefetch.global.L2: asks the L2 for the line at an address of global memory, and waits for nothing.
+__device__ __forceinline__ void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
 // cp.async: copies Bytes to shared memory without waiting, or writes zeros where `valid` is false, and then reads nothing.
 // 16 bytes bypass the L1, narrower copies cannot.
 template <int Bytes>

@@ -9,7 +9,7 @@
 #include "../conv_args.h"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // A position in the reduction, which is walked with the channels of a tap fastest, then s, then r.
 struct Walk {
@@ -30,10 +30,12 @@ struct WalkSteps {
 //   is_inside(i)               whether the i-th row exists and its tap lies inside the image
 //   source(i, walk)            the walk's position in the i-th row; meaningful only where is_inside(i)
 struct ActivationGeometry {
-    OutputSize<int> output;
+    OutputRows output;
     int h, w;
-    int stride_h, stride_w, pad_top, pad_left, dil_h, dil_w;
-    int r, s;
+    int stride_h, stride_w, pad_top, pad_left;
+    Divisor dil_h, dil_w;
+    int r;
+    Divisor s;
     int64_t n_bytes, h_bytes, w_bytes;  // strides
     int64_t pixel_bytes;                // from a pixel to the next, for PointwiseRows alone
 };
@@ -48,11 +50,12 @@ class PlainRows {
     }
 
     __device__ void enter_tap(const ActivationGeometry& x, const Walk& walk) {
-        const int64_t walked = int64_t{walk.r} * x.dil_h * x.h_bytes + int64_t{walk.s} * x.dil_w * x.w_bytes;
+        const int64_t r = int64_t{walk.r} * x.dil_h.value, s = int64_t{walk.s} * x.dil_w.value;
+        const int64_t walked = r * x.h_bytes + s * x.w_bytes;
 #pragma unroll
         for (int i = 0; i < Count; ++i) {
-            const int64_t h = pixels_[i].p * x.stride_h - x.pad_top + int64_t{walk.r} * x.dil_h;
-            const int64_t w = pixels_[i].q * x.stride_w - x.pad_left + int64_t{walk.s} * x.dil_w;
+            const int64_t h = pixels_[i].p * x.stride_h - x.pad_top + r;
+            const int64_t w = pixels_[i].q * x.stride_w - x.pad_left + s;
             inside_[i] = pixels_[i].exists() && h >= 0 && h < x.h && w >= 0 && w < x.w;
             offsets_[i] = pixels_[i].n * x.n_bytes + h * x.h_bytes + w * x.w_bytes - walked;
         }
@@ -83,7 +86,7 @@ class MaskedRows {
             const int h = pixel.p * x.stride_h - x.pad_top, w = pixel.q * x.stride_w - x.pad_left;
             offsets_[i] = pixel.n * x.n_bytes + h * x.h_bytes + w * x.w_bytes;
             r_inside_[i] = pixel.exists() ? taps_inside(x.r, h, x.dil_h, x.h) : 0;
-            s_inside_[i] = taps_inside(x.s, w, x.dil_w, x.w);
+            s_inside_[i] = taps_inside(x.s.value, w, x.dil_w, x.w);
         }
     }
 
@@ -102,14 +105,16 @@ class MaskedRows {
     __device__ const char* source(int i, const Walk& walk) const { return walk.x + offsets_[i]; }
 
    private:
-    static __device__ uint32_t taps_inside(int taps, int first, int dilation, int size) {
-        uint32_t mask = 0;
-        for (int tap = 0; tap < taps; ++tap) {
-            const int position = first + tap * dilation;
-            mask |= static_cast<uint32_t>(position >= 0 && position < size) << tap;
-        }
-        return mask;
+    // Taps lie at first, first + dilation, ...: those inside are neighbours.
+    static __device__ uint32_t taps_inside(int taps, int first, const Divisor& dilation, int size) {
+        const auto taps_before = [&](int position) {
+            return position > first ? dilation.quotient(position - first - 1) + 1 : 0;
+        };
+        const int end = taps_before(size);
+        return bits_below(end < taps ? end : taps) & ~bits_below(taps_before(0));
     }
+
+    static __device__ uint32_t bits_below(int end) { return end < 32 ? (1u << end) - 1 : ~0u; }
 
     int64_t offsets_[Count];
     uint32_t r_inside_[Count], s_inside_[Count];
@@ -121,7 +126,7 @@ template <int Count>
 class PointwiseRows {
    public:
     __device__ void start(const ActivationGeometry& x, int first_row, int step) {
-        remaining_ = x.output.n * x.output.p * x.output.q - first_row;
+        remaining_ = x.output.count - first_row;
         step_ = step;
         first_ = first_row * x.pixel_bytes;
         step_bytes_ = step * x.pixel_bytes;
@@ -138,4 +143,4 @@ class PointwiseRows {
     int remaining_, step_;
 };
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

@@ -4,8 +4,8 @@ namespace fused_cna {
 
 namespace {
 
-using kernels::DepthwiseArgs;
-using kernels::DepthwiseTraits;
+using kernels::depthwise::DepthwiseArgs;
+using kernels::depthwise::DepthwiseTraits;
 
 // The plan's tile counts in pixels and channels what the kernel counts in strips and chunks.
 template <class Traits>
@@ -31,8 +31,8 @@ DepthwiseArgs make_depthwise_args(const ConvArgs& args, const Plan& plan) {
 template <class T, DepthwiseTile Tile, int AccessBytes>
 const char* launch_tile(const ConvArgs& args, const Plan& plan, Stream stream) {
     using Traits = DepthwiseTraits<T, Tile, AccessBytes>;
-    const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::DepthwiseShared<Traits>)};
-    return device::launch(kernels::depthwise<Traits>, shape, stream, make_depthwise_args<Traits>(args, plan));
+    const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::depthwise::DepthwiseShared<Traits>)};
+    return device::launch<kernels::depthwise::depthwise<Traits>>(shape, stream, make_depthwise_args<Traits>(args, plan));
 }
 
 template <class T, int Index>

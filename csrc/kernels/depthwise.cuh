@@ -13,7 +13,7 @@
 #include "epilogue.cuh"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::depthwise {
 
 struct DepthwiseArgs {
     ConvArgs conv;
@@ -107,31 +107,36 @@ struct Strip {
     }
 };
 
-template <class Traits>
-__device__ __forceinline__ void prepare_folds(const DepthwiseArgs& args, const DepthwiseThread& thread,
-                                              DepthwiseShared<Traits>& shared) {
-    for (int i = device::thread_x(); i < args.chunks * Traits::values; i += Traits::threads) {
-        const int channel = thread.slab_channel + i;
-        shared.folds[i] = channel < args.conv.problem.k ? fold_channel<typename Traits::Value>(args.conv.epilogue, channel)
-                                                        : ChannelFold{};
-    }
-}
-
-// Brings the weights of `taps` taps of the slab, from `first_tap` on, into shared memory.
+// Brings the weights of `taps` taps of the slab, from `first_tap` on, into shared memory: a batch at a time, of which all
+// are asked for before any is waited for.
 template <class Traits>
 __device__ __forceinline__ void load_weights(const DepthwiseArgs& args, const DepthwiseThread& thread, int first_tap,
                                              int taps, DepthwiseShared<Traits>& shared) {
     using T = typename Traits::Value;
+    // As many as a slab of a filter known when compiled has for a thread. Those of any filter take more instructions each.
+    constexpr int wanted = (depthwise_chunks * Traits::values * Traits::taps + Traits::threads - 1) / Traits::threads;
+    constexpr int batch = Traits::tile.takes_any() ? 4 : wanted < 16 ? wanted : 16;
     const FilterStrides& strides = args.conv.weight_strides;
     const int filter_s = Traits::tile.takes_any() ? static_cast<int>(args.conv.problem.s) : Traits::tile.filter;
-    for (int i = device::thread_x(); i < args.chunks * Traits::values * taps; i += Traits::threads) {
-        const int channel = i / taps, tap = first_tap + i % taps;
-        const int64_t offset =
-            (thread.slab_channel + channel) * strides.k + tap / filter_s * strides.r + tap % filter_s * strides.s;
-        const int place = (channel % Traits::values / 4 * depthwise_chunks + channel / Traits::values) * 4 + channel % 4;
-        shared.weights[i % taps][place] = thread.slab_channel + channel < args.conv.problem.k
-                                              ? device::to_float(static_cast<const T*>(args.conv.weight)[offset])
-                                              : 0.0f;
+    const int count = args.chunks * Traits::values * taps;
+#pragma unroll 1
+    for (int first = device::thread_x(); first < count; first += batch * Traits::threads) {
+        T weights[batch];
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+            const int index = first + i * Traits::threads, tap = first_tap + index % taps;
+            const int channel = thread.slab_channel + index / taps;
+            weights[i] = device::from_float<T>(0.0f);
+            if (index >= count || channel >= args.conv.problem.k) continue;
+            weights[i] = static_cast<const T*>(
+                args.conv.weight)[channel * strides.k + tap / filter_s * strides.r + tap % filter_s * strides.s];
+        }
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+            const int index = first + i * Traits::threads, channel = index / taps;
+            const int place = (channel % Traits::values / 4 * depthwise_chunks + channel / Traits::values) * 4 + channel % 4;
+            if (index < count) shared.weights[index % taps][place] = device::to_float(weights[i]);
+        }
     }
 }
 
@@ -311,6 +316,20 @@ __device__ __forceinline__ void accumulate(const DepthwiseArgs& args, const Dept
     }
 }
 
+// Asks for a strip's residual, so that it is on its way to the L2 while the products are made.
+template <class Traits>
+__device__ __forceinline__ void prefetch_residual(const DepthwiseArgs& args, const DepthwiseThread& thread,
+                                                  const Strip& strip) {
+    const ConvArgs& conv = args.conv;
+    const int64_t first = place_of_pixel(conv, {strip.n, strip.p, strip.q}).residual;
+    const auto* residual =
+        static_cast<const typename Traits::Value*>(conv.residual) + first + thread.first_channel * conv.residual_strides.c;
+#pragma unroll 1
+    for (int q = strip.q; q < strip.q + Traits::columns && q < args.q; ++q, residual += conv.residual_strides.w) {
+        device::prefetch(residual);
+    }
+}
+
 // Finishes and stores a thread's strip pixel by pixel: a rolled loop, so that the activations are instantiated once.
 template <class Traits>
 __device__ __forceinline__ void store_strip(const DepthwiseArgs& args, const DepthwiseThread& thread, const Strip& strip,
@@ -324,14 +343,14 @@ __device__ __forceinline__ void store_strip(const DepthwiseArgs& args, const Dep
     const T* residual = static_cast<const T*>(conv.residual);
     if (residual) residual += place.residual + thread.first_channel * conv.residual_strides.c;
     T* y = static_cast<T*>(conv.y) + place.y + thread.first_channel * conv.y_strides.c;
-    const int remaining = args.q - strip.q;
+    const int remaining = args.q - strip.q, valid = thread.valid<Traits>();
     const int columns = remaining < Traits::columns ? remaining : Traits::columns;
 #pragma unroll 1
     for (int column = 0; column < columns; ++column, y += conv.y_strides.w) {
         float sums[Traits::values];
         read_chunk(shared.sums[column][0][device::thread_x()], Traits::threads * 4, sums);
-        finish_channels<Traits::values, T>(sums, folds, thread.valid<Traits>(), {residual, conv.residual_strides.c},
-                                           {y, conv.y_strides.c}, conv.epilogue);
+        finish_channels<Traits::values, T>(sums, folds, valid, {residual, conv.residual_strides.c}, {y, conv.y_strides.c},
+                                           conv.epilogue);
         if (residual) residual += conv.residual_strides.w;
     }
 }
@@ -339,20 +358,26 @@ __device__ __forceinline__ void store_strip(const DepthwiseArgs& args, const Dep
 template <class Traits>
 __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multiprocessor)
     depthwise(const __grid_constant__ DepthwiseArgs args) {
+    static_assert(depthwise_chunks * Traits::values <= Traits::threads, "a thread folds one channel");
     auto& shared = device::shared_storage<DepthwiseShared<Traits>>();
     const DepthwiseThread thread = DepthwiseThread::of<Traits>(args);
+    const Epilogue& epilogue = args.conv.epilogue;
     const int all_taps = Traits::tile.takes_any() ? static_cast<int>(args.conv.problem.gemm_k()) : Traits::taps;
-    prepare_folds(args, thread, shared);
+    const int index = device::thread_x(), channel = thread.slab_channel + index;
+    const bool folds = index < args.chunks * Traits::values;
+    const ChannelVectors<typename Traits::Value> vectors(epilogue, channel, folds && channel < args.conv.problem.k);
     if (all_taps <= Traits::taps) load_weights(args, thread, 0, all_taps, shared);
+    if (folds) shared.folds[index] = vectors.fold(epilogue);
     device::sync_threads();
 
     const uint32_t begin = static_cast<uint32_t>(device::block_x()) / args.slabs * args.strips;
 #pragma unroll 1
     for (uint32_t first = begin; first < args.all_strips; first += args.strip_step) {
         const Strip strip = Strip::of<Traits>(args, thread, first + thread.strip);
+        if (args.conv.residual && strip.exists()) prefetch_residual<Traits>(args, thread, strip);
         accumulate(args, thread, strip, shared);
         if (strip.exists()) store_strip(args, thread, strip, shared);
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::depthwise

@@ -4,7 +4,7 @@ namespace fused_cna {
 
 namespace {
 
-using kernels::ToeplitzArgs;
+using kernels::depthwise_toeplitz::ToeplitzArgs;
 
 ToeplitzArgs make_toeplitz_args(const ConvArgs& conv, const Plan& plan, int filter_rows) {
     const auto as_int = [](int64_t value) { return static_cast<int>(value); };
@@ -33,8 +33,8 @@ template <class T, int FilterRows>
 const char* launch_rows(const ConvArgs& conv, const Plan& plan, Stream stream) {
     const int filter_rows = static_cast<int>(ceil_div(conv.problem.r, FilterRows)) * FilterRows;
     const ToeplitzArgs args = make_toeplitz_args(conv, plan, filter_rows);
-    const device::LaunchShape shape{plan.blocks, kernels::toeplitz_threads, args.memory.total};
-    return device::launch(kernels::depthwise_toeplitz<T, FilterRows>, shape, stream, args);
+    const device::LaunchShape shape{plan.blocks, kernels::depthwise_toeplitz::toeplitz_threads, args.memory.total};
+    return device::launch<kernels::depthwise_toeplitz::depthwise_toeplitz<T, FilterRows>>(shape, stream, args);
 }
 
 template <class T>

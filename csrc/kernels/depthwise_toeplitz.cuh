@@ -16,7 +16,7 @@
 #include "rows.cuh"
 #include "strip_operands.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::depthwise_toeplitz {
 
 inline constexpr int toeplitz_channels_per_warp = StripTile::channels / toeplitz_warps;
 
@@ -154,41 +154,73 @@ __device__ __forceinline__ void stage_accumulators(const StripAccumulators& tota
     }
 }
 
-// Finishes and stores the staged accumulators. A thread takes the same 8 channels of the same column of a strip in all its
-// rows, so that addresses and fold are made once.
+// What a thread stores: the same 8 channels of the same column of a strip in all its rows, so that addresses and fold are
+// made once.
+struct StripShare {
+    static constexpr int width = 8, halves = StripTile::channels / width, pixels = toeplitz_threads / halves;
+    static_assert(pixels == StripTile::pixels / StripTile::strip_rows, "one thread for every pixel of a row of all strips");
+
+    int index, column;  // of the staged accumulators; of the slab's channels
+    Pixel first;        // that does not exist where there is nothing to store
+    int rows, channels;
+
+    static __device__ StripShare of(const ToeplitzArgs& args, const StripBlock& block, const StripShared& shared) {
+        // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
+        const bool channels_dense = args.conv.y_strides.c == 1;
+        const int thread = device::thread_x();
+        const int column = (channels_dense ? thread % halves : thread / pixels) * width;
+        const int index = channels_dense ? thread / halves : thread % pixels;
+        const int lane = index % 32, i = index / 32;
+        const Strip& strip = shared.tables.strips[lane / 4 + i / 2 * 8];
+        const int q = strip.q + lane % 4 * 2 + i % 2;
+        const int rows = args.output.p - strip.p, channels = block.channels - column;
+        return {.index = index,
+                .column = column,
+                .first = {q < args.output.q && channels > 0 ? strip.n : -1, strip.p, q},
+                .rows = rows < StripTile::strip_rows ? rows : StripTile::strip_rows,
+                .channels = channels < width ? channels : width};
+    }
+};
+
+// Where the share's first row lies in the residual.
+template <class T>
+__device__ __forceinline__ const T* residual_of(const ConvArgs& conv, const StripBlock& block, const StripShare& share) {
+    return static_cast<const T*>(conv.residual) + place_of_pixel(conv, share.first).residual +
+           (block.first_channel + share.column) * conv.residual_strides.c;
+}
+
+// Asks for the residual, so that it is on its way to the L2 while the products are made.
+template <class T>
+__device__ __forceinline__ void prefetch_residual(const ToeplitzArgs& args, const StripBlock& block,
+                                                  const StripShared& shared) {
+    const StripShare share = StripShare::of(args, block, shared);
+    if (!share.first.exists()) return;
+    const T* residual = residual_of<T>(args.conv, block, share);
+#pragma unroll 1
+    for (int row = 0; row < share.rows; ++row) device::prefetch(residual + row * args.conv.residual_strides.h);
+}
+
+// Finishes and stores the staged accumulators.
 template <class T>
 __device__ __forceinline__ void store_strips(const ToeplitzArgs& args, const StripBlock& block, const StripShared& shared) {
-    constexpr int width = 8, halves = StripTile::channels / width, pixels = toeplitz_threads / halves;
-    static_assert(pixels == StripTile::pixels / StripTile::strip_rows, "one thread for every pixel of a row of all strips");
-    // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
+    constexpr int width = StripShare::width;
     const ConvArgs& conv = args.conv;
-    const bool channels_dense = conv.y_strides.c == 1;
-    const int thread = device::thread_x();
-    const int column = (channels_dense ? thread % halves : thread / pixels) * width;
-    const int index = channels_dense ? thread / halves : thread % pixels;
-    const int lane = index % 32, i = index / 32;
-    const Strip& strip = shared.tables.strips[lane / 4 + i / 2 * 8];
-    const Pixel pixel{strip.n, strip.p, strip.q + lane % 4 * 2 + i % 2};
-    const int remaining = block.channels - column;
-    if (!pixel.exists() || pixel.q >= args.output.q || remaining <= 0) return;
-
-    const RowPlace place = place_of_pixel(conv, pixel);
-    const int64_t channel = block.first_channel + column;
-    T* y = static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c;
-    const T* residual = static_cast<const T*>(conv.residual);
-    if (residual) residual += place.residual + channel * conv.residual_strides.c;
-    const float* staged = shared.accumulators + index * StripMemory::pitch + column;
+    const StripShare share = StripShare::of(args, block, shared);
+    if (!share.first.exists()) return;
+    const int64_t channel = block.first_channel + share.column;
+    T* y = static_cast<T*>(conv.y) + place_of_pixel(conv, share.first).y + channel * conv.y_strides.c;
+    const T* residual = conv.residual ? residual_of<T>(conv, block, share) : nullptr;
+    const float* staged = shared.accumulators + share.index * StripMemory::pitch + share.column;
     ChannelFold folds[width];
 #pragma unroll
-    for (int j = 0; j < width; ++j) folds[j] = shared.tables.folds[column + j];
-    const int rows = args.output.p - pixel.p < StripTile::strip_rows ? args.output.p - pixel.p : StripTile::strip_rows;
+    for (int j = 0; j < width; ++j) folds[j] = shared.tables.folds[share.column + j];
 #pragma unroll 1
-    for (int row = 0; row < rows; ++row) {
+    for (int row = 0; row < share.rows; ++row) {
         float values[width];
 #pragma unroll
         for (int j = 0; j < width; ++j) values[j] = staged[row * StripMemory::row_pitch + j];
-        finish_channels<width, T>(values, folds, remaining < width ? remaining : width, {residual, conv.residual_strides.c},
-                                  {y, conv.y_strides.c}, conv.epilogue);
+        finish_channels<width, T>(values, folds, share.channels, {residual, conv.residual_strides.c}, {y, conv.y_strides.c},
+                                  conv.epilogue);
         y += conv.y_strides.h;
         if (residual) residual += conv.residual_strides.h;
     }
@@ -199,16 +231,18 @@ __global__ void __launch_bounds__(toeplitz_threads, StripTile::blocks_per_multip
     depthwise_toeplitz(const __grid_constant__ ToeplitzArgs args) {
     const StripShared shared = StripShared::of(args, &device::shared_storage<unsigned char>());
     const StripBlock block = StripBlock::of(args);
-    stage_planes<T>(args, block, shared);
-    stage_filter<T>(args, block, shared);
     const int thread = device::thread_x();
+    const Epilogue& epilogue = args.conv.epilogue;
+    const ChannelVectors<T> vectors(epilogue, block.first_channel + thread, thread < block.channels);
+    const FilterRow<T> filter_row(args, block, thread);
+    stage_planes<T>(args, block, shared);
+    filter_row.store(shared, thread);
+    stage_other_rows<T>(args, block, shared);
     if (thread < StripTile::most_strips) shared.tables.strips[thread] = block.strip(args, thread);
-    if (thread < StripTile::channels) {
-        shared.tables.folds[thread] =
-            thread < block.channels ? fold_channel<T>(args.conv.epilogue, block.first_channel + thread) : ChannelFold{};
-    }
+    if (thread < StripTile::channels) shared.tables.folds[thread] = vectors.fold(epilogue);
     device::sync_threads();
 
+    if (args.conv.residual) prefetch_residual<T>(args, block, shared);
     StripAccumulators total = {};
     accumulate_strips<T, FilterRows>(args, block, shared, total);
     device::sync_threads();
@@ -217,4 +251,4 @@ __global__ void __launch_bounds__(toeplitz_threads, StripTile::blocks_per_multip
     store_strips<T>(args, block, shared);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::depthwise_toeplitz

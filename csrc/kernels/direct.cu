@@ -4,12 +4,12 @@ namespace fused_cna {
 
 namespace {
 
-using kernels::DirectTile;
+using kernels::direct::DirectTile;
 
 template <class T, class Traits>
 const char* launch_tile(const ConvArgs& args, const Plan& plan, Stream stream) {
-    const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::DirectShared<Traits>)};
-    return device::launch(kernels::direct<T, Traits>, shape, stream, args);
+    const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::direct::DirectShared<T, Traits>)};
+    return device::launch<kernels::direct::direct<T, Traits>>(shape, stream, args);
 }
 
 template <class T>

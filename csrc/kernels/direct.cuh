@@ -10,10 +10,11 @@
 #include <device/types.cuh>
 
 #include "../conv_args.h"
-#include "epilogue.cuh"
+#include "fold.cuh"
 #include "rows.cuh"
+#include "tile_store.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::direct {
 
 // A block makes tile.m pixels x tile.n channels of one group, tile.k products a step; a thread ThreadM x ThreadN of them.
 template <Tile tile, int ThreadM, int ThreadN>
@@ -25,20 +26,25 @@ struct DirectTile {
 };
 
 // Rows are one value longer than the tile, so that writes down a column spread over the banks.
-template <class Traits>
+template <class T, class Traits>
 struct DirectShared {
+    using Output = TileStore<T, TileShape<Traits::m, Traits::n, Traits::n + 1, Traits::threads>>;
     struct Operands {
         float x[Traits::k][Traits::m + 1];
         float weight[Traits::k][Traits::n + 1];
     };
+    struct Results {
+        float accumulators[Traits::m][Traits::n + 1];
+        typename Output::ResidualSlots residual;
+    };
     union {
         Operands operands;
-        float accumulators[Traits::m][Traits::n + 1];
+        Results results;
     };
     Pixel pixels[Traits::m];
     RowPlace places[Traits::m];
     ChannelFold folds[Traits::n];
-    static_assert(sizeof(Operands) <= 32 * 1024, "direct must fit the 48 KB that need no opt-in");
+    static_assert(sizeof(Operands) + sizeof(places) <= 32 * 1024, "direct must fit the 48 KB that need no opt-in");
 };
 
 // The block's place in the output, and the extents that its loops run over.
@@ -72,16 +78,17 @@ struct DirectBlock {
 };
 
 template <class T, class Traits>
-__device__ void prepare_tables(const ConvArgs& args, const DirectBlock& block, DirectShared<Traits>& shared) {
+__device__ void prepare_tables(const ConvArgs& args, const DirectBlock& block, DirectShared<T, Traits>& shared) {
+    static_assert(Traits::n <= Traits::threads, "a thread folds one channel");
+    const int thread = device::thread_x();
+    const bool has_channel = thread < Traits::n && block.first_channel + thread < block.channels_in_group;
+    const ChannelVectors<T> vectors(args.epilogue, block.output_channel(thread), has_channel);
     const OutputSize<int64_t> output{args.problem.n, args.problem.p(), args.problem.q()};
-    for (int i = device::thread_x(); i < Traits::m; i += Traits::threads) {
+    for (int i = thread; i < Traits::m; i += Traits::threads) {
         shared.pixels[i] = output.pixel_of_row(block.first_row + i);
         shared.places[i] = place_of_pixel(args, shared.pixels[i]);
     }
-    for (int i = device::thread_x(); i < Traits::n; i += Traits::threads) {
-        const bool exists = block.first_channel + i < block.channels_in_group;
-        shared.folds[i] = exists ? fold_channel<T>(args.epilogue, block.output_channel(i)) : ChannelFold{};
-    }
+    if (thread < Traits::n) shared.folds[thread] = vectors.fold(args.epilogue);
 }
 
 // Products are numbered with the input channel fastest, then s, then r: neighbours in channels_last memory.
@@ -113,7 +120,7 @@ __device__ float load_weight(const ConvArgs& args, const DirectBlock& block, int
 // Brings `depth` products of every row and column into shared memory.
 template <class T, class Traits>
 __device__ void load_operands(const ConvArgs& args, const DirectBlock& block, int first_product, int depth,
-                              DirectShared<Traits>& shared) {
+                              DirectShared<T, Traits>& shared) {
     // Neighbouring threads read along whichever dimension of x is dense: channels, or else pixels.
     const bool channels_dense = args.x_strides.c == 1;
     for (int i = device::thread_x(); i < Traits::m * Traits::k; i += Traits::threads) {
@@ -132,8 +139,9 @@ __device__ void load_operands(const ConvArgs& args, const DirectBlock& block, in
 }
 
 // A thread's rows and columns lie threads_m and threads_n apart, so that a warp reads neighbouring words.
-template <class Traits>
-__device__ void multiply(const DirectShared<Traits>& shared, int depth, float (&total)[Traits::thread_m][Traits::thread_n]) {
+template <class T, class Traits>
+__device__ void multiply(const DirectShared<T, Traits>& shared, int depth,
+                         float (&total)[Traits::thread_m][Traits::thread_n]) {
     const int first_row = device::thread_x() / Traits::threads_n, first_column = device::thread_x() % Traits::threads_n;
     // Summed apart and then added: one running sum over thousands of products has several times the error.
     float chunk[Traits::thread_m][Traits::thread_n] = {};
@@ -158,21 +166,23 @@ __device__ void multiply(const DirectShared<Traits>& shared, int depth, float (&
     }
 }
 
-template <class Traits>
-__device__ void stage_accumulators(const float (&total)[Traits::thread_m][Traits::thread_n], DirectShared<Traits>& shared) {
+template <class T, class Traits>
+__device__ void stage_accumulators(const float (&total)[Traits::thread_m][Traits::thread_n],
+                                   DirectShared<T, Traits>& shared) {
     const int first_row = device::thread_x() / Traits::threads_n, first_column = device::thread_x() % Traits::threads_n;
 #pragma unroll
     for (int i = 0; i < Traits::thread_m; ++i) {
 #pragma unroll
         for (int j = 0; j < Traits::thread_n; ++j) {
-            shared.accumulators[first_row + i * Traits::threads_m][first_column + j * Traits::threads_n] = total[i][j];
+            shared.results.accumulators[first_row + i * Traits::threads_m][first_column + j * Traits::threads_n] =
+                total[i][j];
         }
     }
 }
 
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::threads, 3) direct(const __grid_constant__ ConvArgs args) {
-    auto& shared = device::shared_storage<DirectShared<Traits>>();
+    auto& shared = device::shared_storage<DirectShared<T, Traits>>();
     const DirectBlock block = DirectBlock::of<Traits>(args.problem);
     prepare_tables<T>(args, block, shared);
     device::sync_threads();
@@ -187,11 +197,13 @@ __global__ void __launch_bounds__(Traits::threads, 3) direct(const __grid_consta
         device::sync_threads();
     }
 
+    typename DirectShared<T, Traits>::Output output(args, shared.places, shared.folds,
+                                                    {block.output_channel(0), block.channels_in_group - block.first_channel},
+                                                    shared.results.residual);
+    output.start();
     stage_accumulators(total, shared);
     device::sync_threads();
-    store_tile<T, Traits::m, Traits::n, Traits::n + 1, Traits::threads>(
-        args, &shared.accumulators[0][0], shared.places, shared.folds,
-        {block.output_channel(0), block.channels_in_group - block.first_channel});
+    output.store(0, &shared.results.accumulators[0][0]);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::direct

@@ -11,7 +11,7 @@
 
 #include "implicit_gemm.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // Products of one output over the main-loop steps of the block's split.
 template <class Traits>
@@ -24,9 +24,9 @@ __device__ float exact_sum(const ImplicitGemmArgs& args, const GemmBlock& block,
     const int first_step = block.split * args.steps_per_split, end_step = first_step + args.steps_per_split;
     float sum = 0;
     for (int step = first_step; step < end_step && step < args.steps; ++step) {
-        const int tap = step / args.channel_steps, first_c = step % args.channel_steps * Traits::k;
-        const int r = tap / args.x.s, s = tap % args.x.s;
-        const int h = first_h + r * args.x.dil_h, w = first_w + s * args.x.dil_w;
+        const int tap = args.channel_steps.quotient(step), first_c = args.channel_steps.remainder(step) * Traits::k;
+        const int r = args.x.s.quotient(tap), s = args.x.s.remainder(tap);
+        const int h = first_h + r * args.x.dil_h.value, w = first_w + s * args.x.dil_w.value;
         const bool inside = h >= 0 && h < args.x.h && w >= 0 && w < args.x.w;
         const T* x = static_cast<const T*>(args.conv.x) + pixel.n * of_x.n + h * of_x.h + w * of_x.w +
                      static_cast<int64_t>(block.group) * args.c_per_group;
@@ -46,7 +46,7 @@ __device__ float exact_sum(const ImplicitGemmArgs& args, const GemmBlock& block,
 template <class Traits, class RowOfTile>
 __device__ __forceinline__ void repair_sums(const ImplicitGemmArgs& args, const GemmBlock& block, float* sums, int64_t pitch,
                                             int rows, const RowOfTile& row_of_tile) {
-    const int rows_of_output = args.x.output.n * args.x.output.p * args.x.output.q - block.first_row;
+    const int rows_of_output = args.x.output.count - block.first_row;
 #pragma unroll 1
     for (int i = device::thread_x(); i < rows * Traits::n; i += Traits::threads) {
         const int row = row_of_tile(i / Traits::n), column = i % Traits::n;
@@ -56,4 +56,4 @@ __device__ __forceinline__ void repair_sums(const ImplicitGemmArgs& args, const 
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

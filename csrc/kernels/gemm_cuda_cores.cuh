@@ -10,7 +10,7 @@
 
 #include "implicit_gemm.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // The lanes of a warp form 4 rows x 8 columns; a thread makes every fourth row and every eighth column of the warp's tile,
 // so that a warp reads neighbouring rows of shared memory, which the swizzle keeps in distinct banks.
@@ -95,4 +95,4 @@ struct CudaCores {
     using Math = CudaCoreMath<Traits>;
 };
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

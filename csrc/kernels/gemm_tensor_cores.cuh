@@ -12,7 +12,7 @@
 #include "exact_sum.cuh"
 #include "implicit_gemm.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // A float32 as a sum of two tf32, rounded to nearest each, so that what is left out is below 2^-23 of it. Where the big one
 // is not finite the small one has no meaning, and repair_sums comes in.
@@ -200,4 +200,4 @@ struct CompensatedTensorCores {
     using Math = TensorCoreMath<Traits, true>;
 };
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

@@ -7,9 +7,8 @@ namespace fused_cna {
 
 namespace {
 
-using kernels::Divisor;
-using kernels::GroupedArgs;
-using kernels::Shares;
+using kernels::grouped::GroupedArgs;
+using kernels::grouped::Shares;
 
 GroupedArgs make_args(const ConvArgs& conv, const Plan& plan) {
     const ConvProblem& problem = conv.problem;
@@ -96,7 +95,8 @@ const char* launch_dtype(const ConvArgs& conv, const Plan& plan, Stream stream) 
     const char* error = "grouped has no instantiation of this tile";
     const auto launch_index = [&]<size_t... I>(std::index_sequence<I...>) {
         ((plan.tile_index == static_cast<int>(I) &&
-          (error = device::launch(kernels::grouped<kernels::GroupedTraits<T, grouped_tiles[I]>>, launch_shape, stream, args),
+          (error = device::launch<kernels::grouped::grouped<kernels::grouped::GroupedTraits<T, grouped_tiles[I]>>>(
+               launch_shape, stream, args),
            true)) ||
          ...);
     };

@@ -18,7 +18,7 @@
 #include "grouped_operands.cuh"
 #include "walk.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::grouped {
 
 template <class T, GroupedTile Tile>
 struct GroupedTraits {
@@ -60,6 +60,9 @@ struct GroupedWarp {
 template <class T>
 __device__ __forceinline__ void prepare_tables(const GroupedArgs& args, const GroupedBlock& block,
                                                const GroupedMemory& memory) {
+    // A block has a thread for every column, and for those that fill up the last eight.
+    const int thread = device::thread_x();
+    const ChannelVectors<T> vectors(args.conv.epilogue, block.first_channel + thread, thread < block.columns());
     // Rolled, because an unrolled loop divides by the number of threads to know how often it turns.
 #pragma unroll 1
     for (int i = device::thread_x(); i < args.pieces; i += args.threads) memory.offsets[i] = offset_of_piece(args, i);
@@ -67,10 +70,7 @@ __device__ __forceinline__ void prepare_tables(const GroupedArgs& args, const Gr
     for (int i = device::thread_x(); i < args.slots; i += args.threads) {
         memory.places[i] = place_of_pixel(args.conv, output_pixel(args, block, i));
     }
-#pragma unroll 1
-    for (int i = device::thread_x(); i < (args.columns + 7) / 8 * 8; i += args.threads) {
-        memory.folds[i] = i < block.columns() ? fold_channel<T>(args.conv.epilogue, block.first_channel + i) : ChannelFold{};
-    }
+    if (thread < (args.columns + 7) / 8 * 8) memory.folds[thread] = vectors.fold(args.conv.epilogue);
 }
 
 template <class Traits>
@@ -125,6 +125,21 @@ __device__ __forceinline__ void stage_accumulators(const GroupedArgs& args, cons
     }
 }
 
+// Asks for the residual, so that it is on its way to the L2 while the products are made.
+template <class T>
+__device__ __forceinline__ void prefetch_residual(const GroupedArgs& args, const GroupedBlock& block,
+                                                  const GroupedMemory& memory) {
+    const ConvArgs& conv = args.conv;
+    const T* first = static_cast<const T*>(conv.residual) + block.first_channel * conv.residual_strides.c;
+#pragma unroll 1
+    for (Walk at(args.output_shares); at.slow == 0; at.advance()) {
+        const int piece = args.channels_dense ? at.fast : at.middle, slot = args.channels_dense ? at.middle : at.fast;
+        const RowPlace& place = memory.places[slot];
+        if (!place.exists() || piece * 8 >= block.columns()) continue;
+        device::prefetch(first + place.residual + piece * 8 * conv.residual_strides.c);
+    }
+}
+
 // Finishes and stores the block's outputs from the staged accumulators, eight columns at a time, in a rolled loop.
 template <class T>
 __device__ __forceinline__ void store_outputs(const GroupedArgs& args, const GroupedBlock& block,
@@ -140,7 +155,7 @@ __device__ __forceinline__ void store_outputs(const GroupedArgs& args, const Gro
         const int piece = args.channels_dense ? at.fast : at.middle, slot = args.channels_dense ? at.middle : at.fast;
         const RowPlace& place = memory.places[slot];
         const int column = piece * width, remaining = columns - column;
-        if (!place.exists || remaining <= 0) continue;
+        if (!place.exists() || remaining <= 0) continue;
         if (piece != folds_of) {
 #pragma unroll
             for (int i = 0; i < width; ++i) folds[i] = memory.folds[column + i];
@@ -172,6 +187,7 @@ __global__ void __launch_bounds__(Traits::tile.most_threads, Traits::tile.blocks
     device::wait_copies<0>();
     device::sync_threads();
 
+    if (args.conv.residual) prefetch_residual<T>(args, block, memory);
     const GroupedWarp warp = GroupedWarp::of<Traits>(args, block);
     GroupedAccumulators<Traits> total = {};
     if (warp.exists()) accumulate<Traits>(args, block, warp, memory, total);
@@ -183,4 +199,4 @@ __global__ void __launch_bounds__(Traits::tile.most_threads, Traits::tile.blocks
     store_outputs<T>(args, block, memory);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::grouped

@@ -7,7 +7,7 @@
 
 #include "grouped_operands.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::grouped {
 
 // Where a slot's output pixel finds its first position in the halo, in bytes. Slots without a pixel read any.
 __device__ __forceinline__ int halo_of_slot(const GroupedArgs& args, int slot) {
@@ -139,4 +139,4 @@ __device__ __forceinline__ void round_all(uint32_t (&fragments)[Count][Words]) {
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::grouped

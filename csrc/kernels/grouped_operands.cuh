@@ -13,7 +13,7 @@
 #include "rows.cuh"
 #include "walk.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::grouped {
 
 // The sizes of grouped_shape in the type that the kernel counts in, and what else is the same for all threads.
 struct GroupedArgs {
@@ -197,4 +197,4 @@ __device__ __forceinline__ void load_weights(const GroupedArgs& args, const Grou
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::grouped

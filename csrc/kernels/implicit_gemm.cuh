@@ -12,9 +12,10 @@
 
 #include "../conv_args.h"
 #include "activation_rows.cuh"
-#include "epilogue.cuh"
+#include "fold.cuh"
+#include "tile_store.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // Everything that is the same for all threads and dear to compute, made on the host once per launch.
 struct ImplicitGemmArgs {
@@ -23,9 +24,9 @@ struct ImplicitGemmArgs {
     WalkSteps walk_steps[3];  // to the next channels, the next s, the next r
     int64_t weight_k_bytes;   // stride of the weight's output channels
     int c_per_group, k_per_group;
-    int tiles_per_group, tiles_n, tiles_m;
-    int channel_steps;  // main-loop steps per tap
-    int steps;          // main-loop steps of the whole reduction
+    Divisor tiles_per_group, tiles_n, tiles_m;
+    Divisor channel_steps;  // main-loop steps per tap
+    int steps;              // main-loop steps of the whole reduction
     int steps_per_split;
 };
 
@@ -65,21 +66,37 @@ struct ImplicitGemmTraits {
     // The epilogue takes a few rows of every warp at a time.
     static constexpr int warp_slice_rows = Arithmetic::rows_per_slice, slices = warp_m / warp_slice_rows;
     static constexpr int slice_rows = warps_m * warp_slice_rows, slice_pitch = n + 8;
+    using Output = TileStore<T, TileShape<slice_rows, n, slice_pitch, threads, slices>>;
 
     static_assert(row_bytes == 64 || row_bytes == 128, "the swizzle is made for rows of 64 or 128 bytes");
     static_assert(m % row_pass == 0 && n % row_pass == 0, "every pass of the copies must be whole");
     static_assert(row_pass % 8 == 0, "rows that one thread copies must share their swizzle");
     static_assert(warp_m % warp_slice_rows == 0, "a warp's rows must be whole slices");
     static_assert(!reads_ahead || k_steps % 2 == 0, "the two buffers must meet the same steps in every stage");
-    static_assert(slice_rows * slice_pitch * 4 <= stages * stage_bytes, "a slice must fit the operands' memory");
+    static_assert(n <= threads, "a thread folds one channel");
     static_assert(stages >= 2, "one stage is read while another is filled");
+};
+
+// What the epilogue keeps in the operands' memory: a slice of the accumulators at the beginning, the residual under way at
+// the end. A reduction of few steps never reaches the end, and the residual can be under way beside the operands.
+template <class Traits>
+struct ImplicitGemmEpilogue {
+    static constexpr int operand_bytes = Traits::stages * Traits::stage_bytes;
+    static constexpr int slice_bytes = Traits::slice_rows * Traits::slice_pitch * 4;
+    static constexpr int slots_bytes = sizeof(typename Traits::Output::ResidualSlots);
+    static_assert(slice_bytes + slots_bytes < operand_bytes, "the epilogue must fit the operands' memory");
+    static constexpr int untouched_after_steps = (operand_bytes - slots_bytes) / Traits::stage_bytes;
+
+    float accumulators[slice_bytes / 4];
+    unsigned char between[operand_bytes - slice_bytes - slots_bytes];
+    typename Traits::Output::ResidualSlots residual;
 };
 
 template <class Traits>
 struct ImplicitGemmShared {
     union {
         alignas(128) unsigned char stages[Traits::stages][Traits::stage_bytes];
-        float accumulators[Traits::slice_rows * Traits::slice_pitch];
+        ImplicitGemmEpilogue<Traits> epilogue;
     };
     RowPlace places[Traits::m];  // in the order in which slices take the rows
     ChannelFold folds[Traits::n];
@@ -112,13 +129,13 @@ struct GemmBlock {
     template <class Traits>
     static __device__ GemmBlock of(const ImplicitGemmArgs& args) {
         const int block = static_cast<int>(device::block_x());
-        const int tile_n = block % args.tiles_n, tile_m = block / args.tiles_n % args.tiles_m;
-        const int first_column = tile_n % args.tiles_per_group * Traits::n;
+        const int tile = args.tiles_n.quotient(block), tile_n = args.tiles_n.remainder(block);
+        const int first_column = args.tiles_per_group.remainder(tile_n) * Traits::n;
         const int remaining = args.k_per_group - first_column;
-        return {.first_row = tile_m * Traits::m,
+        return {.first_row = args.tiles_m.remainder(tile) * Traits::m,
                 .tile_n = tile_n,
-                .split = block / args.tiles_n / args.tiles_m,
-                .group = tile_n / args.tiles_per_group,
+                .split = args.tiles_m.quotient(tile),
+                .group = args.tiles_per_group.quotient(tile_n),
                 .first_column = first_column,
                 .columns = remaining < Traits::n ? remaining : Traits::n};
     }
@@ -142,9 +159,9 @@ class OperandLoader {
         destination_ = shared + row * Traits::row_bytes + swizzle<Traits::row_bytes>(row, chunk) * 16;
         rows_.start(args.x, block.first_row + row, Traits::row_pass);
 
-        const int tap = first_step / args.channel_steps;
-        const int r = tap / args.x.s, s = tap % args.x.s, c = first_step % args.channel_steps * Traits::k;
-        const int64_t x_tap = r * args.x.dil_h * args.x.h_bytes + s * args.x.dil_w * args.x.w_bytes;
+        const int tap = args.channel_steps.quotient(first_step), c = args.channel_steps.remainder(first_step) * Traits::k;
+        const int r = args.x.s.quotient(tap), s = args.x.s.remainder(tap);
+        const int64_t x_tap = r * args.x.dil_h.value * args.x.h_bytes + s * args.x.dil_w.value * args.x.w_bytes;
         const int64_t first_channel = static_cast<int64_t>(block.group) * args.c_per_group + c;
         const FilterStrides& filter = args.conv.weight_strides;
         const int64_t first_weight = (block.first_channel(args) + row) * filter.k + r * filter.r + s * filter.s + c;
@@ -186,7 +203,7 @@ class OperandLoader {
 
     __device__ __forceinline__ void advance() {
         const bool next_tap = values_ <= last_values_;
-        const bool next_row = next_tap && walk_.s + 1 == args_.x.s;
+        const bool next_row = next_tap && walk_.s + 1 == args_.x.s.value;
         const WalkSteps& steps = args_.walk_steps[next_tap + next_row];
         walk_.x += steps.x;
         walk_.weight += steps.weight;
@@ -215,16 +232,17 @@ __device__ __forceinline__ int row_of_slice_order(int index) {
 }
 
 template <class Traits>
-__device__ void prepare_tables(const ImplicitGemmArgs& args, const GemmBlock& block, ImplicitGemmShared<Traits>& shared) {
-    for (int i = device::thread_x(); i < Traits::m; i += Traits::threads) {
+__device__ __forceinline__ void prepare_tables(const ImplicitGemmArgs& args, const GemmBlock& block,
+                                               ImplicitGemmShared<Traits>& shared) {
+    const int thread = device::thread_x();
+    const Epilogue& epilogue = args.conv.epilogue;
+    const ChannelVectors<typename Traits::Value> vectors(epilogue, block.first_channel(args) + thread,
+                                                         thread < block.columns);
+    for (int i = thread; i < Traits::m; i += Traits::threads) {
         const int row = block.first_row + row_of_slice_order<Traits>(i);
         shared.places[i] = place_of_pixel(args.conv, args.x.output.pixel_of_row(row));
     }
-    for (int i = device::thread_x(); i < Traits::n; i += Traits::threads) {
-        shared.folds[i] = i < block.columns
-                              ? fold_channel<typename Traits::Value>(args.conv.epilogue, block.first_channel(args) + i)
-                              : ChannelFold{};
-    }
+    if (thread < Traits::n) shared.folds[thread] = vectors.fold(epilogue);
 }
 
 // Which stage is read and which is filled, as offsets in bytes.
@@ -301,44 +319,36 @@ __device__ __forceinline__ void multiply_in_turn(Loader& loader, typename Traits
     math.end_chunk();
 }
 
-template <class Traits, template <int> class Rows>
-__device__ __forceinline__ void accumulate(const ImplicitGemmArgs& args, const GemmBlock& block, const unsigned char* stages,
-                                           typename Traits::Math& math) {
-    const int first_step = block.split * args.steps_per_split;
-    const int remaining = args.steps - first_step;
-    const int steps = remaining < args.steps_per_split ? remaining : args.steps_per_split;
-    OperandLoader<Traits, Rows> loader(args, block, first_step, device::shared_address(stages));
+// Starts the copies of the first steps, as many as there are stages to fill.
+template <class Traits, class Loader>
+__device__ __forceinline__ void load_first(Loader& loader, int steps) {
 #pragma unroll
     for (int stage = 0; stage < Traits::stages - 1; ++stage) {
         if (stage < steps) loader.load(stage * Traits::stage_bytes);
         device::commit_copies();
     }
-    if constexpr (Traits::reads_ahead) {
-        multiply_reading_ahead<Traits>(loader, math, steps);
-    } else {
-        multiply_in_turn<Traits>(loader, math, steps);
-    }
-    // The epilogue takes over the stages.
-    device::wait_copies<0>();
-    device::sync_threads();
 }
 
-// Finishes and stores the tile slice by slice: a rolled loop, so that the activations are instantiated once.
+template <class Traits>
+__device__ __forceinline__ typename Traits::Output output_of(const ImplicitGemmArgs& args, const GemmBlock& block,
+                                                             const ImplicitGemmShared<Traits>& shared) {
+    return {args.conv, shared.places, shared.folds, {block.first_channel(args), block.columns}, shared.epilogue.residual};
+}
+
 template <class Traits>
 __device__ __forceinline__ void store_slices(const ImplicitGemmArgs& args, const GemmBlock& block,
-                                             ImplicitGemmShared<Traits>& shared, const typename Traits::Math& math) {
+                                             ImplicitGemmShared<Traits>& shared, const typename Traits::Math& math,
+                                             typename Traits::Output& output) {
     const int warp_m = device::warp() / Traits::warps_n, warp_n = device::warp() % Traits::warps_n;
-    float* warp_rows =
-        shared.accumulators + warp_m * Traits::warp_slice_rows * Traits::slice_pitch + warp_n * Traits::warp_n;
+    float* accumulators = shared.epilogue.accumulators;
+    float* warp_rows = accumulators + warp_m * Traits::warp_slice_rows * Traits::slice_pitch + warp_n * Traits::warp_n;
 #pragma unroll 1
     for (int slice = 0; slice < Traits::slices; ++slice) {
         math.write(slice, warp_rows, Traits::slice_pitch);
         device::sync_threads();
-        Traits::Math::repair(args, block, shared.accumulators, Traits::slice_pitch, Traits::slice_rows,
+        Traits::Math::repair(args, block, accumulators, Traits::slice_pitch, Traits::slice_rows,
                              [&](int row) { return row_of_slice_order<Traits>(slice * Traits::slice_rows + row); });
-        store_tile<typename Traits::Value, Traits::slice_rows, Traits::n, Traits::slice_pitch, Traits::threads>(
-            args.conv, shared.accumulators, shared.places + slice * Traits::slice_rows, shared.folds,
-            {block.first_channel(args), block.columns});
+        output.store(slice, accumulators);
         device::sync_threads();
     }
 }
@@ -348,8 +358,8 @@ template <class Traits>
 __device__ __forceinline__ void store_partial_sums(const ImplicitGemmArgs& args, const GemmBlock& block,
                                                    const typename Traits::Math& math) {
     const int warp_m = device::warp() / Traits::warps_n, warp_n = device::warp() % Traits::warps_n;
-    const int64_t pitch = static_cast<int64_t>(args.tiles_n) * Traits::n;
-    const int64_t first_row = static_cast<int64_t>(block.split) * args.tiles_m * Traits::m + block.first_row;
+    const int64_t pitch = int64_t{args.tiles_n.value} * Traits::n;
+    const int64_t first_row = int64_t{block.split} * args.tiles_m.value * Traits::m + block.first_row;
     float* tile = args.conv.workspace + first_row * pitch + block.tile_n * Traits::n;
     float* warp_rows = tile + warp_m * Traits::warp_m * pitch + warp_n * Traits::warp_n;
 #pragma unroll
@@ -364,16 +374,34 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     implicit_gemm(const __grid_constant__ ImplicitGemmArgs args) {
     auto& shared = device::shared_storage<ImplicitGemmShared<Traits>>();
     const GemmBlock block = GemmBlock::of<Traits>(args);
+    const bool is_split = args.steps_per_split < args.steps;
+    const int first_step = block.split * args.steps_per_split, remaining = args.steps - first_step;
+    const int steps = remaining < args.steps_per_split ? remaining : args.steps_per_split;
+
+    // Operands are asked for before anything else is done, so that the tables are made while they are under way.
+    OperandLoader<Traits, Rows> loader(args, block, first_step, device::shared_address(&shared.stages[0][0]));
+    load_first<Traits>(loader, steps);
     prepare_tables(args, block, shared);
+    const bool residual_beside_operands = !is_split && steps <= ImplicitGemmEpilogue<Traits>::untouched_after_steps;
+    if (residual_beside_operands) {
+        device::sync_threads();
+        output_of(args, block, shared).start();
+    }
 
     typename Traits::Math math(&shared.stages[0][0]);
-    accumulate<Traits, Rows>(args, block, &shared.stages[0][0], math);
-
-    if (args.steps_per_split < args.steps) {
-        store_partial_sums<Traits>(args, block, math);
+    if constexpr (Traits::reads_ahead) {
+        multiply_reading_ahead<Traits>(loader, math, steps);
     } else {
-        store_slices<Traits>(args, block, shared, math);
+        multiply_in_turn<Traits>(loader, math, steps);
     }
+    // The epilogue takes over the stages.
+    device::wait_copies<0>();
+    device::sync_threads();
+
+    if (is_split) return store_partial_sums<Traits>(args, block, math);
+    typename Traits::Output output = output_of(args, block, shared);
+    if (!residual_beside_operands) output.start();
+    store_slices(args, block, shared, math, output);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

@@ -6,7 +6,7 @@
 #include "../layout.h"
 #include "implicit_gemm.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::implicit_gemm {
 
 // A dimension of size 1 may have any stride. Copies that are masked out do step along it, read nothing there, but need an
 // aligned address all the same.
@@ -26,41 +26,42 @@ ImplicitGemmArgs make_gemm_args(const ConvArgs& given, const Plan& plan) {
     using T = typename Traits::Value;
     constexpr int64_t bytes = sizeof(T);
     const auto as_int = [](int64_t value) { return static_cast<int>(value); };
+    const auto as_divisor = [](int64_t value) { return Divisor(static_cast<int>(value)); };
     ImplicitGemmArgs args{.conv = without_idle_strides(given)};
     const ConvArgs& conv = args.conv;
     const ConvProblem& problem = conv.problem;
-    args.x = {.output = {as_int(problem.n), as_int(problem.p()), as_int(problem.q())},
+    args.x = {.output = {problem.n, problem.p(), problem.q()},
               .h = as_int(problem.h),
               .w = as_int(problem.w),
               .stride_h = as_int(problem.stride_h),
               .stride_w = as_int(problem.stride_w),
               .pad_top = as_int(problem.pad_top),
               .pad_left = as_int(problem.pad_left),
-              .dil_h = as_int(problem.dil_h),
-              .dil_w = as_int(problem.dil_w),
+              .dil_h = as_divisor(problem.dil_h),
+              .dil_w = as_divisor(problem.dil_w),
               .r = as_int(problem.r),
-              .s = as_int(problem.s),
+              .s = as_divisor(problem.s),
               .n_bytes = conv.x_strides.n * bytes,
               .h_bytes = conv.x_strides.h * bytes,
               .w_bytes = conv.x_strides.w * bytes,
               .pixel_bytes = pixel_step(conv).value_or(0) * bytes};
     args.c_per_group = as_int(problem.c_per_group());
     args.k_per_group = as_int(problem.k_per_group());
-    args.tiles_per_group = as_int(ceil_div(args.k_per_group, Traits::n));
-    args.tiles_n = args.tiles_per_group * as_int(problem.groups);
-    args.tiles_m = as_int(ceil_div(problem.gemm_m(), Traits::m));
-    args.channel_steps = as_int(ceil_div(args.c_per_group, Traits::k));
-    args.steps = args.x.r * args.x.s * args.channel_steps;
+    args.tiles_per_group = as_divisor(ceil_div(args.k_per_group, Traits::n));
+    args.tiles_n = as_divisor(args.tiles_per_group.value * problem.groups);
+    args.tiles_m = as_divisor(ceil_div(problem.gemm_m(), Traits::m));
+    args.channel_steps = as_divisor(ceil_div(args.c_per_group, Traits::k));
+    args.steps = args.x.r * args.x.s.value * args.channel_steps.value;
     args.steps_per_split = as_int(ceil_div(args.steps, plan.split_k));
     args.weight_k_bytes = conv.weight_strides.k * bytes;
 
-    const int64_t last_c = (args.channel_steps - 1) * int64_t{Traits::row_bytes};
+    const int64_t last_c = (args.channel_steps.value - 1) * int64_t{Traits::row_bytes};
     const auto set_steps = [&](int64_t WalkSteps::* operand, int64_t r_bytes, int64_t s_bytes) {
         args.walk_steps[0].*operand = Traits::row_bytes;
         args.walk_steps[1].*operand = s_bytes - last_c;
-        args.walk_steps[2].*operand = r_bytes - (args.x.s - 1) * s_bytes - last_c;
+        args.walk_steps[2].*operand = r_bytes - (args.x.s.value - 1) * s_bytes - last_c;
     };
-    set_steps(&WalkSteps::x, args.x.dil_h * args.x.h_bytes, args.x.dil_w * args.x.w_bytes);
+    set_steps(&WalkSteps::x, args.x.dil_h.value * args.x.h_bytes, args.x.dil_w.value * args.x.w_bytes);
     set_steps(&WalkSteps::weight, conv.weight_strides.r * bytes, conv.weight_strides.s * bytes);
     return args;
 }
@@ -71,10 +72,10 @@ const char* launch_gemm(const ConvArgs& conv, const Plan& plan, Stream stream) {
                   "the plan's shared memory must be the kernel's");
     const ImplicitGemmArgs args = make_gemm_args<Traits>(conv, plan);
     const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(ImplicitGemmShared<Traits>)};
-    if (const char* error = device::launch(implicit_gemm<Traits, Rows>, shape, stream, args)) return error;
+    if (const char* error = device::launch<implicit_gemm<Traits, Rows>>(shape, stream, args)) return error;
     if (plan.split_k == 1) return nullptr;
-    return launch_split_k(conv, plan.split_k, int64_t{args.tiles_m} * Traits::m, int64_t{args.tiles_n} * Traits::n,
-                          int64_t{args.tiles_per_group} * Traits::n, stream);
+    return launch_split_k(conv, plan.split_k, int64_t{args.tiles_m.value} * Traits::m,
+                          int64_t{args.tiles_n.value} * Traits::n, int64_t{args.tiles_per_group.value} * Traits::n, stream);
 }
 
 inline constexpr const char* no_instantiation = "the implicit GEMM has no instantiation of this plan";
@@ -113,4 +114,4 @@ const char* launch_implicit_gemm(const ConvArgs& conv, const Plan& plan, Stream 
     return launch_index(std::make_index_sequence<tiles.size()>{});
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::implicit_gemm

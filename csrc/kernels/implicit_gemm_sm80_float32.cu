@@ -3,8 +3,10 @@
 
 namespace fused_cna {
 
+namespace gemm = kernels::implicit_gemm;
+
 const char* launch_implicit_gemm_sm80_float32(const ConvArgs& args, const Plan& plan, Stream stream) {
-    return kernels::launch_implicit_gemm<float, kernels::TensorCores, implicit_gemm_sm80_tiles>(args, plan, stream);
+    return gemm::launch_implicit_gemm<float, gemm::TensorCores, implicit_gemm_sm80_tiles>(args, plan, stream);
 }
 
 }  // namespace fused_cna

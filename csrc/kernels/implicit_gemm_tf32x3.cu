@@ -3,9 +3,10 @@
 
 namespace fused_cna {
 
+namespace gemm = kernels::implicit_gemm;
+
 const char* launch_implicit_gemm_tf32x3(const ConvArgs& args, const Plan& plan, Stream stream) {
-    return kernels::launch_implicit_gemm<float, kernels::CompensatedTensorCores, implicit_gemm_tf32x3_tiles>(args, plan,
-                                                                                                             stream);
+    return gemm::launch_implicit_gemm<float, gemm::CompensatedTensorCores, implicit_gemm_tf32x3_tiles>(args, plan, stream);
 }
 
 }  // namespace fused_cna

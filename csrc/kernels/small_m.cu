@@ -4,15 +4,15 @@ namespace fused_cna {
 
 namespace {
 
-using kernels::SmallMTraits;
+using kernels::small_m::SmallMTraits;
 
 constexpr const char* no_instantiation = "small_m has no instantiation of this plan";
 
 template <class Traits>
-kernels::SmallMArgs make_args(const ConvArgs& conv, const Plan& plan) {
+kernels::small_m::SmallMArgs make_args(const ConvArgs& conv, const Plan& plan) {
     const auto as_int = [](int64_t value) { return static_cast<int>(value); };
     const ConvProblem& problem = conv.problem;
-    kernels::SmallMArgs args{.conv = conv};
+    kernels::small_m::SmallMArgs args{.conv = conv};
     args.rows = as_int(problem.gemm_m());
     args.c_per_group = as_int(problem.c_per_group());
     args.k_per_group = as_int(problem.k_per_group());
@@ -28,8 +28,8 @@ kernels::SmallMArgs make_args(const ConvArgs& conv, const Plan& plan) {
 
 template <class Traits>
 const char* launch_traits(const ConvArgs& conv, const Plan& plan, Stream stream) {
-    const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::SmallMShared<Traits>)};
-    return device::launch(kernels::small_m<Traits>, shape, stream, make_args<Traits>(conv, plan));
+    const device::LaunchShape shape{plan.blocks, Traits::threads, sizeof(kernels::small_m::SmallMShared<Traits>)};
+    return device::launch<kernels::small_m::small_m<Traits>>(shape, stream, make_args<Traits>(conv, plan));
 }
 
 // Filters of one tap with accesses of 16 bytes are nearly all layers; one version with coordinates serves the others, for

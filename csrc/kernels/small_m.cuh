@@ -16,7 +16,7 @@
 #include "epilogue.cuh"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::small_m {
 
 // Made on the host once per launch.
 struct SmallMArgs {
@@ -263,7 +263,8 @@ __device__ void prepare_rows(const SmallMArgs& args, const SmallMBlock& block, S
 template <class Traits>
 __device__ void prepare_folds(const SmallMArgs& args, const SmallMBlock& block, SmallMShared<Traits>& shared) {
     for (int i = device::thread_x(); i < block.columns; i += Traits::threads) {
-        shared.folds[i] = fold_channel<typename Traits::Value>(args.conv.epilogue, block.output_channel(args, i));
+        const ChannelVectors<typename Traits::Value> vectors(args.conv.epilogue, block.output_channel(args, i), true);
+        shared.folds[i] = vectors.fold(args.conv.epilogue);
     }
 }
 
@@ -290,6 +291,20 @@ __device__ __forceinline__ void reduce(const SmallMArgs& args, SmallMSums<Traits
     }
 }
 
+// Asks for the residual, so that it is on its way to the L2 while the products are made.
+template <class Traits>
+__device__ __forceinline__ void prefetch_residual(const SmallMArgs& args, const SmallMBlock& block,
+                                                  const SmallMShared<Traits>& shared) {
+    const ConvArgs& conv = args.conv;
+    const auto* residual = static_cast<const typename Traits::Value*>(conv.residual);
+    for (int i = device::thread_x(); i < block.rows * args.columns; i += Traits::threads) {
+        const int row = i / args.columns, column = i % args.columns;
+        if (column >= block.columns) continue;
+        device::prefetch(residual + shared.places[row].residual +
+                         block.output_channel(args, column) * conv.residual_strides.c);
+    }
+}
+
 // Adds up over the warps of a team, finishes and stores: value by value, because there are few.
 template <class Traits>
 __device__ __forceinline__ void store_sums(const SmallMArgs& args, const SmallMBlock& block,
@@ -305,9 +320,9 @@ __device__ __forceinline__ void store_sums(const SmallMArgs& args, const SmallMB
         for (int warp = 1; warp * 32 < args.lanes; ++warp) sum[0] += shared.sums[warp * Traits::rows * args.columns + i];
         const RowPlace& place = shared.places[row];
         const int64_t channel = block.output_channel(args, column);
+        const ChannelFold fold[1] = {shared.folds[column]};
         const Strides &in = conv.residual_strides, &out = conv.y_strides;
-        finish_channels<1, T>(sum, shared.folds + column, 1,
-                              {residual ? residual + place.residual + channel * in.c : nullptr, in.c},
+        finish_channels<1, T>(sum, fold, 1, {residual ? residual + place.residual + channel * in.c : nullptr, in.c},
                               {static_cast<T*>(conv.y) + place.y + channel * out.c, out.c}, conv.epilogue);
     }
 }
@@ -324,6 +339,7 @@ __global__ void __launch_bounds__(Traits::threads, SmallMTile::blocks_per_multip
     prepare_rows(args, block, shared);
     device::sync_threads();
     operands.load_x(0, shared.windows);
+    if (args.conv.residual) prefetch_residual(args, block, shared);
     prepare_folds(args, block, shared);
 
     SmallMSums<Traits> total = {};
@@ -340,4 +356,4 @@ __global__ void __launch_bounds__(Traits::threads, SmallMTile::blocks_per_multip
     store_sums(args, block, shared);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::small_m

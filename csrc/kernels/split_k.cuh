@@ -9,10 +9,11 @@
 #include <device/vector.cuh>
 
 #include "../conv_args.h"
-#include "epilogue.cuh"
+#include "fold.cuh"
 #include "rows.cuh"
+#include "tile_store.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::split_k {
 
 struct SplitKTile {
     static constexpr int rows = 32, columns = 32, pitch = columns + 8, width = 8;
@@ -23,33 +24,39 @@ struct SplitKArgs {
     ConvArgs conv;
     int split_k;
     int64_t rows, columns, columns_per_group;  // of the workspace, padded to whole tiles
+    OutputRows output;
 };
 
+template <class T>
 struct SplitKShared {
+    using Output = TileStore<T, TileShape<SplitKTile::rows, SplitKTile::columns, SplitKTile::pitch, SplitKTile::threads>>;
     alignas(16) float sums[SplitKTile::rows * SplitKTile::pitch];
     RowPlace places[SplitKTile::rows];
     ChannelFold folds[SplitKTile::columns];
+    typename Output::ResidualSlots residual;
 };
 
 template <class T>
 __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_constant__ SplitKArgs args) {
     using Tile = SplitKTile;
-    auto& shared = device::shared_storage<SplitKShared>();
+    auto& shared = device::shared_storage<SplitKShared<T>>();
     const ConvProblem& problem = args.conv.problem;
+    const Epilogue& epilogue = args.conv.epilogue;
     const int64_t tiles_n = args.columns / Tile::columns;
-    const int64_t first_row = device::block_x() / tiles_n * Tile::rows;
+    const int first_row = static_cast<int>(device::block_x() / tiles_n) * Tile::rows;
     const int64_t first_column = device::block_x() % tiles_n * Tile::columns;
     const int64_t group = first_column / args.columns_per_group, column = first_column % args.columns_per_group;
     const ColumnRange columns{group * problem.k_per_group() + column, static_cast<int>(problem.k_per_group() - column)};
 
     const int thread = device::thread_x();
+    const bool folds = thread < Tile::columns;
+    const ChannelVectors<T> vectors(epilogue, columns.first_channel + thread, folds && thread < columns.count);
     if (thread < Tile::rows) {
-        const OutputSize<int64_t> output{problem.n, problem.p(), problem.q()};
-        shared.places[thread] = place_of_pixel(args.conv, output.pixel_of_row(first_row + thread));
-    } else if (thread < Tile::rows + Tile::columns) {
-        const int i = thread - Tile::rows;
-        shared.folds[i] = i < columns.count ? fold_channel<T>(args.conv.epilogue, columns.first_channel + i) : ChannelFold{};
+        shared.places[thread] = place_of_pixel(args.conv, args.output.pixel_of_row(first_row + thread));
     }
+    device::sync_threads();
+    typename SplitKShared<T>::Output output(args.conv, shared.places, shared.folds, columns, shared.residual);
+    output.start();
 
     const int row = thread / (Tile::columns / Tile::width), offset = thread % (Tile::columns / Tile::width) * Tile::width;
     float sums[Tile::width] = {};
@@ -61,9 +68,9 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
         for (int i = 0; i < Tile::width; ++i) sums[i] += values[i];
     }
     device::store_vector(&shared.sums[row * Tile::pitch + offset], sums);
+    if (folds) shared.folds[thread] = vectors.fold(epilogue);
     device::sync_threads();
-    store_tile<T, Tile::rows, Tile::columns, Tile::pitch, Tile::threads>(args.conv, shared.sums, shared.places, shared.folds,
-                                                                         columns);
+    output.store(0, shared.sums);
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::split_k

@@ -8,8 +8,8 @@ namespace fused_cna {
 
 namespace {
 
-using kernels::StemArgs;
-using kernels::StemLoads;
+using kernels::stem::StemArgs;
+using kernels::stem::StemLoads;
 
 // The widest loads that x allows: units of 16 bytes want three channels, rows of whole units, and every start on 16 bytes.
 StemLoads find_loads(const ConvArgs& conv, int64_t pixels_per_unit) {
@@ -73,7 +73,8 @@ const char* launch_tile(const ConvArgs& conv, const Plan& plan, Stream stream) {
     const int64_t shared_bytes =
         stem_geometry(conv.problem, tile, {plan.tile_p, plan.tile_q, plan.filter_rows}).shared_bytes;
     const device::LaunchShape shape{plan.blocks, tile.threads(), shared_bytes};
-    return device::launch(kernels::stem<kernels::StemTraits<T, tile>>, shape, stream, make_stem_args(conv, plan));
+    return device::launch<kernels::stem::stem<kernels::stem::StemTraits<T, tile>>>(shape, stream,
+                                                                                   make_stem_args(conv, plan));
 }
 
 template <class T>

@@ -16,9 +16,10 @@
 
 #include "../conv_args.h"
 #include "epilogue.cuh"
+#include "rows.cuh"
 #include "stem_operands.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::stem {
 
 template <class Traits>
 struct StemShared {
@@ -30,7 +31,10 @@ struct StemShared {
 
 template <class Traits>
 __device__ void prepare_tables(const StemArgs& args, int first_channel, StemShared<Traits>& shared) {
+    static_assert(Traits::n <= Traits::threads, "a thread folds one channel");
     using T = typename Traits::Value;
+    const int index = device::thread_x(), channel = first_channel + index;
+    const ChannelVectors<T> vectors(args.conv.epilogue, channel, index < Traits::n && channel < args.k);
     const unsigned pixel_bytes = args.pixel_pitch * sizeof(T);
     const unsigned p_bytes = args.row_step * args.window_columns * pixel_bytes,
                    q_bytes = static_cast<unsigned>(args.stride_w) * pixel_bytes;
@@ -45,10 +49,7 @@ __device__ void prepare_tables(const StemArgs& args, int first_channel, StemShar
                             .p = exists ? static_cast<int16_t>(p) : int16_t{-1},
                             .q = static_cast<int16_t>(q)};
     }
-    for (int i = device::thread_x(); i < Traits::n; i += Traits::threads) {
-        const bool exists = first_channel + i < args.k;
-        shared.folds[i] = exists ? fold_channel<T>(args.conv.epilogue, first_channel + i) : ChannelFold{};
-    }
+    if (index < Traits::n) shared.folds[index] = vectors.fold(args.conv.epilogue);
 }
 
 template <class Traits>
@@ -134,6 +135,25 @@ __device__ __forceinline__ void take_slice(const StemAccumulators<Traits>& total
     }
 }
 
+// Asks for the residual, so that it is on its way to the L2 while the products are made.
+template <class Traits>
+__device__ __forceinline__ void prefetch_residual(const StemArgs& args, const StemTileOrigin& origin, int first_channel,
+                                                  const StemShared<Traits>& shared) {
+    const ConvArgs& conv = args.conv;
+    const auto* residual = static_cast<const typename Traits::Value*>(conv.residual) +
+                           place_of_pixel(conv, {origin.n, origin.p, origin.q}).residual;
+#pragma unroll 1
+    for (int channel = first_channel + static_cast<int>(thread() % 4) * Traits::channels_per_lane;
+         channel < first_channel + Traits::n && channel < args.k; channel += Traits::group) {
+#pragma unroll 1
+        for (int i = 0; i < Traits::pixels_per_lane; ++i) {
+            const StemPixel& pixel = pixel_of_lane(shared, i);
+            if (!pixel.is_inside(args, origin)) continue;
+            device::prefetch(residual + pixel.residual + channel * conv.residual_strides.c);
+        }
+    }
+}
+
 // Finishes and stores the tile from registers, in rolled loops, so that the activations are instantiated once.
 template <class Traits>
 __device__ __forceinline__ void store_pixels(const StemArgs& args, const StemTileOrigin& origin, int first_channel,
@@ -159,8 +179,7 @@ __device__ __forceinline__ void store_pixels(const StemArgs& args, const StemTil
             float values[width];
             take_slice<Traits>(total, group * Traits::pixels_per_lane + i, values);
             const StemPixel& pixel = pixel_of_lane(shared, i);
-            const bool exists = pixel.p >= 0 && origin.p + pixel.p < args.p && origin.q + pixel.q < args.q;
-            if (exists && remaining > 0) {
+            if (pixel.is_inside(args, origin) && remaining > 0) {
                 const T* residual = static_cast<const T*>(conv.residual);
                 if (residual) residual += first.residual + pixel.residual + channel * conv.residual_strides.c;
                 T* y = static_cast<T*>(conv.y) + first.y + pixel.y + channel * conv.y_strides.c;
@@ -195,6 +214,7 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
             if (chunk != packed_chunk) load_weights<Traits>(args, first_channel, chunk, operands);
             packed_chunk = chunk;
             device::sync_threads();
+            if (chunk == 0 && args.conv.residual) prefetch_residual<Traits>(args, origin, first_channel, shared);
             const unsigned before = (window.before * args.pixel_pitch - args.lead) * sizeof(T);
             multiply<Traits>(args, shared, operands, before, total);
         }
@@ -202,4 +222,4 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::stem

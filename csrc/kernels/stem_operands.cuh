@@ -12,7 +12,7 @@
 #include "../conv_args.h"
 #include "../tiles.h"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::stem {
 
 // How x allows its window to be read.
 enum class StemLoads : int32_t {
@@ -55,20 +55,6 @@ struct StemTraits {
 // Unsigned, so that parts of it and quotients cost few instructions, and are made anew rather than kept.
 __device__ __forceinline__ unsigned thread() { return static_cast<unsigned>(device::thread_x()); }
 
-// One pixel of the tile: offsets in elements, from the tile's first pixel.
-struct StemPixel {
-    int64_t y, residual;
-    int window;    // in bytes
-    int16_t p, q;  // p is -1 where the rectangle has no such pixel
-};
-
-// Where a lane finds its words of one MMA in the window, those of slots t and t + 4: the distance in bytes from a pixel's
-// first tap, and the bits that are taps.
-struct alignas(16) StemTaps {
-    int offset[2];
-    uint32_t mask[2];
-};
-
 struct StemTileOrigin {
     int64_t n;
     int p, q;
@@ -78,6 +64,25 @@ struct StemTileOrigin {
         return {tile / args.tiles_per_image, static_cast<int>(within / args.tiles_q * args.tile_p),
                 static_cast<int>(within % args.tiles_q * args.tile_q)};
     }
+};
+
+// One pixel of the tile: offsets in elements, from the tile's first pixel.
+struct StemPixel {
+    int64_t y, residual;
+    int window;    // in bytes
+    int16_t p, q;  // p is -1 where the rectangle has no such pixel
+
+    // Whether it is a pixel of the output.
+    __device__ bool is_inside(const StemArgs& args, const StemTileOrigin& origin) const {
+        return p >= 0 && origin.p + p < args.p && origin.q + q < args.q;
+    }
+};
+
+// Where a lane finds its words of one MMA in the window, those of slots t and t + 4: the distance in bytes from a pixel's
+// first tap, and the bits that are taps.
+struct alignas(16) StemTaps {
+    int offset[2];
+    uint32_t mask[2];
 };
 
 // What lies in shared memory behind the tables of fixed size.
@@ -309,4 +314,4 @@ __device__ void load_weights(const StemArgs& args, int first_channel, unsigned c
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::stem

@@ -12,7 +12,7 @@
 #include "epilogue.cuh"
 #include "rows.cuh"
 
-namespace fused_cna::kernels {
+namespace fused_cna::kernels::depthwise_toeplitz {
 
 inline constexpr int toeplitz_threads = StripTile::threads, toeplitz_warps = toeplitz_threads / 32;
 inline constexpr int chunk_bytes = 16;
@@ -106,28 +106,50 @@ struct alignas(8) ToeplitzWords {
     T values[4];
 };
 
-// Writes every filter row of the slab as ToeplitzWords by distance, zero where there is no such tap. A thread takes a row,
-// so that its loads are all under way together.
+// A filter row of the slab: asked for all at once, then written as ToeplitzWords by distance, zero where there is no such
+// tap.
 template <class T>
-__device__ __forceinline__ void stage_filter(const ToeplitzArgs& args, const StripBlock& block, const StripShared& shared) {
-    constexpr int back = StripMemory::farthest_back, widest = StripMemory::widest_filter;
-    const FilterStrides& strides = args.conv.weight_strides;
-#pragma unroll 1
-    for (int row = device::thread_x(); row < StripTile::channels * args.filter_rows; row += toeplitz_threads) {
+class FilterRow {
+    static constexpr int back = StripMemory::farthest_back, widest = StripMemory::widest_filter;
+
+   public:
+    __device__ __forceinline__ FilterRow(const ToeplitzArgs& args, const StripBlock& block, int row)
+        : exists_(row < StripTile::channels * args.filter_rows) {
+        const FilterStrides& strides = args.conv.weight_strides;
         const int channel = row / args.filter_rows, r = row % args.filter_rows;
-        const bool exists = channel < block.channels && r < args.r;
+        const bool has_taps = channel < block.channels && r < args.r;
         const T* source =
             static_cast<const T*>(args.conv.weight) + (block.first_channel + channel) * strides.k + r * strides.r;
-        const T zero = device::from_float<T>(0.0f);
-        T taps[widest];
 #pragma unroll
-        for (int s = 0; s < widest; ++s) taps[s] = exists && s < args.s ? source[s * strides.s] : zero;
+        for (int s = 0; s < widest; ++s) {
+            taps_[s] = has_taps && s < args.s ? source[s * strides.s] : device::from_float<T>(0.0f);
+        }
+    }
+
+    __device__ __forceinline__ void store(const StripShared& shared, int row) const {
+        if (!exists_) return;
         auto* words = reinterpret_cast<ToeplitzWords<T>*>(shared.filter + row * StripMemory::filter_row_pitch);
 #pragma unroll
         for (int distance = -back; distance < back; ++distance) {
-            const auto tap = [&](int s) { return s >= 0 && s < widest ? taps[s] : zero; };
             words[distance + back] = {{tap(distance), tap(distance + 1), tap(distance + 8), tap(distance + 9)}};
         }
+    }
+
+   private:
+    __device__ __forceinline__ T tap(int s) const { return s >= 0 && s < widest ? taps_[s] : device::from_float<T>(0.0f); }
+
+    bool exists_;
+    T taps_[widest];
+};
+
+// Those rows of the slab's filters that the threads' first ones leave: of filters with many rows.
+template <class T>
+__device__ __forceinline__ void stage_other_rows(const ToeplitzArgs& args, const StripBlock& block,
+                                                 const StripShared& shared) {
+#pragma unroll 1
+    for (int row = device::thread_x() + toeplitz_threads; row < StripTile::channels * args.filter_rows;
+         row += toeplitz_threads) {
+        FilterRow<T>(args, block, row).store(shared, row);
     }
 }
 
@@ -223,4 +245,4 @@ __device__ __forceinline__ void stage_planes(const ToeplitzArgs& args, const Str
     }
 }
 
-}  // namespace fused_cna::kernels
+}  // namespace fused_cna::kernels::depthwise_toeplitz

@@ -63,12 +63,12 @@ Estimate estimate(const ConvProblem& problem, const DepthwiseTile& tile, const P
     // The first row of a strip comes from memory; the others were asked for by strips above and below.
     const double rows = tile.takes_any() ? taps : tile.filter;
     const double waits = (rounds - 1) * memory_latency + rounds * (rows - 1) * step_latency;
-    return {.products_us = as_us(waves(plan, 1, device) * (weights + rounds * cycles), device),
-            .bytes_us = transfer_us(compulsory_bytes(problem), device),
-            .latency_us = as_us(waves(plan, resident_blocks(problem, tile, device), device) *
-                                    (prologue_and_epilogue + waits + rounds * work.loop),
-                                device),
-            .overhead_us = launch_us + conversions_us(problem, plan, device)};
+    return {
+        .products_us = as_us(waves(plan, 1, device) * (weights + rounds * cycles), device),
+        .bytes_us = transfer_us(compulsory_bytes(problem), device),
+        .latency_us = as_us(
+            waves(plan, resident_blocks(problem, tile, device), device) * (block_ends + waits + rounds * work.loop), device),
+        .overhead_us = launch_us + conversions_us(problem, plan, device)};
 }
 
 std::string why_not(const ConvProblem& problem, const DepthwiseTile& tile, const Plan& plan) {

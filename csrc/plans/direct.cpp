@@ -23,7 +23,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     return {.products_us = as_us(waves(plan, 1, device) * cycles, device),
             .bytes_us = transfer_us(compulsory_bytes(problem), device),
             .latency_us = as_us(waves(plan, direct_blocks_per_multiprocessor, device) *
-                                    (prologue_and_epilogue + steps * (loads + memory_latency + step_latency)),
+                                    (block_ends + steps * (loads + memory_latency + step_latency)),
                                 device),
             .overhead_us = launch_us};
 }

@@ -8,10 +8,16 @@ namespace fused_cna {
 
 namespace {
 
+// Instructions of a warp, counted in the compiled kernel.
+constexpr double block_instructions = 700;                                   // coordinates, tables
+constexpr double copy_instructions = 50;                                     // of 32 copies
+constexpr double chunk_step_instructions = 36, word_step_instructions = 80;  // of a step, beside its products
+constexpr double product_instructions = 5.5;  // of 16 x 8 results, with its share of the weights' fragments
+constexpr double staging_instructions = 6;    // of 32 pairs of accumulators
+
 // Assumptions that no measurement has yet replaced; times in multiprocessor cycles.
-constexpr double l2_bytes_per_cycle = 40;      // to one multiprocessor while all read
-constexpr double copies_per_cycle = 6;         // cp.async of single threads, their addresses included
 constexpr double lone_step = 70;               // offsets, fragments and first products of a lone warp's step
+constexpr double lone_instruction = 2;         // of a lone warp outside of the main loop
 constexpr double staging_cycles = 24.0 / 256;  // of shared memory, for one staged accumulator
 constexpr double slot_cost = 4;                // a slot's time, in that of one position of the halo
 
@@ -32,24 +38,32 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     const double weights_bytes = static_cast<double>(shape.columns * shape.weight_bytes);
     const double staged = static_cast<double>(shape.slots * shape.columns);
     const double copies = (halo_bytes + weights_bytes) / plan.access_bytes;
+    const EpilogueCycles epilogue = epilogue_cycles(problem, staged, static_cast<int>(shape.warps * 32));
+    const double step_instructions =
+        (tile.reader == GroupReader::chunks ? chunk_step_instructions : word_step_instructions) +
+        tile.column_blocks * product_instructions;
+    const double warps = static_cast<double>(shape.warps);
+    const double ahead = warps * block_instructions + copies / 32 * copy_instructions;
+    const double instructions = ahead + warp_steps * step_instructions + staged / 64 * staging_instructions;
     const double cycles = std::max({
         warp_steps * GroupedTile::fragments * tile.column_blocks * mma_cycles,
         warp_steps * fragment_cycles + staged * staging_cycles + (halo_bytes + weights_bytes) / shared_bytes_per_cycle,
         (halo_bytes + weights_bytes) / l2_bytes_per_cycle,
-        copies / copies_per_cycle,
+        instructions / issued_per_cycle + epilogue.busy,
     });
-    const double lone_cycles = prologue_and_epilogue + static_cast<double>(shape.steps) * lone_step;
+    // Positions of the halo are known behind the weights' copies, fragments behind the halo's.
+    const double alone = ahead / warps * lone_instruction + 2 * memory_latency +
+                         static_cast<double>(shape.steps) * lone_step + epilogue.alone;
     const int64_t resident = resident_blocks(tile, shape, device);
     return {.products_us = as_us(waves(plan, 1, device) * cycles, device),
             .bytes_us = transfer_us(compulsory_bytes(problem), device),
-            .latency_us = as_us(waves(plan, resident, device) * lone_cycles, device),
+            .latency_us = as_us(waves(plan, resident, device) * alone, device),
             .overhead_us = launch_us + conversions_us(problem, plan, device)};
 }
 
 // Why no tile of the kernel takes the problem; empty where some may.
 std::string why_none(const ConvProblem& problem, const DeviceInfo& device) {
     if (!too_old(device).empty()) return too_old(device);
-    if (problem.groups == 1) return "it is for several groups";
     if (problem.c_per_group() == 1) return "a group of one channel has too few products for tensor cores";
     if (problem.dtype == DType::float32 && !problem.allow_tf32) {
         return "float32 is to be exact, its tensor cores round to tf32";
@@ -163,11 +177,22 @@ void add_grouped(const ConvProblem& problem, const DeviceInfo& device, std::vect
             all.push_back({plan, illegal});
             continue;
         }
+        std::vector<Candidate> parts;
         for (const int64_t sets : {1, 2, 4}) {
             for (const GroupedPart& part : useful_parts(problem, tile, sets)) {
-                all.push_back(candidate_of_part(problem, device, i, part));
+                parts.push_back(candidate_of_part(problem, device, i, part));
             }
         }
+        // Of wide groups no part fits shared memory, and the one that needs least says so for all.
+        const auto needed = [&](const Candidate& candidate) {
+            return grouped_shape(problem, tile, candidate.plan.grouped).shared_bytes;
+        };
+        const auto needs_less = [&](const Candidate& a, const Candidate& b) { return needed(a) < needed(b); };
+        const auto is_legal = [](const Candidate& candidate) { return candidate.illegal.empty(); };
+        if (std::none_of(parts.begin(), parts.end(), is_legal)) {
+            parts = {*std::min_element(parts.begin(), parts.end(), needs_less)};
+        }
+        all.insert(all.end(), parts.begin(), parts.end());
     }
 }
 

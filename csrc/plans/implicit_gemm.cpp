@@ -50,16 +50,28 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     const int64_t all_steps = problem.r * problem.s * ceil_div(problem.c_per_group(), plan.tile.k);
     const double steps = static_cast<double>(ceil_div(all_steps, plan.split_k));
 
+    // A split's blocks leave sums in the workspace, as floats; a second launch adds them up and finishes.
+    const double outputs = static_cast<double>(tile.m) * tile.n;
+    const bool is_split = plan.split_k > 1;
+    const EpilogueCycles epilogue =
+        is_split ? EpilogueCycles{outputs * 4 / l2_bytes_per_cycle, outputs * 4 / l2_bytes_per_cycle + memory_latency}
+                 : epilogue_cycles(problem, outputs, tile.threads());
+    // One block's epilogue hides behind the products of the others.
+    const int64_t resident = std::min(resident_blocks(tile, device), ceil_div(plan.blocks, device.multiprocessors));
+    const double products = steps * step;
+    const double busy =
+        std::max(products, epilogue.busy) + std::min(products, epilogue.busy) / static_cast<double>(resident);
     const double lone_step = std::max({step, step_latency, memory_latency / (tile.stages - 1)});
+    const double alone = block_start + memory_latency + steps * lone_step + epilogue.alone;
 
-    Estimate estimate{
-        .products_us = as_us(waves(plan, 1, device) * steps * step, device),
-        .bytes_us = transfer_us(compulsory_bytes(problem), device),
-        .latency_us =
-            as_us(waves(plan, resident_blocks(tile, device), device) * (prologue_and_epilogue + steps * lone_step), device),
-        .overhead_us = launch_us + conversions_us(problem, plan, device)};
-    if (plan.split_k > 1) {
-        estimate.overhead_us += launch_us + transfer_us(2 * static_cast<double>(plan.workspace_bytes), device);
+    Estimate estimate{.products_us = as_us(waves(plan, 1, device) * busy, device),
+                      .bytes_us = transfer_us(compulsory_bytes(problem), device),
+                      .latency_us = as_us(waves(plan, resident_blocks(tile, device), device) * alone, device),
+                      .overhead_us = launch_us + conversions_us(problem, plan, device)};
+    if (is_split) {
+        const double finished = static_cast<double>(plan.blocks / plan.split_k) * outputs;
+        estimate.overhead_us += launch_us + l2_us(static_cast<double>(plan.workspace_bytes) + finished * 2, device) +
+                                as_us(2 * memory_latency, device);
     }
     return estimate;
 }

@@ -8,12 +8,11 @@ namespace fused_cna {
 
 namespace {
 
-// Beyond, so many blocks read and convert the same filters that only the second launch of a split speaks against tensor
-// cores, and launches are cheap in a graph.
-constexpr int64_t most_rows = 32;
+// Beyond, so many blocks read and convert the same filters that tensor cores are faster whatever the layer.
+constexpr int64_t most_rows = 256;
 
 // Assumptions that no measurement has yet replaced, in cycles, and instructions counted in the machine code.
-constexpr double ends = 1200;  // rows and a barrier ahead of the loop; behind it the sums, folds and stores
+constexpr double ends = 1000;  // rows and a barrier ahead of the loop; behind it the sums, folds and stores
 constexpr double instructions_of_ends = 700;
 constexpr double chunk_instructions = 16;     // addresses and masks of one chunk
 constexpr double coordinates = 17;            // more of them, for a filter of several taps

@@ -15,7 +15,6 @@ namespace fused_cna {
 namespace {
 
 // Assumptions that no measurement has yet replaced; instructions are those of a warp, counted in the compiled kernel.
-constexpr double issued_per_cycle = 4;
 constexpr double gather_instructions = 16;      // of 16 pixels' fragment in one MMA step: addresses, loads, masks
 constexpr double store_instructions = 70;       // of one pixel's eight channels a lane: fold, activation, store
 constexpr double unit_instructions = 60;        // of 16 bytes of three channels
@@ -79,7 +78,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const StemGeomet
     return {.products_us = as_us(waves(plan, 1, device) * (packs * pack + rounds * per_tile), device),
             .bytes_us = transfer_us(compulsory_bytes(problem), device),
             .latency_us = as_us(waves(plan, resident_blocks(tile, geometry, device), device) *
-                                    (prologue_and_epilogue / 2 + packs * passes * memory_latency + rounds * lone_tile),
+                                    (block_ends / 2 + packs * passes * memory_latency + rounds * lone_tile),
                                 device),
             .overhead_us = launch_us};
 }
@@ -124,12 +123,6 @@ std::optional<Plan> plan_of_cut(const ConvProblem& problem, const DeviceInfo& de
     return plan;
 }
 
-// Where memory bounds them all, the one that keeps the multiprocessors least busy.
-bool is_better(const Plan& a, const Plan& b) {
-    return std::pair(a.estimate.total_us(), a.estimate.products_us) <
-           std::pair(b.estimate.total_us(), b.estimate.products_us);
-}
-
 std::string why_not(const ConvProblem& problem, const DeviceInfo& device) {
     if (!too_old(device).empty()) return too_old(device);
     if (problem.groups != 1) return with_numbers("it has", problem.groups, " groups", 1);
@@ -153,7 +146,7 @@ Candidate candidate_of_tile(const ConvProblem& problem, const DeviceInfo& device
     for (const auto& [tile_p, tile_q] : useful_rectangles(problem, tile)) {
         for (const int64_t filter_rows : useful_filter_rows(problem, tile)) {
             const std::optional<Plan> plan = plan_of_cut(problem, device, candidate.plan, {tile_p, tile_q, filter_rows});
-            if (plan && (!best || is_better(*plan, *best))) best = plan;
+            if (plan && (!best || plan->estimate < best->estimate)) best = plan;
         }
     }
     if (best) {
@@ -169,10 +162,7 @@ Candidate candidate_of_tile(const ConvProblem& problem, const DeviceInfo& device
 }  // namespace
 
 void add_stem(const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all) {
-    std::vector<Candidate> tiles;
-    for (int i = 0; i < static_cast<int>(stem_tiles.size()); ++i) tiles.push_back(candidate_of_tile(problem, device, i));
-    std::stable_sort(tiles.begin(), tiles.end(), [](const auto& a, const auto& b) { return is_better(a.plan, b.plan); });
-    all.insert(all.end(), tiles.begin(), tiles.end());
+    for (int i = 0; i < static_cast<int>(stem_tiles.size()); ++i) all.push_back(candidate_of_tile(problem, device, i));
 }
 
 std::string describe_stem(const Plan& plan) {

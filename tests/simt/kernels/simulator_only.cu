@@ -1,7 +1,9 @@
 // What only the simulator can show: the hook for asynchronous units of the hardware, tried with a copy that lands
-// whenever it likes, and the order in which blocks run.
+// whenever it likes; the order in which blocks run; and what a launch on another thread does to one that has begun.
 #include <device/launch.cuh>
 #include <device/ptx.cuh>
+
+#include <thread>
 
 #include "test_kernel.h"
 
@@ -32,14 +34,43 @@ void late_copies(const float* input, float* output) {
 }
 
 const TestKernel use_late_copies("late_copies", [](const Buffers& b) {
-    return launch(late_copies, {1, 64, sizeof(float[64])}, nullptr, b.input, b.output);
+    return launch<late_copies>({1, 64, sizeof(float[64])}, nullptr, b.input, b.output);
 });
 
 void block_order(float* output, int64_t* blocks_run) { output[block_x()] = static_cast<float>((*blocks_run)++); }
 
 const TestKernel use_block_order("block_order", [](const Buffers& b) {
     int64_t blocks_run = 0;
-    return launch(block_order, {b.outputs, 1, 0}, nullptr, b.output, &blocks_run);
+    return launch<block_order>({b.outputs, 1, 0}, nullptr, b.output, &blocks_run);
+});
+
+__global__ void any_size(float* output) { ++output[0]; }
+
+// As csrc/device/launch.cuh must not do it: every launch sets the kernel's limit to its own size.
+template <auto kernel, class... A>
+const char* launch_with_exact_limit(const LaunchShape& shape, fused_cna::Stream stream, const A&... args) {
+    if (const char* error = set_shared_limit(kernel, static_cast<int>(shape.shared_bytes))) return error;
+    return start(kernel, shape, stream, args...);
+}
+
+// Between the larger launch's limit and its start another thread makes the smaller launch; then the larger one is made
+// again as a captured graph makes it, without asking for a limit.
+template <class Launch>
+const char* launch_two_sizes(const Buffers& b, const Launch& launch_any_size) {
+    const LaunchShape larger{1, 1, 200 * 1024}, smaller{1, 1, 60 * 1024};
+    const char* error_beside = nullptr;
+    simt::before_next_launch([&] { std::thread([&] { error_beside = launch_any_size(smaller); }).join(); });
+    if (const char* error = launch_any_size(larger)) return error;
+    if (error_beside) return error_beside;
+    return start(any_size, larger, nullptr, b.output);
+}
+
+const TestKernel use_two_sizes("two_sizes", [](const Buffers& b) {
+    return launch_two_sizes(b, [&](const LaunchShape& shape) { return launch<any_size>(shape, nullptr, b.output); });
+});
+const TestKernel use_exact_limits("two_sizes_with_exact_limits", [](const Buffers& b) {
+    return launch_two_sizes(
+        b, [&](const LaunchShape& shape) { return launch_with_exact_limit<any_size>(shape, nullptr, b.output); });
 });
 
 }  // namespace

@@ -2,10 +2,12 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <string>
+#include <utility>
 
 #include <simt/block.h>
 
@@ -15,6 +17,17 @@ namespace {
 
 std::mutex one_launch_at_a_time;
 uint64_t launch_seed = 0;
+std::function<void()> next_event;
+
+std::mutex limits_in_use;
+std::map<const void*, int64_t> shared_limits;
+
+int64_t shared_limit(const void* kernel) {
+    constexpr int64_t without_asking = 48 * 1024;
+    const std::lock_guard lock(limits_in_use);
+    const auto found = shared_limits.find(kernel);
+    return found != shared_limits.end() ? found->second : without_asking;
+}
 
 std::string kernel_name(const void* address) {
     Dl_info info{};
@@ -45,13 +58,24 @@ class BlockOrder {
 
 void set_seed(uint64_t seed) { launch_seed = seed; }
 
+void before_next_launch(std::function<void()> event) { next_event = std::move(event); }
+
+const char* set_shared_limit(const void* kernel_address, int64_t bytes) {
+    if (bytes < 0 || bytes > SharedMemory::limit_bytes)
+        return "invalid argument: the limit of shared memory must be from 0 to 232448 bytes (227 KB)";
+    const std::lock_guard lock(limits_in_use);
+    shared_limits[kernel_address] = bytes;
+    return nullptr;
+}
+
 const char* launch(const LaunchRequest& request, const std::function<void()>& kernel) {
+    if (const auto event = std::exchange(next_event, nullptr)) event();
     if (request.blocks < 1 || request.blocks > max_blocks)
         return "invalid configuration argument: the number of blocks must be from 1 to 2147483647";
     if (request.threads < 1 || request.threads > max_threads)
         return "invalid configuration argument: the number of threads must be from 1 to 1024";
-    if (request.shared_bytes < 0 || request.shared_bytes > SharedMemory::limit_bytes)
-        return "invalid argument: dynamic shared memory must be from 0 to 232448 bytes (227 KB)";
+    if (request.shared_bytes < 0 || request.shared_bytes > shared_limit(request.kernel_address))
+        return "invalid argument: dynamic shared memory beyond the kernel's limit, which is 232448 bytes (227 KB) at most";
     static_assert(max_blocks == 2147483647 && max_threads == 1024 && SharedMemory::limit_bytes == 232448);
 
     std::lock_guard lock(one_launch_at_a_time);

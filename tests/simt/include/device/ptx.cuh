@@ -83,6 +83,9 @@ inline uint32_t shared_address(const void* pointer, Where where = Where::current
     return simt::block.shared.address_of(pointer, {"shared_address", where});
 }
 
+// PTX ISA, "prefetch": changes nothing. The address is to be one that may be read, as AddressSanitizer then checks.
+inline void prefetch(const void* address) { (void)*static_cast<const volatile char*>(address); }
+
 template <int Bytes>
 void copy_async(uint32_t destination, const void* source, bool valid, Where where = Where::current()) {
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");

@@ -1,4 +1,4 @@
-// Stands in front of csrc/device/launch.cuh when the kernels are compiled for the simulator.
+// Stands in front of csrc/device/runtime.cuh when the kernels are compiled for the simulator.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +26,25 @@ struct LaunchShape {
     int64_t shared_bytes;
 };
 
+// There is one device.
+inline const char* find_current_device(int& device) {
+    device = 0;
+    return nullptr;
+}
+
+inline const char* find_shared_bytes(int, int& bytes) {
+    bytes = simt::SharedMemory::limit_bytes;
+    return nullptr;
+}
+
+template <class... P>
+const char* set_shared_limit(void (*kernel)(P...), int bytes) {
+    return simt::set_shared_limit(reinterpret_cast<const void*>(kernel), bytes);
+}
+
 // Runs to the end before it returns, whatever the stream.
 template <class... P, class... A>
-const char* launch(void (*kernel)(P...), const LaunchShape& shape, Stream, A... args) {
+const char* start(void (*kernel)(P...), const LaunchShape& shape, Stream, const A&... args) {
     const std::tuple<std::remove_cv_t<P>...> parameters(args...);
     auto run_one_thread = [&] { std::apply(kernel, parameters); };
     return simt::launch({shape.blocks, shape.threads, shape.shared_bytes, reinterpret_cast<const void*>(kernel)},

@@ -1,0 +1,55 @@
+// What the CUDA runtime does for a launch. The simulator has a file of the same name in front of this one.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../stream.h"
+
+namespace fused_cna::device {
+
+// The block's dynamic shared memory as a T. Static __shared__ is not used: a simulator could not poison it.
+template <class T>
+__device__ __forceinline__ T& shared_storage() {
+    extern __shared__ __align__(1024) unsigned char raw_shared[];
+    return *reinterpret_cast<T*>(raw_shared);
+}
+
+struct LaunchShape {
+    int64_t blocks;
+    int threads;
+    int64_t shared_bytes;
+};
+
+// Null, or the error in words: taken from the runtime as well, because whoever asks it next would blame the wrong launch.
+inline const char* in_words(cudaError_t error) {
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+}
+
+inline const char* find_current_device(int& device) { return in_words(cudaGetDevice(&device)); }
+
+// The most shared memory that a block can have on a device.
+inline const char* find_shared_bytes(int device, int& bytes) {
+    return in_words(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+}
+
+// Lets every launch of a kernel on the current device have so much dynamic shared memory, and none more.
+template <class... P>
+const char* set_shared_limit(void (*kernel)(P...), int bytes) {
+    return in_words(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+template <class... P, class... A>
+const char* start(void (*kernel)(P...), const LaunchShape& shape, Stream stream, const A&... args) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+    config.stream = stream;
+    return in_words(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+}  // namespace fused_cna::device
