@@ -6,16 +6,18 @@ SHELL := bash
 PYTHON ?= python3
 # Test processes at a time.
 WORKERS ?= 2
-# Seconds that gpu-bench may take, and the folder that the gpu- targets write to.
+# Seconds that gpu-bench may take, the folder that the gpu- targets write to, and what gpu-first left behind.
 BUDGET ?= 300
 OUT ?= build/gpu
+BEFORE ?= $(OUT)/first.json
 
 VENV := .venv/bin/python
 NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EXTENSION := setup.py pyproject.toml $(filter csrc/%,$(NATIVE))
-GPU_LIMIT := timeout --kill-after=10 470
 
-.PHONY: help venv build bench test zoo lint format simt kernel-report coverage clean gpu-build gpu-test gpu-sanitize gpu-bench
+GPU_TARGETS := gpu-first gpu-second gpu-build gpu-test gpu-sanitize gpu-bench
+
+.PHONY: help venv build bench test zoo lint format simt kernel-report coverage clean $(GPU_TARGETS)
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -68,21 +70,24 @@ clean:  ## remove what was built, .venv too
 	rm -f fused_cna/_C*.so fused_cna/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# For a machine with a GPU, a CUDA build of torch and no network: nothing is installed, and the extension is
-# built for that GPU alone, inside the checkout, where it takes the place of the one that .venv uses.
+# For a machine with a GPU, a CUDA build of torch and no network, where minutes count: nothing is installed, and an
+# extension that is built is built for that GPU alone, inside the checkout, where it takes the place of the one that
+# .venv uses. Each ends in time by itself, leaves a JSON and a log in OUT, and prints what matters last.
 
-gpu-build:
-	mkdir -p $(OUT)
-	rm -f .venv/built
-	env -u TORCH_CUDA_ARCH_LIST FUSED_CNA_CUDA=1 $(PYTHON) setup.py build_ext --inplace > $(OUT)/build.log 2>&1 \
-		|| { tail -n 50 $(OUT)/build.log; exit 1; }
+gpu-first:  ## first contact in 330 s: does it run, is it right, how fast is one network; needs no build
+	$(PYTHON) -m tests.gpu first $(OUT)
 
-gpu-test: gpu-build  ## the whole test suite on this machine's GPU, without .venv; the log goes to OUT
-	workers=$$($(PYTHON) -c 'import importlib.util as u; print("-n 6 --dist worksteal --max-worker-restart=50" * bool(u.find_spec("xdist")))'); \
-	OMP_NUM_THREADS=1 $(GPU_LIMIT) $(PYTHON) -m pytest $$workers 2>&1 | tee $(OUT)/test.log
+gpu-second:  ## then in 480 s: what failed in BEFORE, more networks, layers against every route of cuDNN
+	$(PYTHON) -m tests.gpu second $(OUT) --before $(BEFORE)
 
-gpu-sanitize: gpu-build  ## compute-sanitizer's four tools over every kernel; the report goes to OUT
-	$(GPU_LIMIT) $(PYTHON) -m tests.gpu_sanitize 2>&1 | tee $(OUT)/sanitize.log
+gpu-build:  ## the extension, for this machine's GPU
+	$(PYTHON) -m tests.gpu build $(OUT)
 
-gpu-bench: gpu-build  ## the bench on this machine's GPU within BUDGET seconds; the results go to OUT
-	$(GPU_LIMIT) $(PYTHON) -m bench --device cuda --budget $(BUDGET) --out $(OUT) 2>&1 | tee $(OUT)/bench.log
+gpu-test:  ## the tests that need a GPU
+	$(PYTHON) -m tests.gpu test $(OUT)
+
+gpu-sanitize:  ## compute-sanitizer's four tools over every kernel
+	$(PYTHON) -m tests.gpu sanitize $(OUT)
+
+gpu-bench:  ## the bench on this machine's GPU within BUDGET seconds
+	$(PYTHON) -m tests.gpu bench $(OUT) --seconds $(BUDGET)

@@ -210,7 +210,7 @@ def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
         with torch.cuda.graph(graph, pool=pool):
             yield
     finally:
-        # torch 2.11 leaves the stream of a capture that failed current.
+        # torch leaves the stream of a capture that failed current.
         torch.cuda.set_stream(stream)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_cna import _extension, _tuned
 from fused_cna.plan import DEFAULT_DEVICE, call_question, planner
@@ -36,3 +37,10 @@ def plan_names(
     asked = planner().problem(question | {"allow_tf32": allow_tf32})
     listed = planner().candidates(asked, device or this_machine())
     return [c["name"] for c in listed if c["kernel"] == kernel and not c["illegal"]]
+
+
+def describe(plan: str, x: Tensor, weight: Tensor) -> str:
+    """One plan on one problem, in a line: the plan, then what tells the problems of the tests apart."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    layout = "nchw" if x.is_contiguous() else "nhwc"
+    return f"{plan or 'chosen'} {dtype} {layout} x{list(x.shape)} weight{list(weight.shape)}"

@@ -8,6 +8,7 @@ import torch
 import fused_cna
 from tests.conftest import needs_gpu
 from tests.kernel_cases import FAMILIES, plans_of, plans_of_every_kernel, run_on_gpu
+from tests.plans import describe
 
 
 @pytest.mark.gpu
@@ -21,7 +22,7 @@ def test_integers_are_exact(name: str, dtype: torch.dtype, monkeypatch: pytest.M
     monkeypatch.setattr(fused_cna.config, "strict", True)
     ran = [(problem, plan, run_on_gpu(problem, plan)) for problem, plan in plans_of(name, dtype)]
     assert ran
-    wrong = [f"{plan} x{list(p.x.shape)} weight{list(p.weight.shape)}: {why}" for p, plan, why in ran if why]
+    wrong = [f"{describe(plan, p.x, p.weight)}: {why}" for p, plan, why in ran if why]
     assert not wrong, "\n".join(wrong)
 
 

@@ -102,7 +102,8 @@ def one_of_each_kind(problem: Problem) -> list[str]:
     for plan in plans_of(problem):
         _, tile, _, _, *rest = plan.split()
         by_kind.setdefault((tile.partition("x")[0], *rest), []).append(plan)
-    return [plan for alike in by_kind.values() for plan in {min(alike, key=lanes), max(alike, key=lanes)}]
+    ends = ((min(alike, key=lanes), max(alike, key=lanes)) for alike in by_kind.values())
+    return [plan for both in ends for plan in dict.fromkeys(both)]
 
 
 def lanes(plan: str) -> int:

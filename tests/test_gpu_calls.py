@@ -1,0 +1,158 @@
+"""What is run where there is a GPU, rehearsed with a pretended one: planted faults, limits, the summary."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bench.cli
+from fused_cna import _extension
+from tests.fake_cuda import environment
+from tests.gpu import sanitize
+from tests.gpu.__main__ import main
+from tests.gpu.calls import CALLS, LAYERS, MODELS, Call, Step
+from tests.gpu.plans import kernel_of, list_cases
+from tests.gpu.run import LOG_BYTES, run_call
+from tests.gpu.summary import MOST_BYTES, summarise
+
+needs_extension = pytest.mark.skipif(
+    not _extension.is_available(), reason=f"needs the extension: {_extension.unavailable_reason()}"
+)
+
+NOWHERE = Path("/nowhere")
+
+FAULTS = {
+    "stem": ("wrong", "differ, the first at [0, 71, 0, 0]: "),
+    "grouped": ("lost", "illegal memory access"),
+    "small_m": ("dies", "its process ended with status -9"),
+    "depthwise": ("hangs", "hangs: nothing for 5 s"),
+}
+"""Planted in the first plan of these kernels, and what is said of it."""
+
+LOST = {"chosen float16 nchw x[1, 9, 7, 6]": "lost"}
+LOST_BY = "tests/test_kernels.py::test_integers_are_exact[cuda-groups_odd-float16]"
+
+
+@needs_extension
+@pytest.mark.slow
+def test_a_first_call_finds_the_faults_and_a_second_runs_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(name: str, faults: dict[str, str], *arguments: str) -> tuple[dict[str, Any], str]:
+        """Runs a call whose steps pretend; what is left of them in its JSON, and what it prints."""
+        for variable, value in environment(tmp_path, faults).items():
+            monkeypatch.setenv(variable, value)
+        main([name, str(tmp_path), *arguments])
+        return json.loads((tmp_path / f"{name}.json").read_text())["steps"], capsys.readouterr().out
+
+    planted = {kernel: next(case for case in list_cases() if kernel_of(case) == kernel) for kernel in FAULTS}
+    faults = {case: FAULTS[kernel][0] for kernel, case in planted.items()}
+    limits = {
+        "plans": "--limit 1 --patience 5",
+        "tests": "-n 1 tests/test_kernels.py -k 'test_integers_are_exact and float16'",
+        "times": "--image 32 --limit 3",
+    }
+    more = [argument for step, words in limits.items() for argument in ("--more", step, words)]
+    steps, said = call("first", faults | LOST | {"cudnn float16": "refused"}, *more)
+
+    plans = steps["plans"]["result"]
+    assert set(plans["wrong"]) == set(faults)
+    assert not plans["not_run"]
+    for kernel, (_, words) in FAULTS.items():
+        why = plans["wrong"][planted[kernel]]
+        assert words in why
+        assert f"first: {why} [{planted[kernel]}"[:200] in said
+
+    assert list(steps["tests"]["result"]["failed"]) == [LOST_BY]
+    assert steps["tests"]["result"]["passed"] > 20, "another worker goes on"
+    assert f"1 x {LOST_BY}: " in said
+
+    rows = steps["times"]["result"]["rows"]
+    assert sum(row["uses"] for row in rows) == 53
+    assert all(len(row["us"]) >= 2 and "find an engine" in row["left_out"]["cudnn"] for row in rows)
+    assert f"{len(rows)} of {len(rows)} convolutions" in said
+    assert "find an engine" in steps["probes"]["result"]["poisoned_addend"]["error"]
+    assert all("error" not in a for n, a in steps["probes"]["result"].items() if n != "poisoned_addend")
+
+    again, _ = call("second", {}, "--steps", "plans,tests", "--more", "tests", "-n 0")
+    assert [step["status"] for step in again.values()] == [0, 0]
+    assert sum(row["right"] for row in again["plans"]["result"]["counts"].values()) == len(faults)
+    assert again["tests"]["result"]["passed"] == 1
+
+
+def python(name: str, text: str, limit: float = 30, **options: Any) -> Step:
+    """A step that is a line of Python."""
+    return Step(name, ("timeit", "-n1", "-r1", text), limit, **options)
+
+
+def test_a_call_goes_on_after_failures_and_ends_in_time(tmp_path: Path) -> None:
+    steps = (
+        python("fails", "raise RuntimeError"),
+        python("sleeps", "import time; time.sleep(60)", limit=1),
+        python("talks", f"print('x' * {2 * LOG_BYTES}, 'last')", tail=2),
+        python("waits", "pass", least=50),
+    )
+    assert run_call("first", Call(60, steps), tmp_path, NOWHERE) == 1
+    done = json.loads((tmp_path / "first.json").read_text())["steps"]
+    assert [done[name].get("status") for name in ("fails", "talks", "waits")] == [1, 0, None]
+    assert done["sleeps"]["stopped"]
+    assert done["talks"]["tail"][-2].endswith("last")
+    assert done["waits"]["skipped"].endswith("s are left")
+    assert LOG_BYTES < (tmp_path / "first.log").stat().st_size < LOG_BYTES + 10_000
+
+
+def test_nothing_runs_kernels_where_there_are_none(tmp_path: Path) -> None:
+    steps = (
+        Step("extension", ("timeit", "raise RuntimeError"), 30, needs_kernels=False),
+        python("plans", "pass"),
+        python("probes", "pass", needs_kernels=False),
+    )
+    run_call("first", Call(60, steps), tmp_path, NOWHERE)
+    done = json.loads((tmp_path / "first.json").read_text())["steps"]
+    assert done["plans"] == {"skipped": "there are no kernels to run"}
+    assert done["probes"]["status"] == 0
+
+
+def test_the_summary_stays_short_whatever_fails() -> None:
+    row = {"all": 9, "run": 9, "right": 0}
+    names = [f"{kernel} {dtype}" for kernel in "abcdefgh" for dtype in ("float32", "float16", "bfloat16")]
+    wrong = {f"{name} nhwc x[1]": "differs " * 40 for name in names}
+    plans = {"counts": dict.fromkeys(names, row), "wrong": wrong, "not_run": [], "not_done": ""}
+    failed = {f"tests/test_{i}.py::test_it[{i}]": "RuntimeError " * 20 for i in range(200)}
+    tests = {"passed": 0, "failed": failed, "seconds": 1}
+    ran = {"status": 1, "stopped": True, "seconds": 1.0, "limit": 1.0}
+    text = summarise("first", {"plans": ran | {"result": plans}, "tests": ran | {"result": tests}})
+    assert len(text.encode()) <= MOST_BYTES
+    assert "a float32: 9 of 9 wrong, first: differs" in text
+    assert "1 x tests/test_0.py::test_it[0]: RuntimeError" in text
+    odd = summarise("first", {"plans": ran | {"result": {"what": 1}}, "tests": ran | {"result": tests}})
+    assert "cannot be summed up" in odd
+    assert "0 passed, 200 failed" in odd
+
+
+@pytest.mark.parametrize("command", [LAYERS, MODELS], ids=["layers", "models"])
+def test_the_bench_takes_what_it_is_asked_for(command: tuple[str, ...]) -> None:
+    assert any(step.command[: len(command)] == command for step in CALLS["second"].steps)
+    bench.cli.parser().parse_args([*command[1:], "--budget", "100", "--out", "somewhere"])
+
+
+def test_a_sanitizer_is_found_beside_nvcc_and_missing_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toolkit, on_path = tmp_path / "toolkit", tmp_path / "bin"
+    for folder in (toolkit, on_path):
+        folder.mkdir()
+    for name in ("nvcc", "compute-sanitizer"):
+        (toolkit / name).write_text("#!/bin/sh\n")
+        (toolkit / name).chmod(0o755)
+    (on_path / "nvcc").symlink_to(toolkit / "nvcc")
+    monkeypatch.setenv("PATH", str(on_path))
+    assert sanitize.find_sanitizer() == str(toolkit / "compute-sanitizer")
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    for arguments, status in (["9"], 1), (["9", "--optional"], 0):
+        monkeypatch.setattr(sys, "argv", ["sanitize", *arguments])
+        assert sanitize.main() == status
