@@ -19,6 +19,7 @@ from fused_cna.plan import planner
 from fused_cna.tuning import select
 from tests.conftest import needs_gpu
 from tests.layouts import LAYOUTS, Layout, channels_last
+from tests.plans import plan_names
 from tests.reference import DTYPES, Problem, Wanted, error_bound, integer_problem, random_problem
 from tests.shapes import shape_named
 from tests.simt import conv_norm_act as simulated
@@ -105,11 +106,13 @@ CHECKED = random_problem(shape_named("3x3"), torch.float16, Wanted("silu", resid
 )
 
 
+KERNELS = ("implicit_gemm_sm80", "direct")
+
+
 def checked(run: Callable[[str], Tensor], problem: Problem = CHECKED) -> tuple[list[str], dict[str, str]]:
     """Some plans for the problem, and why some of these are left out."""
     eager = ops.operator(*problem.operator_arguments())
-    listed = planner_names(problem)
-    names = [*listed[:3], *(name for name in listed[3:] if name.startswith("direct")), "cudnn"]
+    names = [*(plan for kernel in KERNELS for plan in plan_names(problem, kernel)[:3]), "cudnn"]
     left_out = check_results(recorded(problem), names, run, eager)
     wrong = {name: str(error) for name, error in left_out.items() if isinstance(error, WrongResultError)}
     return [name for name in names if name not in left_out], wrong
@@ -128,9 +131,7 @@ def planner_names(problem: Problem) -> list[str]:
 def test_right_results_pass() -> None:
     names, wrong = checked(simulator(CHECKED))
     assert not wrong
-    assert names[-1] == "cudnn"
-    assert any(name.startswith("direct") for name in names)
-    assert any(name.startswith("implicit_gemm_sm80") for name in names)
+    assert {name.partition(" ")[0] for name in names} == {*KERNELS, "cudnn"}
 
 
 def first_pixel_lost(y: Tensor) -> Tensor:
@@ -143,13 +144,13 @@ def not_a_number(y: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("kernel", ["direct", "implicit_gemm_sm80"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("spoil", [first_pixel_lost, not_a_number, torch.zeros_like, torch.neg])
 def test_a_wrong_kernel_is_left_out_whether_it_comes_first_or_not(
     kernel: str, spoil: Callable[[Tensor], Tensor]
 ) -> None:
     names, wrong = checked(simulator(CHECKED, **{kernel: spoil}))
-    assert {name.partition(" ")[0] for name in names} == {"direct", "implicit_gemm_sm80", "cudnn"} - {kernel}
+    assert {name.partition(" ")[0] for name in names} == {*KERNELS, "cudnn"} - {kernel}
     assert wrong
     for name, why in wrong.items():
         assert name.startswith(kernel)
@@ -163,7 +164,7 @@ def test_a_cudnn_route_less_accurate_than_the_kernels_is_left_out() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("kernel", ["direct", "implicit_gemm_sm80", "cudnn"])
+@pytest.mark.parametrize("kernel", [*KERNELS, "cudnn"])
 def test_what_raises_is_left_out_unless_the_device_is_lost(
     kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +172,7 @@ def test_what_raises_is_left_out_unless_the_device_is_lost(
         raise RuntimeError("not supported")
 
     names, wrong = checked(simulator(CHECKED, **{kernel: refuse}))
-    assert {name.partition(" ")[0] for name in names} == {"direct", "implicit_gemm_sm80", "cudnn"} - {kernel}
+    assert {name.partition(" ")[0] for name in names} == {*KERNELS, "cudnn"} - {kernel}
     assert not wrong
 
     def synchronize() -> None:

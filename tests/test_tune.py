@@ -217,7 +217,7 @@ def test_a_wrong_plan_is_left_out_loudly_and_the_other_layers_are_tuned(path: Pa
         wrong = [WrongResultError(f"{names[0]} is wrong")] if call.names == ["stem"] else [9.0]
         return [*wrong, *counting(call, names[1:-1]), RuntimeError("no engine\nfor this")]
 
-    with pytest.warns(RuntimeWarning, match=r"^small_m .* is wrong") as warned:
+    with pytest.warns(RuntimeWarning, match=" is wrong$") as warned:
         result = fused_cna.tune(network(), image(), timer=timer, progress=False)
     assert [Path(one.filename) for one in warned] == [Path(__file__)]
     stem, *others = result.layers

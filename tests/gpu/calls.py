@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # The bench's part of a second call, in one place.
 LAYERS = ("bench", "layers", "--suite", "networks", "--dtype", "fp16", "--batch", "32")
-MODELS = ("bench", "models", "--batch", "32")
+MODELS = ("bench", "models", "--batch", "32", "--no-compile")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ CALLS = {
                 ),
                 130,
             ),
-            Step("layers", (*LAYERS, "--budget", "{seconds}", "--out", "{out}/layers"), 140, tail=16),
-            Step("models", (*MODELS, "--budget", "{seconds}", "--out", "{out}/models"), 130, tail=16),
+            Step("layers", (*LAYERS, "--budget", "{seconds}", "--out", "{out}"), 140, tail=16),
+            Step("models", (*MODELS, "--budget", "{seconds}", "--out", "{out}"), 130, tail=16),
             Step("memcheck", ("tests.gpu.sanitize", "{seconds}", "memcheck"), 120, least=90, tail=6),
         ),
     ),
