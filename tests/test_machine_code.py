@@ -73,7 +73,7 @@ def test_an_instantiation_is_read_from_its_name() -> None:
     assert list(families.values()) == ["implicit_gemm_sm80", "grouped", "split_k"]
     gemm, grouped, split_k = (KINDS[family].of(name) for name, family in families.items())
     assert gemm == GemmKernel("float16", 128, 32, 64, 6, 4, 1, 3, 8, "masked")
-    assert (gemm.tile, gemm.threads, gemm.shared_bytes) == ("128x32x32", 128, 65024)
+    assert (gemm.tile, gemm.threads, gemm.shared_bytes) == ("128x32x32", 128, 64000)
     assert grouped == GroupedKernel("bfloat16", 1, 2, 3)
     assert split_k == SplitKKernel("float32")
 
