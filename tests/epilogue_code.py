@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
+from collections.abc import Sequence
 
 from tests.machine_code import COPIES, Code, Graph, count, graph_of, positions
 
@@ -13,6 +14,7 @@ WIDE_COPIES = r"LDGSTS\.E.*\.128.*"
 WIDE_SHARED_LOADS = r"LDS\..*128"
 WIDE_STORES = r"STG\.E.*\.128.*"
 COMMIT = "LDGDEPBAR"
+WAITS = r"DEPBAR\..*"
 
 TURNS_TO_WAIT = 16
 """A load that so many turns do not wait for is waited for nowhere."""
@@ -31,21 +33,25 @@ def before_the_first_load(code: Code) -> tuple[int, int]:
 def epilogue_turns(code: Code) -> tuple[Code, Code]:
     """The shortest way from a 16-byte store back to it: as it is, and with a 16-byte residual.
 
-    The residual is loaded, or else copied to shared memory and loaded from there, where the other turn does
-    not load. What a predicate skips may lie in both. Empty where no loop does so.
+    Where a turn can copy the residual of a later one to shared memory, and wait for its own, it does so, and
+    then loads that; else it loads the residual. What a predicate skips may lie in both. Empty where no loop
+    does so.
     """
     graph = graph_of(code)
-    loads, copies, shared = (
-        set(positions(code, pattern)) for pattern in (WIDE_LOADS, WIDE_COPIES, WIDE_SHARED_LOADS)
+    loads, copies, waits, shared = (
+        set(positions(code, pattern)) for pattern in (WIDE_LOADS, WIDE_COPIES, WAITS, WIDE_SHARED_LOADS)
     )
     plain: list[int] = []
-    added: list[int] = []
+    loading: list[int] = []
+    copying: list[int] = []
     for store in positions(code, WIDE_STORES):
-        turn = _shortest_walk(graph, store, {store})
-        plain = _shorter(plain, turn)
-        for past in ([loads], [copies, shared - set(turn) or shared]):
-            added = _shorter(added, _shortest_walk(graph, store, {store}, past))
-    return tuple(code[i] for i in plain), tuple(code[i] for i in added)
+        plain = _shorter(plain, _shortest_walk(graph, store, {store}))
+        loading = _shorter(loading, _shortest_walk(graph, store, {store}, [[loads]]))
+        ahead = _shortest_walk(graph, store, {store}, [[copies], [waits]])
+        # another shared load than those which the copy itself takes
+        taken = [waits, shared - set(ahead)]
+        copying = _shorter(copying, _shortest_walk(graph, store, {store}, [[copies], taken]) or ahead)
+    return tuple(code[i] for i in plain), tuple(code[i] for i in copying or loading)
 
 
 def instructions_per_output(turn: Code, value_bytes: int) -> float:
@@ -81,23 +87,27 @@ def _shorter(one: list[int], other: list[int]) -> list[int]:
     return min((one, other), key=lambda walk: len(walk) or float("inf"))
 
 
-def _shortest_walk(graph: Graph, start: int, ends: set[int], past: list[set[int]] | None = None) -> list[int]:
-    """The nodes after ``start`` on the shortest walk to one of the ends, past a node of each set in ``past``.
+def _shortest_walk(
+    graph: Graph, start: int, ends: set[int], past: Sequence[Sequence[set[int]]] = ()
+) -> list[int]:
+    """The nodes after ``start`` on the shortest walk to one of the ends; empty where there is none.
 
-    Empty where there is no such walk.
+    On the way it passes, for each sequence of sets in ``past``, a node of each set in that order.
     """
-    past = past or []
-    everything = (1 << len(past)) - 1
-    marks = {
-        node: sum(1 << i for i, nodes in enumerate(past) if node in nodes) for node in set().union(*past)
-    }
-    first = (start, 0)
-    before: dict[tuple[int, int], tuple[int, int]] = {}
+    marked = {node for sets in past for nodes in sets for node in nodes}
+    first = (start, (0,) * len(past))
+    everything = tuple(map(len, past))
+    before: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
     waiting = deque([first])
     while waiting:
         place = waiting.popleft()
         for node in graph[place[0]]:
-            passed = place[1] | marks.get(node, 0)
+            passed = place[1]
+            if node in marked:
+                passed = tuple(
+                    done + (done < len(sets) and node in sets[done])
+                    for done, sets in zip(passed, past, strict=True)
+                )
             reached = (node, passed)
             if reached in before:
                 continue

@@ -48,9 +48,11 @@ COPYING = straight(
 """The copy of a later residual starts, four are under way, and one is read where there is a residual."""
 
 BRANCHING = straight(
-    "BRA>3 LDGSTS.E.BYPASS.128 BRA>4 ?BRA>1 LDGDEPBAR DEPBAR.LE=1 ?BRA>8 LDS.128 STG.E.128 ?BRA>3 EXIT"
+    "LDS.128 ?BRA>5 LDS.128 LDS.128 LDS.128 ?BRA>11 DEPBAR.LE=1 ?BRA>11 LDS.128 HADD2 MOV "
+    "?BRA>16 LDS.128 ?BRA>15 LDGSTS.E.BYPASS.128 LDGDEPBAR "
+    "?BRA>20 LDG.E.128+1 FADD-1 MOV STG.E.128 ?BRA>0 EXIT"
 )
-"""The same with a branch around the copy."""
+"""Branches around new folds, the wait and the residual of this turn, the copy for a later one, and a load."""
 
 
 @pytest.mark.parametrize(
@@ -66,8 +68,9 @@ BRANCHING = straight(
         ),
         (
             BRANCHING,
-            "BRA BRA LDGDEPBAR DEPBAR.LE BRA STG.E.128",
-            "BRA BRA LDGSTS.E.BYPASS.128 BRA LDGDEPBAR DEPBAR.LE BRA LDS.128 STG.E.128",
+            "BRA LDS.128 BRA BRA BRA BRA STG.E.128",
+            "BRA LDS.128 BRA BRA DEPBAR.LE BRA LDS.128 HADD2 MOV "
+            "BRA LDS.128 BRA LDGSTS.E.BYPASS.128 LDGDEPBAR BRA STG.E.128",
             2,
         ),
     ],
