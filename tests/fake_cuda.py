@@ -247,7 +247,8 @@ def install() -> None:
     generator = torch.Generator
     torch.Generator = lambda *device, **named: generator()  # type: ignore[assignment, misc]
     torch.nn.Module.cuda = lambda module, *device: module  # type: ignore[assignment]
-    _extension._module = Extension(_extension.module())  # type: ignore[assignment]
+    if _extension.is_available():
+        _extension._module = Extension(_extension.module())  # type: ignore[assignment]
     library = torch.library.Library("fused_cna", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
