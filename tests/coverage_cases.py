@@ -13,6 +13,7 @@ import torch
 
 from tests import test_depthwise_kernel
 from tests.layouts import channels_last, misaligned_channels_last, odd_unit_strides, sliced_channels_last
+from tests.plans import plan_names
 from tests.reference import (
     ACTIVATIONS,
     DTYPES,
@@ -34,7 +35,6 @@ from tests.test_depthwise_toeplitz_kernel import placed_value
 from tests.test_depthwise_toeplitz_kernel import plans_of as toeplitz_plans
 from tests.test_float32_kernels import KERNELS as FLOAT32
 from tests.test_float32_kernels import TAILS
-from tests.test_float32_kernels import plans_of as float32_plans
 from tests.test_grouped_kernel import GROUPED, grouped_plans, spread
 from tests.test_simt_implicit_gemm import LARGER, tensor_core_plans, without_split
 from tests.test_small_m_kernel import FEW_PIXELS
@@ -162,7 +162,7 @@ def every_float32_kernel() -> None:
     for shape in LARGER:
         problem = dense(integer_problem(shape, torch.float32, Wanted(residual_order="add_act")))
         for plan in {
-            without_split(plan): plan for kernel in FLOAT32 for plan in float32_plans(problem, kernel)
+            without_split(plan): plan for kernel in FLOAT32 for plan in plan_names(problem, kernel)
         }.values():
             check(problem, plan=plan)
     # sums that are not finite: of rows and channels that the output lacks too, over padding, through splits
@@ -173,7 +173,7 @@ def every_float32_kernel() -> None:
             given[place] = float("inf")
             infinite = problem.replace(**{operand: given})
             expected = infinite.call(conv_norm_act, plan="direct").isfinite()
-            for plan in float32_plans(infinite, FLOAT32[1]):
+            for plan in plan_names(infinite, FLOAT32[1]):
                 result = infinite.call(conv_norm_act, plan=plan)
                 assert torch.equal(result.isfinite(), expected), plan
 
@@ -213,7 +213,7 @@ def every_share_of_grouped() -> None:
             for plan in grouped_plans(problem)[:: 1 if shape.name in ("of_16", "of_32_to_44") else 5]:
                 check(problem, plan=plan, allow_tf32=True)
     for shape in (GROUPED[0], GROUPED[1], GROUPED[9]):
-        problem = integer_problem(shape, torch.float16)
+        problem = integer_problem(shape, torch.float16, Wanted(residual_order="add_act"))
         check(problem, plan="grouped")
         for layout in (sliced_channels_last, misaligned_channels_last):
             check(dense(problem).replace(x=layout(problem.x)), plan="grouped")

@@ -65,7 +65,7 @@ ARGUED: dict[str, dict[str, str]] = {
         'return "direct has no instantiation of this dtype";': NO_SUCH_DTYPE,
     },
     "csrc/kernels/direct.cuh": {
-        "store_tile<T, Traits::m, Traits::n, Traits::n + 1, Traits::threads>(": MULTI_LINE,
+        "typename DirectShared<T, Traits>::Output output(args, shared.places, shared.folds,": MULTI_LINE,
     },
     "csrc/kernels/grouped.cu": {
         "...);": NO_SUCH_TILE,
@@ -73,12 +73,13 @@ ARGUED: dict[str, dict[str, str]] = {
         'return "grouped has no instantiation of this dtype";': NO_SUCH_DTYPE,
     },
     "csrc/plans/grouped.cpp": {
+        "parts = {*std::min_element(parts.begin(), parts.end(), needs_less)};": EXCEPTIONS,
         "const double cycles = std::max({": MULTI_LINE,
         "if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE,
     },
     "csrc/kernels/implicit_gemm_launch.cuh": {
         (
-            "if (const char* error = device::launch(implicit_gemm<Traits, Rows>, shape, "
+            "if (const char* error = device::launch<implicit_gemm<Traits, Rows>>(shape, "
             "stream, args)) return error;"
         ): NO_LAUNCH_ERROR,
         (
@@ -102,7 +103,7 @@ ARGUED: dict[str, dict[str, str]] = {
         "return no_instantiation;": NO_SUCH_TILE,
     },
     "csrc/kernels/split_k.cu": {
-        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
+        "switch (problem.dtype) {": NO_SUCH_DTYPE,
         'return "split_k has no instantiation of this dtype";': NO_SUCH_DTYPE,
     },
     "csrc/kernels/stem.cu": {
@@ -112,12 +113,6 @@ ARGUED: dict[str, dict[str, str]] = {
     },
     "csrc/plans/stem.cpp": {
         "if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE,
-    },
-    "csrc/kernels/implicit_gemm.cuh": {
-        (
-            "store_tile<typename Traits::Value, Traits::slice_rows, Traits::n, "
-            "Traits::slice_pitch, Traits::threads>("
-        ): MULTI_LINE,
     },
     "csrc/plans/implicit_gemm.cpp": {
         (

@@ -62,6 +62,8 @@ ConvProblem make_problem(const ConvCall& call) {
         .groups = call.groups,
         .dtype = find_dtype(call.dtype),
         .allow_tf32 = call.allow_tf32 != 0,
+        .has_norm = call.vectors[3] != nullptr,
+        .has_residual = call.residual.data != nullptr,
     };
 }
 
