@@ -1,7 +1,7 @@
 """What the operator must compute: the formula in float64, inputs to try it on, and the error measures.
 
 Nothing here uses `fused_cna`: activations and the fold are written out as formulas, and only the sum of
-products is taken from torch's float64 convolution.
+products is taken from torch's float64 convolution. Beside it stand torch's own three steps, for their error.
 
     offset = mean - bias
     z = (conv(x, weight) - offset) * gamma / sqrt(var + eps) + beta
@@ -14,8 +14,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.shapes import ConvShape
@@ -215,6 +217,55 @@ def error_bound(dtype: torch.dtype, eager_error: float = 0.0) -> float:
     """max(1.05 x the eager three-step's error on the same device and dtype, c u)."""
     c = FLOAT32_ERROR if dtype in (torch.float32, torch.float64) else STORAGE_ERROR
     return max(1.05 * eager_error, c * _UNIT_ROUNDOFF[dtype])
+
+
+assert_close_in_any_order = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+"""For float32 results that are to be the same but for the order in which a library sums.
+
+In whatever order, the error of n products is below n u times the sum of their absolute values, and where this
+is used that is less.
+"""
+
+
+def library_bound(dtype: torch.dtype, eager_error: float) -> float:
+    """max(2 x the eager three-step's error, measured in the same test; a few u): for what a library sums.
+
+    Its order of summation is its own and another on every processor, so that no constant bounds its error.
+    """
+    roundings = 8 if dtype in (torch.float32, torch.float64) else 3
+    return max(2 * eager_error, roundings * _UNIT_ROUNDOFF[dtype])
+
+
+def three_steps_error(problem: Problem) -> float:
+    return relative_error(three_steps(problem), expected_exactly(problem))
+
+
+def three_steps(problem: Problem) -> Tensor:
+    """What users write by hand, in the problem's own dtype, with torch's own functions."""
+    x, padding = problem.x, problem.padding
+    if len(padding) == 4:
+        top, bottom, left, right = padding
+        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+    z = F.conv2d(x, problem.weight, problem.bias, problem.stride, padding, problem.dilation, problem.groups)
+    if problem.running_mean is not None:
+        parts = (problem.running_mean, problem.running_var, problem.norm_weight, problem.norm_bias)
+        z = F.batch_norm(z, *parts, training=False, eps=problem.eps)
+    if problem.residual is not None and problem.residual_order == "add_act":
+        z = z + problem.residual
+    y = _TORCH_ACTIVATIONS[problem.act](z, *problem.act_params)
+    return y + problem.residual if problem.residual is not None and problem.residual_order == "act_add" else y
+
+
+_TORCH_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "identity": lambda z: z,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    **{
+        name: getattr(F, name)
+        for name in ("relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "hardswish", "hardsigmoid", "mish")
+    },
+}
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

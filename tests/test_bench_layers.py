@@ -18,6 +18,7 @@ from bench.setting import Budget
 from bench.summary import LayersResult
 from bench.timing import RandomPool, Rotation
 from tests.bench_cases import CEILINGS, CPU, FORMATS, FakeClock, layer, layer_result, row, setting, two_sets
+from tests.reference import library_bound
 
 SMALL = layer(h=6, w=6)
 
@@ -61,7 +62,8 @@ class TestLayers:
             for memory_format in ("channels_last", "contiguous_format")
         }
         timed = [one for one in result.entries if one.route != "refusing"]
-        assert all(one.error is not None and 0 < one.error < 1e-6 for one in timed)
+        eager_error = max(one.error for one in timed if one.route == BASELINE)
+        assert all(0 < one.error <= library_bound(torch.float32, eager_error) for one in timed)
         assert all(len(one.samples["launched"]) == 3 for one in timed)
         assert all(one.first_call_seconds is not None for one in timed)
         assert [one.refused for one in result.entries if one.route == "refusing"] == [

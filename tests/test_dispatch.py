@@ -257,9 +257,9 @@ def test_export_save_and_load(run: Callable[[Problem], Tensor], name: str) -> No
 @run_both
 @pytest.mark.parametrize("mapped", ["x", "weight", "x and residual", "norm_bias"])
 def test_vmap(run: Callable[[Problem], Tensor], mapped: str) -> None:
-    problem = PROBLEMS["add_act"]
+    problem = PROBLEMS["add_act"].map(Tensor.double)
     names = mapped.split(" and ")
-    stacks = [torch.randn(3, *getattr(problem, name).shape) for name in names]
+    stacks = [torch.randn(3, *getattr(problem, name).shape, dtype=torch.float64) for name in names]
 
     def function(*tensors: Tensor) -> Tensor:
         return run(problem.replace(**dict(zip(names, tensors, strict=True))))
@@ -270,8 +270,8 @@ def test_vmap(run: Callable[[Problem], Tensor], mapped: str) -> None:
 
 
 def test_vmap_over_another_dimension() -> None:
-    problem = PROBLEMS["plain"]
-    stack = torch.randn(*problem.x.shape, 4)
+    problem = PROBLEMS["plain"].map(Tensor.double)
+    stack = torch.randn(*problem.x.shape, 4, dtype=torch.float64)
     actual = torch.func.vmap(
         lambda x: operator(*problem.replace(x=x).operator_arguments()), in_dims=4, out_dims=1
     )(stack)
@@ -280,8 +280,8 @@ def test_vmap_over_another_dimension() -> None:
 
 
 def test_per_sample_gradients() -> None:
-    problem = PROBLEMS["add_act"].replace(residual=None)
-    images = torch.randn(4, 1, *problem.x.shape[1:])
+    problem = PROBLEMS["add_act"].replace(residual=None).map(Tensor.double)
+    images = torch.randn(4, 1, *problem.x.shape[1:], dtype=torch.float64)
 
     def loss(weight: Tensor, image: Tensor) -> Tensor:
         return operator(*problem.replace(x=image, weight=weight).operator_arguments()).square().sum()

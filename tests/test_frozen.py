@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations
 from fused_cna import ConvNormAct
 from fused_cna.fusion import frozen
 from fused_cna.fusion.frozen import FrozenConv
-from tests.reference import relative_error
+from tests.reference import assert_close_in_any_order, library_bound, relative_error
 
 needs_onednn = pytest.mark.skipif(
     torch.float32 not in frozen._ONEDNN_DTYPES, reason="needs a torch with oneDNN"
@@ -86,6 +86,12 @@ def error_of(module: nn.Module, block: nn.Module, *inputs: Tensor) -> float:
     return relative_error(module(*inputs), expected)
 
 
+def check_error(module: nn.Module, block: nn.Module, *inputs: Tensor) -> None:
+    """That of the block itself is the measure: which order of summation oneDNN has, no test knows."""
+    allowed = library_bound(block(*inputs).dtype, error_of(block, block, *inputs))
+    assert error_of(module, block, *inputs) <= allowed
+
+
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
@@ -122,8 +128,8 @@ def test_every_convolution(conv: dict[str, Any], order: str, channels_last: bool
     residual = torch.randn_like(block(x))
     given = residual.clone()
     module = FrozenConv.from_block(block)
-    assert error_of(module, block, x) < 4e-7
-    assert error_of(module, block, x, residual) < 4e-7
+    check_error(module, block, x)
+    check_error(module, block, x, residual)
     assert torch.equal(residual, given)
     assert module(x).is_contiguous(memory_format=torch.channels_last)
 
@@ -134,8 +140,8 @@ def test_every_activation(act: Callable[[], nn.Module] | None, order: str) -> No
     block = make(act=act, residual_order=order)
     module = FrozenConv.from_block(block)
     x = image(2, 4, 9, 8)
-    assert error_of(module, block, x) < 4e-7
-    assert error_of(module, block, x, image(2, 8, 9, 8)) < 4e-7
+    check_error(module, block, x)
+    check_error(module, block, x, image(2, 8, 9, 8))
 
 
 @needs_onednn
@@ -161,9 +167,7 @@ def test_dtypes(dtype: torch.dtype, order: str) -> None:
     assert module.weight.dtype == dtype
     assert module(x).dtype == dtype
     for inputs in ((x,), (x, residual)):
-        assert error_of(module, block, *inputs) < 4 * torch.finfo(dtype).eps
-        if dtype != torch.float64:  # which the reference is computed in, so the block's own error is 0
-            assert error_of(module, block, *inputs) < 1.5 * error_of(block, block, *inputs)
+        check_error(module, block, *inputs)
 
 
 def test_folded_in_float64_and_rounded_once() -> None:
@@ -194,14 +198,14 @@ def test_is_a_snapshot() -> None:
 def test_shapes(size: tuple[int, ...]) -> None:
     block = make()
     module, x = FrozenConv.from_block(block), image(*size)
-    torch.testing.assert_close(module(x), block(x))
+    assert_close_in_any_order(module(x), block(x))
 
 
 def test_many_shapes_of_input() -> None:
     block = make()
     module = FrozenConv.from_block(block)
     for size in [*range(3, 30), 3]:
-        assert error_of(module, block, image(1, 4, size, 5)) < 4e-7
+        check_error(module, block, image(1, 4, size, 5))
     assert module._packed is None or len(module._packed.by_shape) <= frozen._MOST_SHAPES
 
 
@@ -223,7 +227,7 @@ def test_residuals_of_another_shape_or_dtype(order: str) -> None:
     for residual in (image(1, 8, 1, 1), image(2, 8, 9, 8).double()):
         z = block.norm(block.conv(x))
         expected = block.act(z + residual) if order == "add_act" else block.act(z) + residual
-        torch.testing.assert_close(module(x, residual), expected, rtol=1e-5, atol=1e-5)
+        assert_close_in_any_order(module(x, residual), expected)
     with pytest.raises(RuntimeError, match="must match the size"):
         module(x, image(2, 7, 9, 8))
 
@@ -285,30 +289,30 @@ def test_gradient_of_the_input(inference: bool) -> None:
         x, residual = image(2, 4, 9, 8).requires_grad_(), image(2, 8, 9, 8).requires_grad_()
         got = torch.autograd.grad(module(x, residual).square().sum(), (x, residual))
         expected = torch.autograd.grad(block(x, residual).square().sum(), (x, residual))
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert_close_in_any_order(got, expected)
 
 
 def test_forward_gradient_and_vmap() -> None:
     block = make(act=nn.SiLU)
     module, x, tangent = FrozenConv.from_block(block), image(2, 4, 9, 8), image(2, 4, 9, 8, seed=2)
-    torch.testing.assert_close(
+    assert_close_in_any_order(
         torch.func.jvp(module, (x,), (tangent,)), torch.func.jvp(block, (x,), (tangent,))
     )
-    torch.testing.assert_close(torch.vmap(module)(x[:, None]), block(x)[:, None])
+    assert_close_in_any_order(torch.vmap(module)(x[:, None]), block(x)[:, None])
 
 
 def test_autocast() -> None:
     block, x = make(), image(2, 4, 9, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        y = FrozenConv.from_block(block)(x)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), block(x), rtol=0.03, atol=0.03)
+        module = FrozenConv.from_block(block)
+        assert module(x).dtype == torch.bfloat16
+        check_error(module, block, x)
 
 
 def test_onednn_switched_off(packed_calls: list[str]) -> None:
     block, x = make(), image(2, 4, 9, 8)
     with torch.backends.mkldnn.flags(enabled=False):
-        torch.testing.assert_close(FrozenConv.from_block(block)(x), block(x))
+        assert_close_in_any_order(FrozenConv.from_block(block)(x), block(x))
     assert packed_calls == []
 
 
@@ -319,7 +323,7 @@ def test_traces(used: bool) -> None:
     if used:
         module(x)
     expected = block(x, residual)
-    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close = assert_close_in_any_order
     close(torch.compile(module, backend="aot_eager", fullgraph=True)(x, residual), expected)
     close(torch.export.export(module, (x, residual)).module()(x, residual), expected)
     close(make_fx(module)(x, residual)(x, residual), expected)
@@ -331,7 +335,7 @@ def test_traces(used: bool) -> None:
 def test_inductor() -> None:
     block = make(act=nn.SiLU)
     module, x, residual = FrozenConv.from_block(block), image(2, 4, 9, 8), image(2, 8, 9, 8)
-    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x, residual), block(x, residual))
+    assert_close_in_any_order(torch.compile(module, fullgraph=True)(x, residual), block(x, residual))
 
 
 def test_threads_pack_at_once() -> None:
@@ -352,7 +356,7 @@ def test_threads_pack_at_once() -> None:
     for thread in threads:
         thread.join()
     for i, x in enumerate(images):
-        torch.testing.assert_close(results[i], block(x))
+        assert_close_in_any_order(results[i], block(x))
 
 
 def test_parametrized_weight() -> None:

@@ -116,10 +116,10 @@ def test_functional_call_uses_the_given_parameters(device: str) -> None:
 
 
 def test_vmap_over_an_ensemble() -> None:
-    modules = [pair(4, 6, seed=seed)[0] for seed in range(3)]
+    modules = [pair(4, 6, seed=seed)[0].double() for seed in range(3)]
     parameters, buffers = torch.func.stack_module_state(modules)
     base = copy.deepcopy(modules[0]).to("meta")
-    x = image(2, 4, 8, 9)
+    x = image(2, 4, 8, 9).double()
 
     def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(base, (parameters, buffers), (x,))

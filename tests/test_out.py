@@ -17,12 +17,14 @@ from tests.reference import (
     DTYPES,
     Problem,
     Wanted,
+    assert_close_in_any_order,
     expected_exactly,
     expected_rounded,
     integer_problem,
+    library_bound,
     random_problem,
     relative_error,
-    unit_roundoff,
+    three_steps_error,
 )
 from tests.shapes import SHAPES, ConvShape, shape_named
 
@@ -188,7 +190,7 @@ def test_an_image_without_batch_dimension() -> None:
     single = PROBLEM.replace(x=PROBLEM.x[0], residual=PROBLEM.residual[0])
     out = channel_slice(PROBLEM.residual[:1])[0]
     assert run_front(single, out) is out
-    torch.testing.assert_close(out, result_of(PROBLEM)[0])
+    assert_close_in_any_order(out, result_of(PROBLEM)[0])
 
 
 @run_both
@@ -197,9 +199,10 @@ def test_autocast(run: Run, dtype: torch.dtype) -> None:
     out = channel_slice(result_of(PROBLEM).to(dtype))
     with torch.autocast("cpu", dtype):
         run(PROBLEM, out)
+        allowed = library_bound(dtype, three_steps_error(PROBLEM))
         with pytest.raises(RuntimeError, match=f"dtype {dtype}, .*autocast.*got out of dtype torch.float32"):
             run(PROBLEM, out.float())
-    assert relative_error(out, expected_exactly(PROBLEM)) <= 16 * unit_roundoff(dtype)
+    assert relative_error(out, expected_exactly(PROBLEM)) <= allowed
 
 
 @run_both
@@ -340,10 +343,10 @@ def test_a_cuda_graph_writes_into_the_slice(dtype: torch.dtype, monkeypatch: pyt
 def test_the_example_of_the_readme() -> None:
     """A dense block as users write it, against torch.cat."""
     n, h, w = 2, 6, 5
-    x = torch.randn(n, 64, h, w)
-    layers = [ConvNormAct(64 + 32 * i, 32).eval() for i in range(4)]
+    x = torch.randn(n, 64, h, w, dtype=torch.float64)
+    layers = [ConvNormAct(64 + 32 * i, 32).eval().double() for i in range(4)]
     with torch.inference_mode():
-        big = torch.empty(n, 64 + 4 * 32, h, w).to(memory_format=torch.channels_last)
+        big = torch.empty(n, 64 + 4 * 32, h, w, dtype=x.dtype).to(memory_format=torch.channels_last)
         big[:, :64] = x
         for i, layer in enumerate(layers):
             done = 64 + 32 * i
