@@ -30,7 +30,7 @@ FORBIDDEN = re.compile(
 TORCH_FILES = {
     CSRC / name
     for name in (
-        *("ops.cpp", "checks.h", "checks.cpp", "module.cpp"),
+        *("ops.cpp", "autograd.cpp", "checks.h", "checks.cpp", "module.cpp"),
         *("device_attributes.h", "device_attributes.cpp", "cudnn_route.h", "cudnn_route.cpp"),
     )
 }
