@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_cna
+from tests.layouts import moved
 from tests.reference import (
     Problem,
     difference,
@@ -74,7 +75,7 @@ class Backend:
     device = "cpu"
 
     def place(self, problem: Problem) -> Problem:
-        return problem.map(lambda tensor: tensor.to(self.device))
+        return problem.map(lambda tensor: moved(tensor, self.device))
 
     def run(self, problem: Problem, **extra: object) -> Tensor:
         """The result for a problem whose tensors are on `device`.

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 import fused_cna
-from tests.layouts import Layout, channels_last, contiguous
+from tests.layouts import Layout, channels_last, contiguous, moved
 from tests.plans import plan_names
 from tests.reference import DTYPES, Problem, Wanted, difference, expected_rounded, integer_problem
 from tests.shapes import SHAPES, ConvShape
@@ -89,5 +88,5 @@ def run_on_gpu(problem: Problem, plan: str) -> str:
     the kernel alone.
     """
     with fused_cna.forced_plan(plan), torch.inference_mode():
-        actual = problem.map(Tensor.cuda).call(fused_cna.conv_norm_act).cpu()
+        actual = problem.map(lambda tensor: moved(tensor, "cuda")).call(fused_cna.conv_norm_act).cpu()
     return difference(actual, expected_rounded(problem))

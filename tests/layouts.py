@@ -113,6 +113,12 @@ def _poisoned(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.full(tuple(sizes), float("nan"), dtype=like.dtype, device=like.device)
 
 
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """The tensor on `device`, laid out and surrounded as here: `Tensor.to` makes views dense and aligned."""
+    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 class Surroundings:
     """What lies around a view and between its elements, as it is now."""
 

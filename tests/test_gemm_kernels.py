@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fused_cna
 from tests.conftest import needs_gpu
-from tests.layouts import LAYOUTS, Layout
+from tests.layouts import LAYOUTS, Layout, moved
 from tests.reference import (
     DTYPES,
     FLOAT32_ERROR,
@@ -52,14 +52,7 @@ def run_simulated(problem: Problem, plan: str = "implicit_gemm_sm80", seed: int 
 def run_on_gpu(problem: Problem, plan: str = "implicit_gemm_sm80", seed: int = 0) -> Tensor:
     """Runs the plan on the GPU, which orders its threads as it likes."""
     with fused_cna.forced_plan(plan), torch.inference_mode():
-        return problem.map(_to_gpu).call(fused_cna.conv_norm_act).cpu()
-
-
-def _to_gpu(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, those of a view or an expanded tensor too."""
-    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((extent,), (1,)).cuda()
-    return flat.as_strided(tensor.shape, tensor.stride())
+        return problem.map(lambda tensor: moved(tensor, "cuda")).call(fused_cna.conv_norm_act).cpu()
 
 
 @pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])

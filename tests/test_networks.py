@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fused_cna
 from fused_cna import ConvNormAct
 from tests.plain import assert_same_answers, pair
+from tests.reference import assert_close_in_any_order
 
 
 def image(*size: int, seed: int = 1) -> Tensor:
@@ -45,7 +46,7 @@ def test_compile_with_gradients(device: str) -> None:
     compiled(x).square().sum().backward()
     plain(x).square().sum().backward()
     for (name, mine), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+        assert_close_in_any_order(mine.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_compile_is_silent_and_whole_in_eval_mode_with_gradients_on(device: str) -> None:
