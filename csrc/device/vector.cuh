@@ -69,20 +69,39 @@ __device__ __forceinline__ void load_vector(const T* source, float (&values)[Cou
     }
 }
 
-// Writes Count values to 16-byte aligned memory, each rounded once.
+// Count values as they are stored.
 template <int Count, class T>
-__device__ __forceinline__ void store_vector(T* destination, const float (&values)[Count]) {
-    constexpr int per_vector = values_per_vector<T>;
+struct Vectors {
+    static constexpr int per_vector = values_per_vector<T>;
     static_assert(Count % per_vector == 0, "a vector access moves whole 16-byte pieces");
+    Vector16 pieces[Count / per_vector];
+
+    // To 16-byte aligned memory.
+    __device__ __forceinline__ void store(T* destination) const {
 #pragma unroll
-    for (int i = 0; i < Count; i += per_vector) {
+        for (int i = 0; i < Count / per_vector; ++i) reinterpret_cast<Vector16*>(destination)[i] = pieces[i];
+    }
+};
+
+// Each value is rounded once.
+template <int Count, class T>
+__device__ __forceinline__ Vectors<Count, T> round_vectors(const float* values) {
+    constexpr int per_vector = values_per_vector<T>;
+    Vectors<Count, T> rounded;
+#pragma unroll
+    for (int i = 0; i < Count / per_vector; ++i) {
         T parts[per_vector];
 #pragma unroll
-        for (int j = 0; j < per_vector; ++j) parts[j] = from_float<T>(values[i + j]);
-        Vector16 piece;
-        memcpy(&piece, parts, sizeof(piece));
-        *reinterpret_cast<Vector16*>(destination + i) = piece;
+        for (int j = 0; j < per_vector; ++j) parts[j] = from_float<T>(values[i * per_vector + j]);
+        memcpy(&rounded.pieces[i], parts, sizeof(parts));
     }
+    return rounded;
+}
+
+// Rounds Count values, and writes them to 16-byte aligned memory.
+template <int Count, class T>
+__device__ __forceinline__ void store_vector(T* destination, const float (&values)[Count]) {
+    round_vectors<Count, T>(values).store(destination);
 }
 
 }  // namespace fused_cna::device

@@ -349,8 +349,8 @@ __device__ __forceinline__ void store_strip(const DepthwiseArgs& args, const Dep
     for (int column = 0; column < columns; ++column, y += conv.y_strides.w) {
         float sums[Traits::values];
         read_chunk(shared.sums[column][0][device::thread_x()], Traits::threads * 4, sums);
-        finish_channels<Traits::values, T>(sums, folds, valid, {residual, conv.residual_strides.c}, {y, conv.y_strides.c},
-                                           conv.epilogue);
+        finish_channels<Traits::values, 1, T>(sums, folds, {{residual}, conv.residual_strides.c, valid},
+                                              {{y}, conv.y_strides.c, valid}, conv);
         if (residual) residual += conv.residual_strides.w;
     }
 }

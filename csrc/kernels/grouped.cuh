@@ -165,10 +165,11 @@ __device__ __forceinline__ void store_outputs(const GroupedArgs& args, const Gro
         device::load_vector(memory.staged + slot * args.staging_pitch + column, values);
         const int64_t channel = block.first_channel + column;
         const T* residual = static_cast<const T*>(conv.residual);
-        finish_channels<width, T>(
-            values, folds, remaining < width ? remaining : width,
-            {residual ? residual + place.residual + channel * conv.residual_strides.c : nullptr, conv.residual_strides.c},
-            {static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c, conv.y_strides.c}, conv.epilogue);
+        if (residual) residual += place.residual + channel * conv.residual_strides.c;
+        T* y = static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c;
+        const int valid = remaining < width ? remaining : width;
+        finish_channels<width, 1, T>(values, folds, {{residual}, conv.residual_strides.c, valid},
+                                     {{y}, conv.y_strides.c, valid}, conv);
     }
 }
 

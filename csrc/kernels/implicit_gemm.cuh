@@ -67,7 +67,7 @@ struct ImplicitGemmTraits {
     // The epilogue takes a few rows of every warp at a time.
     static constexpr int warp_slice_rows = Arithmetic::rows_per_slice, slices = warp_m / warp_slice_rows;
     static constexpr int slice_rows = warps_m * warp_slice_rows, slice_pitch = n + 8;
-    using Output = TileStore<T, TileShape<slice_rows, n, slice_pitch, threads, slices>>;
+    using Output = TileStore<T, TileShape<slice_rows, n, slice_pitch, threads, slices, 2>>;
 
     static_assert(row_bytes == 64 || row_bytes == 128, "the swizzle is made for rows of 64 or 128 bytes");
     static_assert(m % row_pass == 0 && n % row_pass == 0, "every pass of the copies must be whole");

@@ -311,7 +311,6 @@ __device__ __forceinline__ void store_sums(const SmallMArgs& args, const SmallMB
                                            const SmallMShared<Traits>& shared) {
     using T = typename Traits::Value;
     const ConvArgs& conv = args.conv;
-    const T* residual = static_cast<const T*>(conv.residual);
 #pragma unroll 1
     for (int i = device::thread_x(); i < block.rows * args.columns; i += Traits::threads) {
         const int row = i / args.columns, column = i % args.columns;
@@ -321,9 +320,10 @@ __device__ __forceinline__ void store_sums(const SmallMArgs& args, const SmallMB
         const RowPlace& place = shared.places[row];
         const int64_t channel = block.output_channel(args, column);
         const ChannelFold fold[1] = {shared.folds[column]};
-        const Strides &in = conv.residual_strides, &out = conv.y_strides;
-        finish_channels<1, T>(sum, fold, 1, {residual ? residual + place.residual + channel * in.c : nullptr, in.c},
-                              {static_cast<T*>(conv.y) + place.y + channel * out.c, out.c}, conv.epilogue);
+        const T* residual = static_cast<const T*>(conv.residual);
+        if (residual) residual += place.residual + channel * conv.residual_strides.c;
+        T* y = static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c;
+        finish_channels<1, 1, T>(sum, fold, {{residual}, conv.residual_strides.c, 1}, {{y}, conv.y_strides.c, 1}, conv);
     }
 }
 

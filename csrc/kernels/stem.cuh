@@ -183,8 +183,9 @@ __device__ __forceinline__ void store_pixels(const StemArgs& args, const StemTil
                 const T* residual = static_cast<const T*>(conv.residual);
                 if (residual) residual += first.residual + pixel.residual + channel * conv.residual_strides.c;
                 T* y = static_cast<T*>(conv.y) + first.y + pixel.y + channel * conv.y_strides.c;
-                finish_channels<width, T>(values, folds, remaining < width ? remaining : width,
-                                          {residual, conv.residual_strides.c}, {y, conv.y_strides.c}, conv.epilogue);
+                const int valid = remaining < width ? remaining : width;
+                finish_channels<width, 1, T>(values, folds, {{residual}, conv.residual_strides.c, valid},
+                                             {{y}, conv.y_strides.c, valid}, conv);
             }
         }
     }

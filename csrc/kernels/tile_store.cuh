@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include <device/ptx.cuh>
 #include <device/types.cuh>
@@ -15,15 +16,16 @@
 namespace fused_cna::kernels {
 
 // A tile is Slices times Rows x Columns. Rows of a slice's accumulators lie Pitch floats apart. In a turn each thread
-// finishes `width` neighbouring columns of one row.
-template <int Rows, int Columns, int Pitch, int Threads, int Slices = 1>
+// finishes `width` neighbouring columns of `rows_per_turn` rows: it waits for memory, and chooses its way, once for all.
+template <int Rows, int Columns, int Pitch, int Threads, int Slices = 1, int MostRowsPerTurn = 1>
 struct TileShape {
     static constexpr int rows = Rows, columns = Columns, pitch = Pitch, threads = Threads, slices = Slices;
     static constexpr int width = columns % 8 == 0 ? 8 : 1, stores_per_row = columns / width;
-    static constexpr int turns = (rows * stores_per_row + threads - 1) / threads;  // of a slice
-    static constexpr bool is_whole = rows * stores_per_row == turns * threads;
+    static constexpr int stores = (rows * stores_per_row + threads - 1) / threads;  // of a thread, in a slice
+    static constexpr int rows_per_turn = width == 8 && stores % MostRowsPerTurn == 0 ? MostRowsPerTurn : 1;
+    static constexpr bool is_whole = rows * stores_per_row == stores * threads;
     static_assert(threads % stores_per_row == 0 && threads % rows == 0, "a thread keeps its column or its row");
-    static_assert(is_whole || turns == 1, "threads without work are those of an only turn");
+    static_assert(is_whole || stores == 1, "threads without work are those of an only store");
 };
 
 // Where a block's columns lie among the output channels, and how many of them exist.
@@ -32,13 +34,19 @@ struct ColumnRange {
     int count;
 };
 
+// Whether every pixel's channels begin on a 16-byte boundary where those of the first pixel do.
+template <class T>
+__device__ __forceinline__ bool keeps_alignment(const Strides& strides) {
+    return strides.c == 1 && ((strides.n | strides.h | strides.w) % device::values_per_vector<T>) == 0;
+}
+
 template <class T, class Shape>
 class TileStore {
-    static constexpr int width = Shape::width, all_rows = Shape::rows * Shape::slices,
-                         all_turns = Shape::turns * Shape::slices;
-    static constexpr int depth = all_turns >= 4 ? 4 : all_turns >= 2 ? 2 : 1;
-    static constexpr bool has_queue = width % device::values_per_vector<T> == 0;
-    using Queue = ResidualQueue<has_queue ? width : device::values_per_vector<T>, T, Shape::threads, depth>;
+    static constexpr int width = Shape::width, batch = Shape::rows_per_turn;
+    static constexpr int all_rows = Shape::rows * Shape::slices, all_turns = Shape::stores / batch * Shape::slices;
+    static constexpr int depth = batch == 2 ? (all_turns >= 2 ? 2 : 1) : all_turns >= 4 ? 4 : all_turns >= 2 ? 2 : 1;
+    static constexpr bool has_vectors = width % device::values_per_vector<T> == 0;
+    using Queue = ResidualQueue<batch, has_vectors ? width : device::values_per_vector<T>, T, Shape::threads, depth>;
 
    public:
     using ResidualSlots = typename Queue::Slots;
@@ -46,40 +54,51 @@ class TileStore {
     // `places` are those of the tile's rows, in the order in which the slices take them.
     __device__ TileStore(const ConvArgs& args, const RowPlace* places, const ChannelFold* folds, const ColumnRange& columns,
                          const ResidualSlots& slots)
-        : args_(args), places_(places), folds_in_memory_(folds), columns_(columns), queue_(slots) {
-        // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
-        const bool channels_dense = args.y_strides.c == 1;
+        : args_(args),
+          places_(places),
+          folds_in_memory_(folds),
+          columns_(columns),
+          queue_(slots),
+          goes_down_(args.y_strides.c == 1) {
         const int thread = device::thread_x();
-        first_row_ = channels_dense ? thread / Shape::stores_per_row : thread % Shape::rows;
-        first_column_ = (channels_dense ? thread % Shape::stores_per_row : thread / Shape::rows) * width;
-        row_step_ = channels_dense ? Shape::threads / Shape::stores_per_row : 0;
-        column_step_ = channels_dense ? 0 : Shape::threads / Shape::rows * width;
+        first_row_ = goes_down_ ? thread / Shape::stores_per_row : thread % Shape::rows;
+        first_column_ = (goes_down_ ? thread % Shape::stores_per_row : thread / Shape::rows) * width;
         enter_column(first_column_);
-        is_ahead_ = has_queue && channels_dense && residual_ && args.residual_strides.c == 1 && valid_ == width;
+        is_ahead_ = has_vectors && goes_down_ && residual_ && valid_ == width && device::is_aligned_16(residual_) &&
+                    keeps_alignment<T>(args.residual_strides);
     }
 
     // Asks for the residual of the first turns, once the places are there.
     __device__ __forceinline__ void start() {
         if (!is_ahead_) return;
 #pragma unroll
-        for (int turn = 0; turn < depth; ++turn) ask(first_row_ + turn * row_step_);
+        for (int turn = 0; turn < depth; ++turn) ask(first_row_ + turn * batch * row_step);
     }
 
     // Finishes and stores a slice: a rolled loop, so that the activations are instantiated once.
     __device__ __forceinline__ void store(int slice, const float* accumulators) {
+        if (slice == 0 && goes_down_) load_folds(first_column_);
+        const int turns = goes_down_ ? Shape::stores / batch : Shape::stores;
         int row = first_row_, column = first_column_;
 #pragma unroll 1
-        for (int i = 0; i < Shape::turns; ++i, row += row_step_, column += column_step_) {
+        for (int i = 0; i < turns; ++i) {
             if (!Shape::is_whole && (row >= Shape::rows || column >= Shape::columns)) continue;
-            if (column != folds_of_) {
+            if (!goes_down_) {
                 enter_column(column);
                 load_folds(column);
             }
             finish(slice * Shape::rows + row, accumulators + row * Shape::pitch + column);
+            if (goes_down_) {
+                row += batch * row_step;
+            } else {
+                column += Shape::threads / Shape::rows * width;
+            }
         }
     }
 
    private:
+    static constexpr int row_step = Shape::threads / Shape::stores_per_row;
+
     __device__ __forceinline__ void enter_column(int column) {
         const int remaining = columns_.count - column;
         const int64_t channel = columns_.first_channel + column;
@@ -88,54 +107,64 @@ class TileStore {
         residual_ = args_.residual ? static_cast<const T*>(args_.residual) + channel * args_.residual_strides.c : nullptr;
     }
 
-    // Those of a thread mostly stay the same.
     __device__ __forceinline__ void load_folds(int column) {
 #pragma unroll
         for (int j = 0; j < width; ++j) folds_[j] = folds_in_memory_[column + j];
-        folds_of_ = column;
-    }
-
-    // Whether the queue can copy a row's residual.
-    __device__ __forceinline__ bool takes_copy(const RowPlace& place) const {
-        return place.exists() && device::is_aligned_16(residual_ + place.residual);
     }
 
     // Turns follow each other down the rows, through the slices.
     __device__ __forceinline__ void ask(int row) {
-        const RowPlace place = row < all_rows ? places_[row] : RowPlace{-1, -1};
-        queue_.ask(takes_copy(place), residual_ + place.residual);
+#pragma unroll
+        for (int b = 0; b < batch; ++b) {
+            const int each = row + b * row_step;
+            const RowPlace place = each < all_rows ? places_[each] : RowPlace{-1, -1};
+            if (place.exists()) queue_.ask(b, residual_ + place.residual);
+        }
+        queue_.end_turn();
     }
 
-    __device__ __forceinline__ void take_residual(const RowPlace& place, float (&values)[width]) {
-        bool is_copied = false;
-        if constexpr (has_queue) {
-            if (is_ahead_) {
-                queue_.wait();
-                is_copied = takes_copy(place);
-                if (is_copied) queue_.take(values);
-            }
+    __device__ __forceinline__ void take_residual(const RowPlace (&places)[batch], Packed<batch * width, T>& values) {
+        if constexpr (has_vectors) {
+            if (is_ahead_) return queue_.take(values);
         }
-        if (is_copied) return;
+        Channels<batch, const T> source{{}, args_.residual_strides.c, valid_};
 #pragma unroll
-        for (float& value : values) value = 0.0f;
-        if (residual_ && place.exists()) {
-            load_channels<width, T>({residual_ + place.residual, args_.residual_strides.c}, valid_, values);
-        }
+        for (int b = 0; b < batch; ++b) source.pixels[b] = places[b].exists() ? residual_ + places[b].residual : nullptr;
+        load_channels<width, batch, T>(source, values);
     }
 
     __device__ __forceinline__ void finish(int row, const float* staged) {
-        float values[width], residual[width];
+        // Along a row a turn has one store.
+        const int next = goes_down_ ? row_step : 0;
+        float values[batch * width];
+        RowPlace places[batch];
+#pragma unroll
+        for (int b = 0; b < batch; ++b) {
+            load_staged(staged + b * next * Shape::pitch, values + b * width);
+            places[b] = places_[row + b * next];
+            if (b > 0 && !goes_down_) places[b].y = -1;
+        }
+        const bool has_residual = args_.residual != nullptr;
+        Packed<batch * width, T> residual;
+        if (has_residual) take_residual(places, residual);
+        finish_values<batch, width, T>(values, folds_, has_residual, residual, args_.epilogue);
+        if (has_residual && is_ahead_) ask(row + depth * batch * row_step);
+        Channels<batch, T> y{{}, args_.y_strides.c, valid_};
+#pragma unroll
+        for (int b = 0; b < batch; ++b) y.pixels[b] = places[b].exists() ? y_ + places[b].y : nullptr;
+        store_channels<width, batch, T>(y, values);
+    }
+
+    static __device__ __forceinline__ void load_staged(const float* staged, float* values) {
+        float row[width];
         if constexpr (width == 8 && Shape::pitch % 4 == 0) {
-            device::load_vector(staged, values);
+            device::load_vector(staged, row);
         } else {
 #pragma unroll
-            for (int j = 0; j < width; ++j) values[j] = staged[j];
+            for (int j = 0; j < width; ++j) row[j] = staged[j];
         }
-        const RowPlace place = places_[row];
-        take_residual(place, residual);
-        if (is_ahead_) ask(row + depth * row_step_);
-        if (!place.exists() || valid_ <= 0) return;
-        finish_channels<width, T>(values, folds_, valid_, residual, {y_ + place.y, args_.y_strides.c}, args_.epilogue);
+#pragma unroll
+        for (int j = 0; j < width; ++j) values[j] = row[j];
     }
 
     const ConvArgs& args_;
@@ -143,15 +172,16 @@ class TileStore {
     const ChannelFold* folds_in_memory_;
     ColumnRange columns_;
     Queue queue_;
+    // Neighbouring threads write along whichever dimension of y is dense: channels, and a thread then goes down the rows of
+    // its column, or else pixels, and it goes along its row.
+    const bool goes_down_;
     int first_row_, first_column_;  // of a slice, in the thread's first turn
-    int row_step_, column_step_;    // from turn to turn
-    bool is_ahead_;                 // whether turns go down the rows of a residual that the queue can copy
+    bool is_ahead_;                 // whether the queue copies the residual: all of the thread's channels are whole vectors
 
     // Of the column that the thread is at:
     int valid_;
     T* y_;               // as if the pixel's offset were 0
     const T* residual_;  // likewise; null where there is none
-    int folds_of_ = -1;
     ChannelFold folds_[width];
 };
 
