@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string_view>
 
@@ -53,6 +54,24 @@ constexpr std::optional<ActivationInfo> find_activation(std::string_view name) {
     return std::nullopt;
 }
 
+// An activation with its number. Most layers do no more than clamp: with bounds in place of a choice, the commonest
+// activations cost two instructions, which is less than finding out which one it is.
+struct ActivationArgs {
+    Activation function = Activation::identity;
+    float param = 0;
+    bool is_clamp = true;
+    float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+
+    constexpr ActivationArgs() = default;
+    constexpr ActivationArgs(Activation of, float with)
+        : function(of),
+          param(with),
+          is_clamp(of == Activation::identity || of == Activation::relu || of == Activation::relu6) {
+        if (of != Activation::identity) low = 0;
+        if (of == Activation::relu6) high = 6;
+    }
+};
+
 // add_act: act(z + residual), as in ResNet. act_add: act(z) + residual, as in darknet and CSP.
 enum class ResidualOrder : int32_t { add_act, act_add };
 
@@ -80,8 +99,7 @@ struct Epilogue {
     const void* running_var = nullptr;
     float eps = 0;
     bool norm_is_float32 = false;
-    Activation activation = Activation::identity;
-    float activation_param = 0;
+    ActivationArgs activation;
     ResidualOrder residual_order = ResidualOrder::add_act;
 };
 

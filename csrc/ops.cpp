@@ -65,8 +65,7 @@ Epilogue make_epilogue(const Inputs& in, const CheckedInputs& checked, std::arra
         .running_var = dense_vector(in.running_var, owners[4]),
         .eps = static_cast<float>(in.eps),
         .norm_is_float32 = in.running_mean && in.running_mean->scalar_type() == at::kFloat,
-        .activation = checked.activation.value,
-        .activation_param = in.act_params.empty() ? 0.0f : static_cast<float>(in.act_params[0]),
+        .activation = {checked.activation.value, in.act_params.empty() ? 0.0f : static_cast<float>(in.act_params[0])},
         .residual_order = checked.residual_order,
     };
 }

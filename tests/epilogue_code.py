@@ -11,7 +11,6 @@ from tests.machine_code import COPIES, Code, Graph, count, graph_of, positions
 LOADS = r"LDG\..*"
 WIDE_LOADS = r"LDG\.E.*\.128.*"
 WIDE_COPIES = r"LDGSTS\.E.*\.128.*"
-WIDE_SHARED_LOADS = r"LDS\..*128"
 WIDE_STORES = r"STG\.E.*\.128.*"
 COMMIT = "LDGDEPBAR"
 WAITS = r"DEPBAR\..*"
@@ -33,24 +32,24 @@ def before_the_first_load(code: Code) -> tuple[int, int]:
 def epilogue_turns(code: Code) -> tuple[Code, Code]:
     """The shortest way from a 16-byte store back to it: as it is, and with a 16-byte residual.
 
-    Where a turn can copy the residual of a later one to shared memory, and wait for its own, it does so, and
-    then loads that; else it loads the residual. What a predicate skips may lie in both. Empty where no loop
-    does so.
+    Where a turn can copy the residual of a later one to shared memory, and wait for its own, it does so; else
+    it loads the residual. What a predicate skips may lie in both. Empty where no loop does so.
     """
     graph = graph_of(code)
-    loads, copies, waits, shared = (
-        set(positions(code, pattern)) for pattern in (WIDE_LOADS, WIDE_COPIES, WAITS, WIDE_SHARED_LOADS)
-    )
+    loads, copies, waits = (set(positions(code, pattern)) for pattern in (WIDE_LOADS, WIDE_COPIES, WAITS))
     plain: list[int] = []
     loading: list[int] = []
     copying: list[int] = []
-    for store in positions(code, WIDE_STORES):
-        plain = _shorter(plain, _shortest_walk(graph, store, {store}))
-        loading = _shorter(loading, _shortest_walk(graph, store, {store}, [[loads]]))
-        ahead = _shortest_walk(graph, store, {store}, [[copies], [waits]])
-        # another shared load than those which the copy itself takes
-        taken = [waits, shared - set(ahead)]
-        copying = _shorter(copying, _shortest_walk(graph, store, {store}, [[copies], taken]) or ahead)
+    stores = positions(code, WIDE_STORES)
+    for store in stores:
+        # A turn that stores several rows is one in which all of them exist.
+        every = [[{other}] for other in stores if other != store]
+        rest = every if _shortest_walk(graph, store, {store}, every) else []
+        plain = _shorter(plain, _shortest_walk(graph, store, {store}, rest))
+        loading = _shorter(loading, _shortest_walk(graph, store, {store}, [*rest, [loads]]))
+        asked = [[{copy}] for copy in copies if _shortest_walk(graph, store, {store}, [[{copy}]])]
+        if asked:
+            copying = _shorter(copying, _shortest_walk(graph, store, {store}, [*rest, *asked, [waits]]))
     return tuple(code[i] for i in plain), tuple(code[i] for i in copying or loading)
 
 

@@ -112,6 +112,22 @@ def test_conversions_round_to_nearest_even() -> None:
     assert torch.equal(output.signbit()[~output.isnan()], rounded.signbit()[~rounded.isnan()])
 
 
+def test_a_clamp_keeps_a_nan_and_knows_the_sign_of_zero() -> None:
+    """max.NaN and min.NaN, unlike fmaxf and fminf, and -0 below +0."""
+    nan, inf = torch.nan, torch.inf
+    values = (nan, -inf, -1.0, -0.0, 0.0, 3.0, 6.0, 7.0, inf)
+    for low, high, expected in (
+        (0.0, 6.0, (nan, 0.0, 0.0, 0.0, 0.0, 3.0, 6.0, 6.0, 6.0)),
+        (-inf, inf, values),
+        (-2.0, -0.0, (nan, -2.0, -1.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0)),
+    ):
+        triples = [each for value in values for each in (value, low, high)]
+        output = torch.tensor(run_test_kernel("clamps", triples, len(values)))
+        assert torch.equal(output.isnan(), torch.tensor(expected).isnan())
+        assert torch.equal(output[1:], torch.tensor(expected[1:]))
+        assert torch.equal(output[1:].signbit(), torch.tensor(expected[1:]).signbit())
+
+
 def test_only_an_explicit_fused_multiply_add_rounds_once() -> None:
     a, c = 1 + 2.0**-12, -(1 + 2.0**-11)
     assert run_test_kernel("multiply_add", [a, a, c], 2) == [2.0**-24, 0.0]

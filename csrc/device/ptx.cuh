@@ -39,6 +39,14 @@ __device__ __forceinline__ T shuffle(T value, int source_lane) {
 
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
+// max.NaN and min.NaN: x between the bounds. A NaN stays one, unlike with fmaxf and fminf, and -0 is below +0.
+__device__ __forceinline__ float clamp(float x, float low, float high) {
+    float raised, clamped;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(raised) : "f"(x), "f"(low));
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(raised), "f"(high));
+    return clamped;
+}
+
 // The 32-bit address of shared memory that the instructions below take.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -3,25 +3,14 @@
 
 #include <cmath>
 
+#include <device/ptx.cuh>
 #include <device/types.cuh>
 
 #include "../epilogue.h"
 
 namespace fused_cna::kernels {
 
-// Comparisons rather than fminf and fmaxf, which drop a NaN.
-__device__ __forceinline__ float clamp(float x, float low, float high) {
-    const float raised = x < low ? low : x;
-    return raised > high ? high : raised;
-}
-
-// Each takes the value and activation_param, which only LeakyRelu (negative slope) and Elu (alpha) use.
-struct Relu {
-    __device__ float operator()(float x, float) const { return x < 0.0f ? 0.0f : x; }
-};
-struct Relu6 {
-    __device__ float operator()(float x, float) const { return clamp(x, 0.0f, 6.0f); }
-};
+// Each takes the value and the activation's number, which only LeakyRelu (negative slope) and Elu (alpha) use.
 struct LeakyRelu {
     __device__ float operator()(float x, float negative_slope) const { return x > 0.0f ? x : x * negative_slope; }
 };
@@ -47,10 +36,10 @@ struct GeluTanh {
     }
 };
 struct Hardsigmoid {
-    __device__ float operator()(float x, float) const { return clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
+    __device__ float operator()(float x, float) const { return device::clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
 };
 struct Hardswish {
-    __device__ float operator()(float x, float) const { return x * clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
+    __device__ float operator()(float x, float) const { return x * device::clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
 };
 struct Tanh {
     __device__ float operator()(float x, float) const { return tanhf(x); }
@@ -68,51 +57,49 @@ struct Mish {
 
 template <class Function, int Width>
 __device__ __forceinline__ void apply(float (&values)[Width], float param) {
-#pragma unroll
-    for (int i = 0; i < Width; ++i) values[i] = Function{}(values[i], param);
-}
-
-// The same, eight values at a time in a rolled loop: most functions are long. Registers cannot be indexed, so the values go
-// round.
-template <class Function, int Width>
-__device__ __forceinline__ void apply_rolled(float (&values)[Width], float param) {
     if constexpr (Width <= 8) {
-        apply<Function>(values, param);
+#pragma unroll
+        for (float& value : values) value = Function{}(value, param);
     } else {
+        // Eight at a time in a rolled loop, because most functions are long. Registers cannot be indexed, so the values go
+        // round.
+        static_assert(Width % 8 == 0, "values go round by eights");
 #pragma unroll 1
         for (int turn = 0; turn < Width / 8; ++turn) {
-            float first[8];
+            float done[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) first[i] = Function{}(values[i], param);
+            for (int i = 0; i < 8; ++i) done[i] = Function{}(values[i], param);
 #pragma unroll
             for (int i = 0; i < Width - 8; ++i) values[i] = values[i + 8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) values[Width - 8 + i] = first[i];
+            for (int i = 0; i < 8; ++i) values[Width - 8 + i] = done[i];
         }
     }
 }
 
-// The choice is uniform across the grid and taken once per Width values. A template parameter instead would multiply the
-// number of kernels by 13. The commonest are asked for first: the switch's jump table alone takes longer than they do.
+// The choice is uniform across the grid and made once per Width values. A template parameter instead would multiply the
+// number of kernels by 13.
 template <int Width>
-__device__ __forceinline__ void activate(float (&values)[Width], Activation activation, float param) {
-    static_assert(Width <= 8 || Width % 8 == 0, "values go round by eights");
-    if (activation == Activation::identity) return;
-    if (activation == Activation::relu) return apply<Relu>(values, param);
-    switch (activation) {
+__device__ __forceinline__ void activate(float (&values)[Width], const ActivationArgs& activation) {
+    if (activation.is_clamp) {
+#pragma unroll
+        for (float& value : values) value = device::clamp(value, activation.low, activation.high);
+        return;
+    }
+    switch (activation.function) {
         case Activation::identity:
-        case Activation::relu: return;
-        case Activation::relu6: return apply_rolled<Relu6>(values, param);
-        case Activation::leaky_relu: return apply_rolled<LeakyRelu>(values, param);
-        case Activation::elu: return apply_rolled<Elu>(values, param);
-        case Activation::silu: return apply_rolled<Silu>(values, param);
-        case Activation::gelu: return apply_rolled<Gelu>(values, param);
-        case Activation::gelu_tanh: return apply_rolled<GeluTanh>(values, param);
-        case Activation::hardswish: return apply_rolled<Hardswish>(values, param);
-        case Activation::hardsigmoid: return apply_rolled<Hardsigmoid>(values, param);
-        case Activation::sigmoid: return apply_rolled<Sigmoid>(values, param);
-        case Activation::tanh: return apply_rolled<Tanh>(values, param);
-        case Activation::mish: return apply_rolled<Mish>(values, param);
+        case Activation::relu:
+        case Activation::relu6: return;
+        case Activation::leaky_relu: return apply<LeakyRelu>(values, activation.param);
+        case Activation::elu: return apply<Elu>(values, activation.param);
+        case Activation::silu: return apply<Silu>(values, activation.param);
+        case Activation::gelu: return apply<Gelu>(values, activation.param);
+        case Activation::gelu_tanh: return apply<GeluTanh>(values, activation.param);
+        case Activation::hardswish: return apply<Hardswish>(values, activation.param);
+        case Activation::hardsigmoid: return apply<Hardsigmoid>(values, activation.param);
+        case Activation::sigmoid: return apply<Sigmoid>(values, activation.param);
+        case Activation::tanh: return apply<Tanh>(values, activation.param);
+        case Activation::mish: return apply<Mish>(values, activation.param);
     }
 }
 

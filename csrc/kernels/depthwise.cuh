@@ -339,19 +339,21 @@ __device__ __forceinline__ void store_strip(const DepthwiseArgs& args, const Dep
     ChannelFold folds[Traits::values];
 #pragma unroll
     for (int i = 0; i < Traits::values; ++i) folds[i] = shared.folds[thread.chunk * Traits::values + i];
-    const RowPlace place = place_of_pixel(conv, {strip.n, strip.p, strip.q});
-    const T* residual = static_cast<const T*>(conv.residual);
-    if (residual) residual += place.residual + thread.first_channel * conv.residual_strides.c;
-    T* y = static_cast<T*>(conv.y) + place.y + thread.first_channel * conv.y_strides.c;
+    RowPlace place = place_of_pixel(conv, {strip.n, strip.p, strip.q});
+    place.y += thread.first_channel * conv.y_strides.c;
+    place.residual += thread.first_channel * conv.residual_strides.c;
     const int remaining = args.q - strip.q, valid = thread.valid<Traits>();
     const int columns = remaining < Traits::columns ? remaining : Traits::columns;
 #pragma unroll 1
-    for (int column = 0; column < columns; ++column, y += conv.y_strides.w) {
+    for (int column = 0; column < columns; ++column) {
         float sums[Traits::values];
         read_chunk(shared.sums[column][0][device::thread_x()], Traits::threads * 4, sums);
-        finish_channels<Traits::values, 1, T>(sums, folds, {{residual}, conv.residual_strides.c, valid},
-                                              {{y}, conv.y_strides.c, valid}, conv);
-        if (residual) residual += conv.residual_strides.w;
+        const T* residual = static_cast<const T*>(conv.residual);
+        if (residual) residual += place.residual;
+        finish_channels<Traits::values, 1, T>(sums, folds, {{{residual}}, conv.residual_strides.c, valid},
+                                              {{{static_cast<T*>(conv.y) + place.y}}, conv.y_strides.c, valid}, conv);
+        place.y += conv.y_strides.w;
+        place.residual += conv.residual_strides.w;
     }
 }
 

@@ -219,8 +219,8 @@ __device__ __forceinline__ void store_strips(const ToeplitzArgs& args, const Str
         float values[width];
 #pragma unroll
         for (int j = 0; j < width; ++j) values[j] = staged[row * StripMemory::row_pitch + j];
-        finish_channels<width, 1, T>(values, folds, {{residual}, conv.residual_strides.c, share.channels},
-                                     {{y}, conv.y_strides.c, share.channels}, conv);
+        finish_channels<width, 1, T>(values, folds, {{{residual}}, conv.residual_strides.c, share.channels},
+                                     {{{y}}, conv.y_strides.c, share.channels}, conv);
         y += conv.y_strides.h;
         if (residual) residual += conv.residual_strides.h;
     }

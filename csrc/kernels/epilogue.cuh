@@ -14,11 +14,13 @@
 
 namespace fused_cna::kernels {
 
-// Width neighbouring channels of each of Rows pixels in memory, of which the first `valid` exist. Where a pixel does not
-// exist its pointer is null. The stride is in elements.
+// Neighbouring channels of each of Rows pixels in memory, of which the first `valid` exist. The stride is in elements.
 template <int Rows, class T>
 struct Channels {
-    T* pixels[Rows];
+    struct Of {
+        T* data;
+        bool exists = true;
+    } pixels[Rows];
     int64_t stride;
     int valid;
 
@@ -27,7 +29,7 @@ struct Channels {
     __device__ __forceinline__ bool takes_vectors() const {
         bool are_aligned = true;
 #pragma unroll
-        for (const T* pixel : pixels) are_aligned = are_aligned && device::is_aligned_16(pixel);
+        for (const Of& pixel : pixels) are_aligned = are_aligned && (!pixel.exists || device::is_aligned_16(pixel.data));
         return valid == Width && stride == 1 && are_aligned;
     }
 };
@@ -52,9 +54,9 @@ __device__ __forceinline__ void load_channels(const Channels<Rows, const T>& sou
             constexpr int pieces = Width / device::values_per_vector<T>;
 #pragma unroll
             for (int i = 0; i < Rows * pieces; ++i) {
-                const T* pixel = source.pixels[i / pieces];
-                const auto* vectors = reinterpret_cast<const device::Vector16*>(pixel);
-                const device::Vector16 piece = pixel ? vectors[i % pieces] : device::Vector16{};
+                const auto& pixel = source.pixels[i / pieces];
+                const auto* vectors = reinterpret_cast<const device::Vector16*>(pixel.data);
+                const device::Vector16 piece = pixel.exists ? vectors[i % pieces] : device::Vector16{};
                 memcpy(values.words + i * 4, &piece, 16);
             }
             return;
@@ -63,9 +65,10 @@ __device__ __forceinline__ void load_channels(const Channels<Rows, const T>& sou
     T parts[Rows * Width];
 #pragma unroll
     for (int i = 0; i < Rows * Width; ++i) {
-        const T* pixel = source.pixels[i / Width];
+        const auto& pixel = source.pixels[i / Width];
         const int channel = i % Width;
-        parts[i] = pixel && channel < source.valid ? pixel[channel * source.stride] : device::from_float<T>(0.0f);
+        const bool exists = pixel.exists && channel < source.valid;
+        parts[i] = exists ? pixel.data[channel * source.stride] : device::from_float<T>(0.0f);
     }
     memcpy(values.words, parts, sizeof(parts));
 }
@@ -77,16 +80,18 @@ __device__ __forceinline__ void store_channels(const Channels<Rows, T>& destinat
 #pragma unroll
             for (int row = 0; row < Rows; ++row) {
                 const auto rounded = device::round_vectors<Width, T>(values + row * Width);
-                if (destination.pixels[row]) rounded.store(destination.pixels[row]);
+                if (destination.pixels[row].exists) rounded.store(destination.pixels[row].data);
             }
             return;
         }
     }
 #pragma unroll
     for (int i = 0; i < Rows * Width; ++i) {
-        T* pixel = destination.pixels[i / Width];
+        const auto& pixel = destination.pixels[i / Width];
         const int channel = i % Width;
-        if (pixel && channel < destination.valid) pixel[channel * destination.stride] = device::from_float<T>(values[i]);
+        if (pixel.exists && channel < destination.valid) {
+            pixel.data[channel * destination.stride] = device::from_float<T>(values[i]);
+        }
     }
 }
 
@@ -106,7 +111,7 @@ __device__ __forceinline__ void finish_values(float (&values)[Rows * Width], con
         values[i] = fmaf(values[i] - fold.offset, fold.scale, fold.beta);
     }
     if (has_residual && add_first) add_residual();
-    activate(values, epilogue.activation, epilogue.activation_param);
+    activate(values, epilogue.activation);
     if (has_residual && !add_first) add_residual();
 }
 

@@ -168,8 +168,8 @@ __device__ __forceinline__ void store_outputs(const GroupedArgs& args, const Gro
         if (residual) residual += place.residual + channel * conv.residual_strides.c;
         T* y = static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c;
         const int valid = remaining < width ? remaining : width;
-        finish_channels<width, 1, T>(values, folds, {{residual}, conv.residual_strides.c, valid},
-                                     {{y}, conv.y_strides.c, valid}, conv);
+        finish_channels<width, 1, T>(values, folds, {{{residual}}, conv.residual_strides.c, valid},
+                                     {{{y}}, conv.y_strides.c, valid}, conv);
     }
 }
 

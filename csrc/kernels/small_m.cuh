@@ -323,7 +323,7 @@ __device__ __forceinline__ void store_sums(const SmallMArgs& args, const SmallMB
         const T* residual = static_cast<const T*>(conv.residual);
         if (residual) residual += place.residual + channel * conv.residual_strides.c;
         T* y = static_cast<T*>(conv.y) + place.y + channel * conv.y_strides.c;
-        finish_channels<1, 1, T>(sum, fold, {{residual}, conv.residual_strides.c, 1}, {{y}, conv.y_strides.c, 1}, conv);
+        finish_channels<1, 1, T>(sum, fold, {{{residual}}, conv.residual_strides.c, 1}, {{{y}}, conv.y_strides.c, 1}, conv);
     }
 }
 

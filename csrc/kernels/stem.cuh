@@ -184,8 +184,8 @@ __device__ __forceinline__ void store_pixels(const StemArgs& args, const StemTil
                 if (residual) residual += first.residual + pixel.residual + channel * conv.residual_strides.c;
                 T* y = static_cast<T*>(conv.y) + first.y + pixel.y + channel * conv.y_strides.c;
                 const int valid = remaining < width ? remaining : width;
-                finish_channels<width, 1, T>(values, folds, {{residual}, conv.residual_strides.c, valid},
-                                             {{y}, conv.y_strides.c, valid}, conv);
+                finish_channels<width, 1, T>(values, folds, {{{residual}}, conv.residual_strides.c, valid},
+                                             {{{y}}, conv.y_strides.c, valid}, conv);
             }
         }
     }

@@ -76,8 +76,8 @@ fused_cna::Epilogue make_epilogue(const ConvCall& call) {
         .running_var = call.vectors[4],
         .eps = static_cast<float>(call.eps),
         .norm_is_float32 = call.norm_is_float32 != 0,
-        .activation = require(fused_cna::find_activation(call.act), "activation", call.act).value,
-        .activation_param = static_cast<float>(call.act_param),
+        .activation = {require(fused_cna::find_activation(call.act), "activation", call.act).value,
+                       static_cast<float>(call.act_param)},
         .residual_order =
             require(fused_cna::find_residual_order(call.residual_order), "residual order", call.residual_order),
     };

@@ -133,6 +133,16 @@ const TestKernel use_conversions("conversions", [](const Buffers& b) {
     return launch<conversions>({4, 64, 0}, nullptr, b.input, b.output, b.inputs);
 });
 
+// The value, the lower and the upper bound of each triple of the input.
+__global__ void clamps(const float* input, float* output) {
+    const float* triple = input + thread_x() * 3;
+    output[thread_x()] = clamp(triple[0], triple[1], triple[2]);
+}
+
+const TestKernel use_clamps("clamps", [](const Buffers& b) {
+    return launch<clamps>({1, static_cast<int>(b.inputs / 3), 0}, nullptr, b.input, b.output);
+});
+
 // a * b + c with one rounding and with two, for the triples of the input.
 __global__ void multiply_add(const float* input, float* output) {
     const float* triple = input + thread_x() * 3;

@@ -2,6 +2,8 @@
 // barriers and collectives is never given: it says in reports where the kernel stands.
 #pragma once
 
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <source_location>
 #include <type_traits>
@@ -77,6 +79,13 @@ inline uint32_t ballot(bool predicate, Where where = Where::current()) {
         for (int i = 0; i < lanes.count(); ++i) lanes[i].result = votes;
     });
     return mine.result;
+}
+
+// PTX ISA, "Floating Point Instructions: max, min": .NaN makes the canonical NaN, and +0 is above -0.
+inline float clamp(float x, float low, float high) {
+    if (std::isnan(x)) return std::bit_cast<float>(0x7FFFFFFFu);
+    const float raised = x > low || (x == low && !std::signbit(x)) ? x : low;
+    return raised < high || (raised == high && std::signbit(raised)) ? raised : high;
 }
 
 inline uint32_t shared_address(const void* pointer, Where where = Where::current()) {
