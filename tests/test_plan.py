@@ -51,6 +51,15 @@ def test_legal_plans_come_first_and_fastest_first() -> None:
     assert [c["estimate_us"] for c in legal] == sorted(c["estimate_us"] for c in legal)
 
 
+def test_a_plan_is_listed_once() -> None:
+    """Small output planes, on which several tiles of the grouped kernel come to the same."""
+    for size in (7, 14):
+        for groups in (1, 4, 32):
+            problem = ConvProblem(32, 256, size, size, 1024, 1, 1, groups=groups)
+            names = [c["name"] for c in explain(problem).candidates if not c["illegal"]]
+            assert len(names) == len(set(names)), problem
+
+
 def test_the_estimate_is_the_largest_part_and_the_overheads() -> None:
     for c in explain(RESNET).candidates:
         if not c["illegal"]:

@@ -180,6 +180,9 @@ void add_grouped(const ConvProblem& problem, const DeviceInfo& device, std::vect
         std::vector<Candidate> parts;
         for (const int64_t sets : {1, 2, 4}) {
             for (const GroupedPart& part : useful_parts(problem, tile, sets)) {
+                // On a small output twice the pixels are no more pixels.
+                const auto is_same = [&](const Candidate& other) { return other.plan.grouped == part; };
+                if (std::any_of(parts.begin(), parts.end(), is_same)) continue;
                 parts.push_back(candidate_of_part(problem, device, i, part));
             }
         }
