@@ -15,7 +15,7 @@ VENV := .venv/bin/python
 NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EXTENSION := setup.py pyproject.toml $(filter csrc/%,$(NATIVE))
 
-GPU_TARGETS := gpu-first gpu-second gpu-build gpu-test gpu-sanitize gpu-bench
+GPU_TARGETS := gpu-first gpu-second gpu-build gpu-test gpu-sanitize gpu-profile gpu-bench
 
 .PHONY: help venv build bench test zoo lint format simt kernel-report coverage clean $(GPU_TARGETS)
 
@@ -88,6 +88,9 @@ gpu-test:  ## the tests that need a GPU
 
 gpu-sanitize:  ## compute-sanitizer's four tools over every kernel
 	$(PYTHON) -m tests.gpu sanitize $(OUT)
+
+gpu-profile:  ## what bounds thirteen telling layers, by Nsight Compute
+	$(PYTHON) -m tests.gpu profile $(OUT)
 
 gpu-bench:  ## the bench on this machine's GPU within BUDGET seconds
 	$(PYTHON) -m tests.gpu bench $(OUT) --seconds $(BUDGET)

@@ -69,6 +69,7 @@ CALLS = {
     "build": Call(470, (BUILT,)),
     "test": Call(470, (BUILT, Step("tests", ("tests.gpu.suite", "{result}"), 470))),
     "sanitize": Call(470, (BUILT, Step("sanitize", ("tests.gpu.sanitize", "{seconds}"), 470, tail=40))),
+    "profile": Call(470, (BUILT, Step("profile", ("tests.gpu.profile", "{out}", "{seconds}"), 170, tail=4))),
     "bench": Call(
         470,
         (
