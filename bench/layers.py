@@ -22,7 +22,8 @@ from bench.routes import ROUTES, Case, Route, make_case, memory_formats, referen
 from bench.rows import Row, layers_of, network_floor, ordered_rows
 from bench.setting import PRECISIONS, Setting
 from bench.summary import LayersResult
-from bench.timing import InputSets, RandomPool, Work, cache_bytes_of, no_search, rotation_of
+from bench.timing import InputSets, RandomPool, Work, cache_bytes_of, rotation_of
+from fused_cna._device_timer import no_search
 
 SECONDS_BETWEEN_SAVES = 30.0
 

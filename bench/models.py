@@ -24,7 +24,8 @@ from bench.model_cases import (
 from bench.model_result import ModelEntry, ModelResult, ModelsResult, compare
 from bench.model_routes import EAGER, ModelRoute, routes_for
 from bench.setting import PRECISIONS, Setting
-from bench.timing import InputSets, Work, bound, no_search
+from bench.timing import InputSets, Work, bound
+from fused_cna._device_timer import no_search
 from fused_cna.fusion import records
 
 ONLY_GOALS_COMPILE = (

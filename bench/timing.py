@@ -5,8 +5,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Protocol, TypeVar
@@ -56,17 +55,6 @@ class EventStopwatch:
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
     return EventStopwatch() if device.type == "cuda" else HostStopwatch()
-
-
-@contextmanager
-def no_search() -> Iterator[None]:
-    """cuDNN's search for the fastest algorithm switched off: seconds, for what runs once and is not timed."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def check_results(
             return None
 
     by_cudnn = result(CUDNN) if CUDNN in names else None
-    with _without_search():
+    with no_search():
         eager_error, *cudnn_error = _accuracy.errors(
             call.arguments, [y for y in (eager_result, by_cudnn) if y is not None]
         )
@@ -105,7 +105,7 @@ def check_results(
         if name == CUDNN or (y := result(name)) is None:
             continue
         if right is None:
-            with _without_search():
+            with no_search():
                 (error,) = _accuracy.errors(call.arguments, [y])
         else:
             error = _accuracy.relative_error(y, right[1])
@@ -128,8 +128,8 @@ def _survived(error: RuntimeError) -> RuntimeError:
 
 
 @contextmanager
-def _without_search() -> Iterator[None]:
-    """For what is not timed: cuDNN searches for its fastest convolution for a second and more."""
+def no_search() -> Iterator[None]:
+    """cuDNN's search for the fastest algorithm switched off: seconds, for what runs once and is not timed."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -180,7 +180,7 @@ class DeviceTimer:
         # Autocast has been applied to what was recorded.
         autocast = torch.autocast("cuda", enabled=False)
         with torch.cuda.device(call.x.device), torch.inference_mode(), autocast:
-            with _without_search():
+            with no_search():
                 y = eager.conv_norm_act(*call.arguments)
             left_out = check_results(call, names, lambda name: _run(name, call.arguments), y)
             cache = torch.cuda.get_device_properties(call.x.device).L2_cache_size
