@@ -58,8 +58,8 @@ struct LaunchRequest {
 // null, or the error in words for a shape that no device takes. Throws SimulatorError for what the kernel does wrong.
 const char* launch(const LaunchRequest& request, const std::function<void()>& kernel);
 
-// CUDA Runtime API, cudaFuncSetAttribute, cudaFuncAttributeMaxDynamicSharedMemorySize: the most that a launch of the kernel may
-// ask for, by any thread, until it is set again; 48 KB where it never was.
+// CUDA Runtime API, cudaFuncSetAttribute, cudaFuncAttributeMaxDynamicSharedMemorySize: the most that a launch of the kernel
+// may ask for, by any thread, until it is set again; 48 KB where it never was.
 const char* set_shared_limit(const void* kernel_address, int64_t bytes);
 
 // Runs `event` when the next launch begins, as if on another thread it came just before.
