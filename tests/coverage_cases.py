@@ -83,6 +83,7 @@ def every_instantiation() -> None:
 def every_plan_of_small_m() -> None:
     for dtype in DTYPES:
         for shape in FEW_PIXELS:
+            check(integer_problem(shape, dtype, Wanted(residual_order="add_act")), plan="small_m")
             given = integer_problem(shape, dtype, Wanted(residual_order="act_add"))
             for problem in (given, dense(given)):
                 for plan in small_m_plans(problem):
@@ -135,6 +136,11 @@ def every_epilogue() -> None:
         problem = problem.replace(x=problem.x * 12)
         error = relative_error(problem.call(conv_norm_act), expected_exactly(problem))
         assert error <= error_bound(torch.float32), act
+        problem = dense(random_problem(LARGER[2], torch.float16, Wanted(act, ACTIVATIONS[act])))
+        error = relative_error(problem.call(conv_norm_act, plan="implicit_gemm"), expected_exactly(problem))
+        assert error <= error_bound(torch.float16), act
+    one = integer_problem(ConvShape("one", 1, 8, 5, 5, 1, 3, 3, "one output channel"), torch.float16)
+    check(dense(one), plan="implicit_gemm")
 
 
 def every_layout() -> None:
@@ -215,6 +221,7 @@ def every_share_of_grouped() -> None:
     for shape in (GROUPED[0], GROUPED[1], GROUPED[9]):
         problem = integer_problem(shape, torch.float16, Wanted(residual_order="add_act"))
         check(problem, plan="grouped")
+        check(integer_problem(shape, torch.float16), plan="grouped")
         for layout in (sliced_channels_last, misaligned_channels_last):
             check(dense(problem).replace(x=layout(problem.x)), plan="grouped")
             check(dense(problem).replace(weight=layout(problem.weight)), plan="grouped")

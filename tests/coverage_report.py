@@ -37,12 +37,40 @@ NO_LAUNCH_ERROR = "the simulator launches whatever it is given; only a driver re
 NO_OLD_DEVICE = "every named device is 8.0 or newer; tests of the operator meet older ones"
 EXCEPTIONS = "these ways clean up after an exception"
 OPS_ONLY = "called by ops.cpp alone, which needs torch: tests/test_operator.py and the GPU tests"
+INLINED = "the compiler's copies of an inlined function; one of them goes both ways"
+CLAMPS = "the switch names every Activation; those that clamp are asked for before it"
+FLOAT_NORMS = "the vectors of a float32 layer are float32"
 MULTI_LINE = "gcov counts this statement on its following lines, which were reached"
 
 # By file, the text of a line, without the space around it, or the name of a function that nothing called.
 ARGUED: dict[str, dict[str, str]] = {
     "csrc/kernels/activation.cuh": {
-        "switch (activation) {": "the switch names every Activation",
+        "switch (activation.function) {": CLAMPS,
+        "case Activation::identity:": CLAMPS,
+        "case Activation::relu6: return;": CLAMPS,
+    },
+    "csrc/kernels/activation_rows.cuh": {
+        "return position > first ? dilation.quotient(position - first - 1) + 1 : 0;": INLINED,
+    },
+    "csrc/kernels/fold.cuh": {
+        (
+            "if (exists && vector && is_float32) value.wide = static_cast<const float*>(vector)[channel];"
+        ): FLOAT_NORMS,
+        (
+            "if (exists && vector && !is_float32) value.narrow = static_cast<const T*>(vector)[channel];"
+        ): FLOAT_NORMS,
+    },
+    "csrc/kernels/depthwise.cuh": {
+        (
+            "finish_channels<Traits::values, 1, T>(sums, folds, {{{residual}}, "
+            "conv.residual_strides.c, valid},"
+        ): MULTI_LINE,
+    },
+    "csrc/kernels/depthwise_toeplitz.cuh": {
+        (
+            "finish_channels<width, 1, T>(values, folds, {{{residual}}, conv.residual_strides.c, "
+            "share.channels},"
+        ): MULTI_LINE,
     },
     "csrc/kernels/depthwise.cu": {
         "switch (plan.tile_index) {": NO_SUCH_TILE,

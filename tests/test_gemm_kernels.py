@@ -13,6 +13,7 @@ import fused_cna
 from tests.conftest import needs_gpu
 from tests.layouts import LAYOUTS, Layout, moved
 from tests.reference import (
+    ACTIVATIONS,
     DTYPES,
     FLOAT32_ERROR,
     Problem,
@@ -138,6 +139,16 @@ def test_inputs_in_any_layout(run: Run, shape: ConvShape, layout: Layout, dtype:
 def test_everything_in_nchw(run: Run, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         check(run, random_problem(shape, dtype, Wanted("silu", residual_order="act_add")))
+
+
+@dtypes
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_every_activation(run: Run, act: str, dtype: torch.dtype) -> None:
+    """Of both rows of a turn, with channels dense and with pixels dense."""
+    shape = ConvShape("tails", 1, 16, 9, 11, 44, 1, 1, "rows, columns and vectors that end within a tile")
+    problem = random_problem(shape, dtype, Wanted(act, ACTIVATIONS[act], residual_order="act_add"))
+    for each in (problem, channels_last(problem)):
+        check(run, each.replace(x=each.x * 4))
 
 
 @dtypes
