@@ -137,10 +137,12 @@ def every_epilogue() -> None:
         error = relative_error(problem.call(conv_norm_act), expected_exactly(problem))
         assert error <= error_bound(torch.float32), act
         problem = dense(random_problem(LARGER[2], torch.float16, Wanted(act, ACTIVATIONS[act])))
-        error = relative_error(problem.call(conv_norm_act, plan="implicit_gemm"), expected_exactly(problem))
+        error = relative_error(
+            problem.call(conv_norm_act, plan="implicit_gemm_sm80"), expected_exactly(problem)
+        )
         assert error <= error_bound(torch.float16), act
     one = integer_problem(ConvShape("one", 1, 8, 5, 5, 1, 3, 3, "one output channel"), torch.float16)
-    check(dense(one), plan="implicit_gemm")
+    check(dense(one), plan="implicit_gemm_sm80")
 
 
 def every_layout() -> None:

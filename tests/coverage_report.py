@@ -52,6 +52,9 @@ ARGUED: dict[str, dict[str, str]] = {
     "csrc/kernels/activation_rows.cuh": {
         "return position > first ? dilation.quotient(position - first - 1) + 1 : 0;": INLINED,
     },
+    "csrc/kernels/epilogue.cuh": {
+        "for (int i = 0; i < Rows * Width; ++i) values[i] += residual.value(i);": INLINED,
+    },
     "csrc/kernels/fold.cuh": {
         (
             "if (exists && vector && is_float32) value.wide = static_cast<const float*>(vector)[channel];"
