@@ -151,8 +151,8 @@ def test_a_sanitizer_is_found_beside_nvcc_and_missing_is_a_failure(
         (toolkit / name).chmod(0o755)
     (on_path / "nvcc").symlink_to(toolkit / "nvcc")
     monkeypatch.setenv("PATH", str(on_path))
-    assert sanitize.find_sanitizer() == str(toolkit / "compute-sanitizer")
-    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    assert sanitize.find_tool("compute-sanitizer") == str(toolkit / "compute-sanitizer")
+    monkeypatch.setattr(sanitize, "find_tool", lambda name: None)
     for arguments, status in (["9"], 1), (["9", "--optional"], 0):
         monkeypatch.setattr(sys, "argv", ["sanitize", *arguments])
         assert sanitize.main() == status

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.evidence import write_json
+from tests.gpu.sanitize import find_tool
 
 METRICS = (
     *("Duration", "SM Frequency", "DRAM Throughput", "L2 Cache Throughput", "L1/TEX Cache Throughput"),
@@ -157,9 +157,9 @@ def main() -> int:
     if options.layers:
         run_layers()
         return 0
-    ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    ncu = find_tool("ncu")
     if ncu is None:
-        print("there is no ncu on PATH or in /usr/local/cuda/bin")
+        print("there is no ncu on PATH, beside nvcc, in CUDA_HOME or in /usr/local/cuda")
         return 1
     report = options.out / "profile.ncu-rep"
     # The clocks stay as they are: the machine is not ours alone to set.

@@ -24,8 +24,8 @@ STARTUP = 30.0
 """Seconds that are left to a tool to start and to end."""
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer on PATH, beside nvcc, in CUDA_HOME, or where toolkits are usually installed."""
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, beside nvcc, in CUDA_HOME, or where toolkits usually are."""
     nvcc = shutil.which("nvcc")
     folders = [
         os.environ.get("PATH", ""),
@@ -33,7 +33,7 @@ def find_sanitizer() -> str | None:
         os.path.join(os.environ.get("CUDA_HOME", ""), "bin"),
         "/usr/local/cuda/bin",
     ]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def run_cases(seconds: float) -> int:
@@ -112,7 +112,7 @@ def main() -> int:
     options = made.parse_args()
     if options.cases:
         return int(run_cases(options.seconds) > 0)
-    sanitizer = find_sanitizer()
+    sanitizer = find_tool("compute-sanitizer")
     if sanitizer is None:
         print("there is no compute-sanitizer on PATH, beside nvcc, in CUDA_HOME or in /usr/local/cuda")
         return int(not options.optional)
