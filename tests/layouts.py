@@ -113,10 +113,16 @@ def _poisoned(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.full(tuple(sizes), float("nan"), dtype=like.dtype, device=like.device)
 
 
-def moved(tensor: Tensor, device: str) -> Tensor:
-    """The tensor on `device`, laid out and surrounded as here: `Tensor.to` makes views dense and aligned."""
-    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
-    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def moved(tensor: Tensor, device: str, storages: dict[int, Tensor] | None = None) -> Tensor:
+    """The tensor on `device`, laid out and surrounded as here: `Tensor.to` makes views dense and aligned.
+
+    Tensors that are moved with the same `storages` go on sharing memory where they do.
+    """
+    storage = tensor.untyped_storage()
+    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage).to(device)
+    if storages is not None:
+        whole = storages.setdefault(storage.data_ptr(), whole)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class Surroundings:

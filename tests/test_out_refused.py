@@ -18,7 +18,8 @@ from fused_cna import _memory
 from fused_cna._memory import View, overlaps, overlaps_itself
 from tests.bad_inputs import BAD, BASE
 from tests.conftest import needs_gpu
-from tests.reference import Problem, Wanted, random_problem
+from tests.layouts import moved
+from tests.reference import Problem, Wanted, assert_close_in_any_order, random_problem, three_steps
 from tests.shapes import ConvShape
 
 operator = torch.ops.fused_cna.conv_norm_act_out
@@ -55,15 +56,10 @@ def run_simulator(problem: Problem, out: Tensor) -> None:
 def run_gpu(problem: Problem, out: Tensor) -> None:
     """On copies in one allocation each, in which views keep what they share."""
     needs_gpu()
-    moved: dict[int, Tensor] = {}
+    storages: dict[int, Tensor] = {}
 
     def move(tensor: Tensor) -> Tensor:
-        if tensor.is_meta:
-            return tensor
-        storage = tensor.untyped_storage()
-        whole = torch.empty(0, dtype=tensor.dtype).set_(storage)
-        on_gpu = moved.setdefault(storage.data_ptr(), whole.cuda())
-        return on_gpu.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return tensor if tensor.is_meta else moved(tensor, "cuda", storages)
 
     with torch.inference_mode():
         run_front(problem.map(move), move(out))
@@ -77,6 +73,9 @@ RUNS: dict[str, Run] = {
     "kernel_checks": run_kernel_checks,
     "simt": run_simulator,
 }
+WRITES = (run_front, run_operator, run_simulator)
+"""The GPU writes too, but into a copy."""
+
 runs = pytest.mark.parametrize(
     "run", [*RUNS.values(), pytest.param(run_gpu, marks=pytest.mark.gpu)], ids=[*RUNS, "cuda"]
 )
@@ -126,7 +125,12 @@ def test_refused(run: Run, name: str) -> None:
 @runs
 @pytest.mark.parametrize("strides", [(240, 1, 40, 8), (1, 2, 16, 96), (8, 1, 90, 16), (3, 2, 100, 20)])
 def test_strides_that_do_not_overlap_are_taken(run: Run, strides: tuple[int, ...]) -> None:
-    run(BASE, strided(strides))
+    out = strided(strides)
+    run(BASE, out)
+    if run in WRITES:
+        assert_close_in_any_order(out, three_steps(BASE))
+    else:
+        assert (out == UNTOUCHED).all(), "what only checks writes nothing"
 
 
 @runs
