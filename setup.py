@@ -171,14 +171,12 @@ def plan_extension() -> list[Extension]:
         package = importlib.util.find_spec(header_of)
         if package is not None and package.origin is not None:
             include = Path(package.origin).with_name("include")
-            names = ("cost", "layout", "plan", "plan_data", "plan_module", "tuned")
-            sources = [f"csrc/{name}.cpp" for name in names]
-            sources += sorted(str(path) for path in Path("csrc/plans").glob("*.cpp"))
+            sources = sorted(map(str, [*Path("csrc/plan").glob("*.cpp"), *Path("csrc/kernels").glob("*/plan.cpp")]))
             return [
                 Extension(
                     "fused_cna._plan",
                     sources,
-                    include_dirs=[str(include)],
+                    include_dirs=[str(include), os.path.abspath("csrc")],
                     extra_compile_args=CXX_FLAGS,
                     language="c++",
                     optional=True,
@@ -217,7 +215,7 @@ def extension_arguments(record: dict[str, Any]) -> dict[str, Any]:
             str(path)
             for pattern in ("**/*.cpp", "**/*.cu")
             for path in Path("csrc").glob(pattern)
-            if path.name != "plan_module.cpp"
+            if path != Path("csrc/plan/module.cpp")
         ),
         include_dirs=[os.path.abspath("csrc")],
         extra_compile_args={

@@ -212,23 +212,23 @@ class ConvNormAct(nn.Module):
                 input in it; with ``fused_cna.config.strict`` any call on CUDA tensors that cannot be fused.
         """
         if out is None:
-            return self._run(x, residual, None)
+            return self._compute(x, residual, None)
         if not isinstance(out, Tensor):
             raise TypeError(f"out must be a Tensor or None, but got {type(out).__name__}")
-        y = self._run(x, residual, out)
+        y = self._compute(x, residual, out)
         return out if y is out else ops.copy_into(out, y, x, residual)
 
-    def _run(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
+    def _compute(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
         """The result; it is ``out`` only where that is what a fused call has written."""
         parts = self._modules
         conv: Any = parts["conv"]
         norm: Any = _NOTHING if parts["norm"] is None else parts["norm"]
         act: Any = _NOTHING if parts["act"] is None else parts["act"]
         if not isinstance(x, Tensor):
-            return self._run_submodules(x, residual, conv, norm, act)
+            return self._compute_by_submodules(x, residual, conv, norm, act)
         if x.dim() == 3:
             x, residual, batch_out = unsqueeze(x, residual, out)
-            y = self._run(x, residual, batch_out)
+            y = self._compute(x, residual, batch_out)
             return out if out is not None and y is batch_out else y.squeeze(0)
         if (
             self.training
@@ -240,8 +240,8 @@ class ConvNormAct(nn.Module):
             or (type(conv) is not nn.Conv2d and not layers.is_conv(conv))
             or (norm._modules and any(map(layers.has_hooks, norm._modules.values())))
         ):
-            return self._run_submodules(x, residual, conv, norm, act)
-        return self._run_fused(x, residual, conv, norm, act, out)
+            return self._compute_by_submodules(x, residual, conv, norm, act)
+        return self._compute_fused(x, residual, conv, norm, act, out)
 
     def _pad(self, x: Tensor) -> Tensor:
         if not any(self.zero_pad):
@@ -249,7 +249,7 @@ class ConvNormAct(nn.Module):
         top, bottom, left, right = self.zero_pad
         return F.pad(x, (left, right, top, bottom))
 
-    def _run_submodules(self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any) -> Tensor:
+    def _compute_by_submodules(self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any) -> Tensor:
         x = self._pad(x)
         return self._finish(norm(conv(x)), residual, act)
 
@@ -261,14 +261,14 @@ class ConvNormAct(nn.Module):
             return act(eager.add_residual(z, residual))
         return eager.add_residual(act(z), residual)
 
-    def _run_fused(
+    def _compute_fused(
         self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any, out: Tensor | None
     ) -> Tensor:
         """One call for the convolution and all behind it that can be fused with it, then the rest."""
-        run: Callable[..., Tensor] = eager.conv_norm_act
+        compute: Callable[..., Tensor] = eager.conv_norm_act
         kernel = (x.is_cuda or ops.operator_everywhere) and ops.takes_kernel(x)
         if kernel:
-            run = ops.operator
+            compute = ops.operator
             if torch.is_grad_enabled():
                 self._suggest_inference_mode(x, residual)
         weight, bias = _conv_tensors(conv)
@@ -287,15 +287,15 @@ class ConvNormAct(nn.Module):
 
         fusible = layers.epilogue(norm, act, self.residual_order)
         if fusible is None:
-            z = run(x, weight, bias, *layers.NO_NORM, *convolution, "identity", (), None, "add_act")
+            z = compute(x, weight, bias, *layers.NO_NORM, *convolution, "identity", (), None, "add_act")
             return self._finish(norm(z), residual, act)
         vectors, described, order = fusible
         if described is not None:
             arguments = (x, weight, bias, *vectors, *convolution, *described, residual, order)
-            return run(*arguments) if out is None else ops.run_into(out, arguments, kernel=kernel)
+            return compute(*arguments) if out is None else ops.write_into(out, arguments, kernel=kernel)
         if order == "add_act":
-            return act(run(x, weight, bias, *vectors, *convolution, "identity", (), residual, order))
-        z = run(x, weight, bias, *vectors, *convolution, "identity", (), None, order)
+            return act(compute(x, weight, bias, *vectors, *convolution, "identity", (), residual, order))
+        z = compute(x, weight, bias, *vectors, *convolution, "identity", (), None, order)
         return self._finish(z, residual, act)
 
     def _pad_before(self, x: Tensor, padding: Any, conv: Any) -> tuple[Tensor, Any]:

@@ -42,6 +42,8 @@ _library.define(f"{_OUT_NAME}({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=torch.T
 # What both do where a gradient is wanted; the compiled extension calls them by name.
 _library.define(f"_differentiable_{_NAME}({_ARGUMENTS}) -> Tensor")
 _library.define(f"_differentiable_{_OUT_NAME}({_ARGUMENTS}, Tensor(a!) out) -> ()")
+# What is refused, in words; the compiled extension calls it where its own conditions do not hold.
+_library.define(f"_refuse({_ARGUMENTS}, Tensor? out) -> ()")
 operator = torch.ops.fused_cna.conv_norm_act.default
 """The operator, for callers whose arguments are in the form of its schema and whose tensors are on a GPU."""
 out_operator = torch.ops.fused_cna.conv_norm_act_out.default
@@ -61,6 +63,13 @@ _TENSORS = {
 _AUTOCAST_TENSORS = ("x", "weight", "bias", "residual")
 
 
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _no_kernel_takes(dtype: torch.dtype) -> str:
+    return f"no kernel takes {dtype}; there are kernels for float32, float16 and bfloat16"
+
+
 def _empty_output(x: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for the output in the memory format that torch's conv2d would return."""
     channels_last = x.shape[0] != 0 and torch.channels_last in (
@@ -78,6 +87,19 @@ def _tensors_of(args: Sequence[Any]) -> dict[str, Tensor | None]:
 def _check_all(args: Sequence[Any], out: Tensor) -> None:
     check_out(out, check_arguments(*args), args[0])
     check_out_memory(out, _tensors_of(args))
+
+
+def _refuse(*args: Any) -> None:
+    *arguments, out = args
+    shape = check_arguments(*arguments)
+    if arguments[0].dtype not in FUSED_DTYPES:
+        raise RuntimeError(
+            f"{_no_kernel_takes(arguments[0].dtype)}. Convert the input, or call fused_cna.conv_norm_act, which "
+            "falls back to eager PyTorch"
+        )
+    if out is not None:
+        check_out(out, shape, arguments[0])
+        check_out_memory(out, _tensors_of(arguments))
 
 
 @torch.library.register_fake(f"fused_cna::{_NAME}", lib=_library)
@@ -169,6 +191,7 @@ def _register_autocast(name: str, call: Callable[..., Any], device_type: str, ke
 
 _library.impl(_NAME, _eager_kernel, "CPU")
 _library.impl(_OUT_NAME, _eager_out_kernel, "CPU")
+_library.impl("_refuse", _refuse, "CompositeImplicitAutograd")
 _library.impl(f"_differentiable_{_NAME}", _differentiable, "CompositeImplicitAutograd")
 _library.impl(f"_differentiable_{_OUT_NAME}", _refuse_to_differentiate, "CompositeImplicitAutograd")
 for _name, _operator in ((_NAME, operator), (_OUT_NAME, out_operator)):
@@ -208,8 +231,6 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     return built[0] == major and built[1] <= minor
 
 
-FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 operator_everywhere = False
 """Whether calls on devices other than CUDA go to the operator too, so that tuning sees what a GPU would."""
 
@@ -223,7 +244,7 @@ def _obstacle(dtype: torch.dtype, device_index: int) -> str:
     if not _extension.is_available():
         return _extension.unavailable_reason()
     if dtype not in FUSED_DTYPES:
-        return f"no kernel takes {dtype}; there are kernels for float32, float16 and bfloat16"
+        return _no_kernel_takes(dtype)
     if device_index not in _device_obstacles:
         _device_obstacles[device_index] = device_obstacle(device_index)
     return _device_obstacles[device_index]
@@ -270,7 +291,7 @@ def _check_options(act: object, act_params: object, groups: object) -> None:
         raise TypeError(f"groups must be an int, but got {groups!r}")
 
 
-def _run_eager(arguments: Sequence[Any], out: Tensor | None = None) -> Tensor:
+def _compute_eagerly(arguments: Sequence[Any], out: Tensor | None = None) -> Tensor:
     device_type = arguments[0].device.type
     if eager.is_autocast_enabled(device_type):
         arguments = _autocast(arguments, device_type)
@@ -282,10 +303,10 @@ def _run_eager(arguments: Sequence[Any], out: Tensor | None = None) -> Tensor:
     return out.copy_(eager.conv_norm_act(*arguments))
 
 
-def run_into(out: Tensor, arguments: Sequence[Any], *, kernel: bool) -> Tensor:
+def write_into(out: Tensor, arguments: Sequence[Any], *, kernel: bool) -> Tensor:
     """Write the result for the operator's arguments into ``out``, by the kernel or eagerly, and return it."""
     if not kernel:
-        return _run_eager(arguments, out)
+        return _compute_eagerly(arguments, out)
     out_operator(*arguments, out)
     return out
 
@@ -424,7 +445,7 @@ def conv_norm_act(
     )
     kernel = takes_kernel(x)
     if out is not None and batch_out is not None:
-        run_into(batch_out, arguments, kernel=kernel)
+        write_into(batch_out, arguments, kernel=kernel)
         return out
-    y = operator(*arguments) if kernel else _run_eager(arguments)
+    y = operator(*arguments) if kernel else _compute_eagerly(arguments)
     return y.squeeze(0) if unbatched else y

@@ -36,5 +36,5 @@ def test_no_two_headers_define_one_name(tmp_path: Path) -> None:
     assert len(HEADERS) > 20
     includes = [f'#include "{header}"' for header in HEADERS]
     assert compile_together(includes, tmp_path) == ""
-    twice = "namespace fused_cna::kernels::grouped { class Walk {}; }"
+    twice = "namespace fused_cna::grouped { class Walk {}; }"
     assert "redefinition of" in compile_together([*includes, twice], tmp_path)

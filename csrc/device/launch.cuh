@@ -8,9 +8,9 @@
 
 namespace fused_cna::device {
 
-// A launch beyond 48 KB of shared memory needs a limit raised that the kernel has on its device, whoever launches it. So it
-// is raised once, to all that the device has, and never lowered: another thread may be about to launch the kernel with more
-// than this call needs, and a captured graph launches it again at any time.
+// Above 48 KB of shared memory, a kernel's limit on its device has to be raised first. It is raised once, to all that the
+// device has, and never lowered: another thread may be about to launch the kernel with more than this call needs, and a
+// captured graph launches it again at any time.
 template <auto kernel>
 const char* raise_shared_limit() {
     static std::atomic<uint64_t> raised = 0;  // a bit for each of the first 64 devices

@@ -3,9 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
-#include "../stream.h"
+#include "args.h"
 
 namespace fused_cna::device {
 
@@ -22,7 +20,7 @@ struct LaunchShape {
     int64_t shared_bytes;
 };
 
-// Null, or the error in words: taken from the runtime as well, because whoever asks it next would blame the wrong launch.
+// Null, or the error in words. It is cleared in the runtime too, or the next check would blame another launch.
 inline const char* in_words(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();

@@ -69,39 +69,44 @@ __device__ __forceinline__ void load_vector(const T* source, float (&values)[Cou
     }
 }
 
-// Count values as they are stored.
+// Values as they lie in memory: two of 16 bits share a register, and loading them waits for nothing.
 template <int Count, class T>
-struct Vectors {
+struct Packed {
     static constexpr int per_vector = values_per_vector<T>;
-    static_assert(Count % per_vector == 0, "a vector access moves whole 16-byte pieces");
-    Vector16 pieces[Count / per_vector];
+    uint32_t words[(Count * sizeof(T) + 3) / 4];
+
+    __device__ __forceinline__ float value(int i) const {
+        T value;
+        memcpy(&value, reinterpret_cast<const unsigned char*>(words) + i * sizeof(T), sizeof(T));
+        return to_float(value);
+    }
+
+    // The i-th 16 bytes.
+    __device__ __forceinline__ void set_vector(int i, const Vector16& vector) { memcpy(words + i * 4, &vector, 16); }
 
     // To 16-byte aligned memory.
     __device__ __forceinline__ void store(T* destination) const {
+        static_assert(Count % per_vector == 0, "a vector access moves whole 16-byte pieces");
 #pragma unroll
-        for (int i = 0; i < Count / per_vector; ++i) reinterpret_cast<Vector16*>(destination)[i] = pieces[i];
+        for (int i = 0; i < Count / per_vector; ++i) memcpy(reinterpret_cast<Vector16*>(destination) + i, words + i * 4, 16);
     }
 };
 
-// Each value is rounded once.
+// Rounds each value once.
 template <int Count, class T>
-__device__ __forceinline__ Vectors<Count, T> round_vectors(const float* values) {
-    constexpr int per_vector = values_per_vector<T>;
-    Vectors<Count, T> rounded;
+__device__ __forceinline__ Packed<Count, T> round_values(const float* values) {
+    Packed<Count, T> rounded;
+    T parts[Count];
 #pragma unroll
-    for (int i = 0; i < Count / per_vector; ++i) {
-        T parts[per_vector];
-#pragma unroll
-        for (int j = 0; j < per_vector; ++j) parts[j] = from_float<T>(values[i * per_vector + j]);
-        memcpy(&rounded.pieces[i], parts, sizeof(parts));
-    }
+    for (int i = 0; i < Count; ++i) parts[i] = from_float<T>(values[i]);
+    memcpy(rounded.words, parts, sizeof(parts));
     return rounded;
 }
 
 // Rounds Count values, and writes them to 16-byte aligned memory.
 template <int Count, class T>
 __device__ __forceinline__ void store_vector(T* destination, const float (&values)[Count]) {
-    round_vectors<Count, T>(values).store(destination);
+    round_values<Count, T>(values).store(destination);
 }
 
 }  // namespace fused_cna::device

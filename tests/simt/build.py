@@ -42,9 +42,6 @@ PLAIN = Variant("plain", ("-O2", "-g1"), ("-shared",))
 SANITIZED = Variant("sanitized", ("-O1", "-g1", *SANITIZE), (*SANITIZE, "-rdynamic"))
 COVERAGE = Variant("coverage", ("-O0", "-g1", "--coverage"), ("-shared", "--coverage"))
 
-# The host side of csrc/ that needs neither torch nor Python.
-HOST_SOURCES = ("cost.cpp", "layout.cpp", "plan.cpp", "run.cpp", "tuned.cpp")
-
 # Files that are worth another level of optimisation than their variant's.
 OPTIMISATION = {"multiply_add.cpp": ("-O3",)}
 
@@ -68,21 +65,19 @@ def targets() -> dict[str, Target]:
     fastest = switch["x86_64" if platform.machine() == "x86_64" else "ucontext"]
     core = [path for path in sorted((SIMT / "src").glob("*.cpp")) if path not in switch.values()]
     host = SIMT / "host"
-    operator = [
-        *(CSRC / name for name in HOST_SOURCES),
-        *sorted((CSRC / "plans").glob("*.cpp")),
-        *sorted((CSRC / "kernels").glob("*.cu")),
-        host / "conv.cpp",
-    ]
+    # all of csrc/ that needs neither torch nor Python
+    plan = [path for path in sorted((CSRC / "plan").glob("*.cpp")) if path.stem not in ("module", "python")]
+    kernels = [*sorted((CSRC / "kernels").rglob("*.cpp")), *sorted((CSRC / "kernels").rglob("*.cu"))]
+    operator = [*plan, *kernels, host / "conv.cpp"]
     tests = [*sorted((SIMT / "kernels").glob("*.cu")), host / "test_kernels.cpp"]
-    conv, kernels = (fastest, *core, *operator), (fastest, *core, *tests)
+    conv, own_kernels = (fastest, *core, *operator), (fastest, *core, *tests)
     return {
         "conv": Target("libsimt_conv.so", PLAIN, conv),
-        "kernels": Target("libsimt_kernels.so", PLAIN, kernels),
+        "kernels": Target("libsimt_kernels.so", PLAIN, own_kernels),
         "kernels_ucontext": Target("libsimt_kernels_ucontext.so", PLAIN, (switch["ucontext"], *core, *tests)),
         "conv_coverage": Target("libsimt_conv.so", COVERAGE, conv),
         "conv_sanitized": Target("simt_conv", SANITIZED, (*conv, host / "conv_main.cpp")),
-        "kernels_sanitized": Target("simt_kernels", SANITIZED, (*kernels, host / "test_kernels_main.cpp")),
+        "kernels_sanitized": Target("simt_kernels", SANITIZED, (*own_kernels, host / "test_kernels_main.cpp")),
     }
 
 

@@ -1,17 +1,17 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <simt/block.h>
 
-#include "conv_args.h"
 #include "conv_call.h"
-#include "device_info.h"
 #include "guarded.h"
-#include "layout.h"
-#include "plan.h"
-#include "run.h"
+#include "kernels/run.h"
+#include "plan/device.h"
+#include "plan/layout.h"
+#include "plan/plan.h"
 
 namespace simt {
 
@@ -42,31 +42,6 @@ const fused_cna::DeviceInfo& find_device(std::string_view name) {
     throw std::invalid_argument("no device is called " + std::string(name) + "; there are " + known);
 }
 
-ConvProblem make_problem(const ConvCall& call) {
-    return {
-        .n = call.x.sizes[0],
-        .c = call.x.sizes[1],
-        .h = call.x.sizes[2],
-        .w = call.x.sizes[3],
-        .k = call.weight.sizes[0],
-        .r = call.weight.sizes[2],
-        .s = call.weight.sizes[3],
-        .stride_h = call.stride[0],
-        .stride_w = call.stride[1],
-        .pad_top = call.padding[0],
-        .pad_bottom = call.padding[1],
-        .pad_left = call.padding[2],
-        .pad_right = call.padding[3],
-        .dil_h = call.dilation[0],
-        .dil_w = call.dilation[1],
-        .groups = call.groups,
-        .dtype = find_dtype(call.dtype),
-        .allow_tf32 = call.allow_tf32 != 0,
-        .has_norm = call.vectors[3] != nullptr,
-        .has_residual = call.residual.data != nullptr,
-    };
-}
-
 fused_cna::Epilogue make_epilogue(const ConvCall& call) {
     return {
         .bias = call.vectors[0],
@@ -83,28 +58,30 @@ fused_cna::Epilogue make_epilogue(const ConvCall& call) {
     };
 }
 
-fused_cna::Strides strides_of(const ConvCall::Tensor& tensor) {
-    return {tensor.strides[0], tensor.strides[1], tensor.strides[2], tensor.strides[3]};
-}
-
-fused_cna::FilterStrides filter_strides_of(const ConvCall::Tensor& tensor) {
-    return {tensor.strides[0], tensor.strides[1], tensor.strides[2], tensor.strides[3]};
+fused_cna::TensorView view_of(const ConvCall::Tensor& tensor) {
+    const auto [sizes, strides] = std::pair(tensor.sizes, tensor.strides);
+    return {tensor.data, {sizes[0], sizes[1], sizes[2], sizes[3]}, {strides[0], strides[1], strides[2], strides[3]}};
 }
 
 fused_cna::ConvArgs make_args(const ConvCall& call) {
-    fused_cna::ConvArgs args{
-        .problem = make_problem(call),
-        .x = call.x.data,
-        .x_strides = strides_of(call.x),
-        .weight = call.weight.data,
-        .weight_strides = filter_strides_of(call.weight),
-        .residual = call.residual.data,
-        .residual_strides = strides_of(call.residual),
-        .y = call.y.data,
-        .y_strides = strides_of(call.y),
-        .epilogue = make_epilogue(call),
-    };
-    fused_cna::describe_layout(args);
+    const fused_cna::Epilogue epilogue = make_epilogue(call);
+    fused_cna::OperatorCall given{.x = view_of(call.x),
+                                  .weight = view_of(call.weight),
+                                  .stride = {call.stride[0], call.stride[1]},
+                                  .padding = {call.padding[0], call.padding[1], call.padding[2], call.padding[3]},
+                                  .dilation = {call.dilation[0], call.dilation[1]},
+                                  .groups = call.groups,
+                                  .dtype = find_dtype(call.dtype),
+                                  .allow_tf32 = call.allow_tf32 != 0,
+                                  .has_norm = call.vectors[3] != nullptr,
+                                  .activation = epilogue.activation.function};
+    if (call.residual.data) given.residual = epilogue.residual_order;
+    fused_cna::ConvArgs args = fused_cna::make_args(given);
+    args.residual = call.residual.data;
+    args.residual_strides = fused_cna::as_strides(view_of(call.residual).strides);
+    args.y = call.y.data;
+    args.y_strides = fused_cna::as_strides(view_of(call.y).strides);
+    args.epilogue = epilogue;
     return args;
 }
 
@@ -123,12 +100,12 @@ void take_copies(const ConvCall& call, const fused_cna::Plan& plan, fused_cna::C
     if (plan.convert_x) {
         const ConvCall::Tensor& copy = require_copy(call.dense_x, "x", plan);
         args.x = copy.data;
-        args.x_strides = strides_of(copy);
+        args.x_strides = fused_cna::as_strides(view_of(copy).strides);
     }
     if (plan.convert_weight) {
         const ConvCall::Tensor& copy = require_copy(call.dense_weight, "the weight", plan);
         args.weight = copy.data;
-        args.weight_strides = filter_strides_of(copy);
+        args.weight_strides = fused_cna::as_filter_strides(view_of(copy).strides);
     }
 }
 
@@ -140,7 +117,7 @@ std::string list_plans(const ConvCall& call) {
     std::string names;
     for (const fused_cna::Candidate& candidate :
          fused_cna::list_candidates(make_args(call).problem, find_device(call.device))) {
-        if (candidate.illegal.empty()) names += fused_cna::to_string(candidate.plan) + "\n";
+        if (candidate.is_supported()) names += fused_cna::to_string(candidate.plan) + "\n";
     }
     return names;
 }

@@ -2,7 +2,7 @@
 #include <cstdint>
 #include <string>
 
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace simt {
 

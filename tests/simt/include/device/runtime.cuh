@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include <simt/block.h>
-#include <stream.h>
+#include <args.h>
 #include <device/types.cuh>
 
 namespace fused_cna::device {

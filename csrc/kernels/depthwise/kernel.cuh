@@ -1,0 +1,369 @@
+// Depthwise convolution on the CUDA cores, for x with dense channels: a thread owns 16 bytes of channels and a strip of 7
+// output columns, and slides along the rows of the filter, so that what it loads serves every column that needs it.
+#pragma once
+
+#include <device/device.cuh>
+
+#include "kernels/common/epilogue.cuh"
+#include "kernels/depthwise/tile.h"
+
+namespace fused_cna::depthwise {
+
+struct Args {
+    ConvArgs conv;
+    int p, q;            // of the output
+    int multiplier;      // output channels of one input channel
+    int chunks, strips;  // of a block at a time: chunks of its slab, and strips
+    int slabs;
+    int strips_per_row, band_rows, bands;  // of an image
+    uint32_t all_strips;                   // the rows that the last band lacks included
+    uint32_t strip_step;                   // from a block's strips to its next
+};
+
+// VectorBytes: the widest load of x that channels and alignment allow, 16 or 4; 0 where it is value by value.
+template <class T, Tile Of, int VectorBytes>
+struct Traits {
+    using Value = T;
+    static constexpr Tile tile = Of;
+    static constexpr int vector_bytes = VectorBytes;
+    static constexpr int columns = strip_columns;
+    static constexpr int values = device::values_per_vector<T>;  // channels of a chunk
+    static constexpr int quads = values / 4;
+    static constexpr int taps = tile.takes_any() ? most_taps : tile.filter * tile.filter;
+    // Four floats longer than a slab, so that the weights of one channel, which are neighbours in global memory, are written
+    // to different banks.
+    static constexpr int weight_pitch = most_chunks * values + 4;
+
+    static_assert(taps <= 64, "more than 64 products in one running sum lose accuracy");
+    static_assert(tile.by_value == (vector_bytes == 0), "a tile says whether it loads value by value");
+};
+
+template <class Traits>
+struct Shared {
+    // A thread's own: 16 bytes beside those of its neighbours, so that accesses are free of bank conflicts.
+    alignas(16) float sums[Traits::columns][Traits::quads][threads][4];
+    // As float, because every strip would convert them again. Of each tap the first four values of all chunks, then the
+    // next: threads of neighbouring chunks read neighbouring 16 bytes.
+    alignas(16) float weights[Traits::taps][Traits::weight_pitch];
+    ChannelFold folds[most_chunks * Traits::values];
+    static_assert(Traits::tile.shared_bytes(sizeof(typename Traits::Value)) ==
+                      (Traits::columns * Traits::quads * threads + Traits::taps * Traits::weight_pitch / 4) * 16 +
+                          sizeof(folds),
+                  "the plan counts the shared memory of every member");
+    static_assert(Traits::tile.shared_bytes(sizeof(typename Traits::Value)) <= 48 * 1024,
+                  "a block must fit the 48 KB that need no opt-in");
+};
+
+template <class Traits>
+using StripSums = float[Traits::columns][Traits::values];
+
+// Slabs run fastest over the grid: blocks that run together read whole pixels.
+struct Thread {
+    int slab_channel;   // the block's first output channel
+    int chunk, strip;   // within the block
+    int first_channel;  // of the chunk
+    int channels;       // of the chunk, that exist: none where the thread has nothing to make
+
+    // The channels of a chunk that is there at all: with 16-byte accesses all of them.
+    template <class Traits>
+    __device__ int valid() const {
+        return Traits::vector_bytes == 16 ? Traits::values : channels;
+    }
+
+    template <class Traits>
+    static __device__ Thread of(const Args& args) {
+        const int slab_channel = static_cast<int>(device::block_x()) % args.slabs * args.chunks * Traits::values;
+        const int chunk = device::thread_x() % args.chunks, strip = device::thread_x() / args.chunks;
+        const int first_channel = slab_channel + chunk * Traits::values;
+        const int remaining = strip < args.strips ? static_cast<int>(args.conv.problem.k) - first_channel : 0;
+        return {.slab_channel = slab_channel,
+                .chunk = chunk,
+                .strip = strip,
+                .first_channel = first_channel,
+                .channels = remaining < Traits::values ? remaining : Traits::values};
+    }
+};
+
+// A strip by its first pixel. Strips below each other come next to each other: they share rows of x, which the second finds
+// in the L1. They are counted through the whole batch, so that no thread idles on small images.
+struct Strip {
+    int n, p, q;  // n is -1 where there is nothing to make
+
+    __device__ bool exists() const { return n >= 0; }
+
+    template <class Traits>
+    static __device__ Strip of(const Args& args, const Thread& thread, uint32_t index) {
+        const uint32_t column = index / args.band_rows, band = column / args.strips_per_row;
+        const int p = static_cast<int>(band % args.bands * args.band_rows + index % args.band_rows);
+        const bool exists = index < args.all_strips && p < args.p && thread.channels > 0;
+        return {exists ? static_cast<int>(band / args.bands) : -1, p,
+                static_cast<int>(column % args.strips_per_row) * Traits::columns};
+    }
+};
+
+// Brings the weights of `taps` taps of the slab, from `first_tap` on, into shared memory: a batch at a time, of which all
+// are asked for before any is waited for.
+template <class Traits>
+__device__ __forceinline__ void load_weights(const Args& args, const Thread& thread, int first_tap, int taps,
+                                             Shared<Traits>& shared) {
+    using T = typename Traits::Value;
+    // As many as a slab of a filter known when compiled has for a thread. Those of any filter take more instructions each.
+    constexpr int wanted = (most_chunks * Traits::values * Traits::taps + threads - 1) / threads;
+    constexpr int batch = Traits::tile.takes_any() ? 4 : wanted < 16 ? wanted : 16;
+    const FilterStrides& strides = args.conv.weight_strides;
+    const int filter_s = Traits::tile.takes_any() ? static_cast<int>(args.conv.problem.s) : Traits::tile.filter;
+    const int count = args.chunks * Traits::values * taps;
+#pragma unroll 1
+    for (int first = device::thread_x(); first < count; first += batch * threads) {
+        T weights[batch];
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+            const int index = first + i * threads, tap = first_tap + index % taps;
+            const int channel = thread.slab_channel + index / taps;
+            weights[i] = device::from_float<T>(0.0f);
+            if (index >= count || channel >= args.conv.problem.k) continue;
+            weights[i] = static_cast<const T*>(
+                args.conv.weight)[channel * strides.k + tap / filter_s * strides.r + tap % filter_s * strides.s];
+        }
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+            const int index = first + i * threads, channel = index / taps;
+            const int place = (channel % Traits::values / 4 * most_chunks + channel / Traits::values) * 4 + channel % 4;
+            if (index < count) shared.weights[index % taps][place] = device::to_float(weights[i]);
+        }
+    }
+}
+
+// A chunk's values from shared memory, where every four of them lie `pitch` floats after the last.
+template <int Values>
+__device__ __forceinline__ void read_chunk(const float* source, int pitch, float (&values)[Values]) {
+#pragma unroll
+    for (int quad = 0; quad < Values / 4; ++quad) {
+        float four[4];
+        device::load_vector(source + quad * pitch, four);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[quad * 4 + i] = four[i];
+    }
+}
+
+// Which columns from `first` on lie in an image of `width`, as bits.
+__device__ __forceinline__ uint32_t columns_inside(int first, int columns, int width) {
+    const int begin = first < 0 ? -first : 0;
+    const int end = width - first < columns ? width - first : columns;
+    return begin < end ? (1u << end) - (1u << begin) : 0u;
+}
+
+// A filter known when compiled: of each of its rows every column of x that the strip needs is loaded once.
+template <class Traits>
+__device__ __forceinline__ void slide(const Args& args, const Thread& thread, const Strip& strip,
+                                      const Shared<Traits>& shared, StripSums<Traits>& sums) {
+    using T = typename Traits::Value;
+    constexpr int filter = Traits::tile.filter, stride = Traits::tile.stride;
+    constexpr int span = (Traits::columns - 1) * stride + filter;  // columns of x
+    static_assert(span < 32, "the columns of x are counted in the bits of a word");
+    const ConvProblem& problem = args.conv.problem;
+    const Strides& strides = args.conv.x_strides;
+    const int first_h = strip.p * stride - static_cast<int>(problem.pad_top);
+    const int first_w = strip.q * stride - static_cast<int>(problem.pad_left);
+    const uint32_t inside = strip.exists() ? columns_inside(first_w, span, static_cast<int>(problem.w)) : 0u;
+    const T* row = static_cast<const T*>(args.conv.x) + strip.n * strides.n + first_h * strides.h + first_w * strides.w +
+                   thread.first_channel;
+#pragma unroll 1
+    for (int r = 0; r < filter; ++r, row += strides.h) {
+        const bool row_inside = static_cast<uint32_t>(first_h + r) < static_cast<uint32_t>(problem.h);
+        const uint32_t row_mask = row_inside ? inside : 0u;
+        device::Vector16 chunks[span];
+        const T* source = row;
+#pragma unroll
+        for (int i = 0; i < span; ++i, source += strides.w) {
+            chunks[i] = row_mask >> i & 1 ? device::load_pieces<Traits::vector_bytes>(source, thread.valid<Traits>())
+                                          : device::Vector16{};
+        }
+        // Four channels at a time, so that the weights leave registers for the loads under way.
+#pragma unroll
+        for (int quad = 0; quad < Traits::quads; ++quad) {
+            float weights[filter][4];
+#pragma unroll
+            for (int s = 0; s < filter; ++s) {
+                device::load_vector(&shared.weights[r * filter + s][(quad * most_chunks + thread.chunk) * 4], weights[s]);
+            }
+#pragma unroll
+            for (int i = 0; i < span; ++i) {
+                float x[Traits::values];
+                device::convert_vector<T>(chunks[i], x);
+#pragma unroll
+                for (int column = 0; column < Traits::columns; ++column) {
+                    const int s = i - column * stride;
+                    if (s < 0 || s >= filter) continue;
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        float& sum = sums[column][quad * 4 + j];
+                        sum = fmaf(x[quad * 4 + j], weights[s][j], sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// The input channels of a chunk's output channels, which are multiples of them in number. Channels beyond
+// the last read the last one's; their sums are not stored.
+template <int Values>
+struct InputChannels {
+    int channels[Values];
+
+    __device__ InputChannels(const Args& args, int first_channel) {
+        const int last = static_cast<int>(args.conv.problem.k) - 1;
+#pragma unroll
+        for (int i = 0; i < Values; ++i) {
+            channels[i] = (first_channel + i < last ? first_channel + i : last) / args.multiplier;
+        }
+    }
+};
+
+// A chunk of the pixel of x whose first channel `source` points at; zeros where the pixel is not `inside`.
+template <class Traits, class T>
+__device__ __forceinline__ void load_chunk(const T* source, bool inside, const Thread& thread,
+                                           const InputChannels<Traits::values>& input, float (&x)[Traits::values]) {
+    if constexpr (Traits::vector_bytes > 0) {
+        const int valid = inside ? thread.valid<Traits>() : 0;
+        device::convert_vector<T>(device::load_pieces<Traits::vector_bytes>(source + thread.first_channel, valid), x);
+    } else {
+#pragma unroll
+        for (int i = 0; i < Traits::values; ++i) x[i] = inside ? device::to_float(source[input.channels[i]]) : 0.0f;
+    }
+}
+
+// Any filter: its `taps` taps from `first_tap` on, whose weights lie in shared memory.
+template <class Traits>
+__device__ __forceinline__ void multiply_taps(const Args& args, const Thread& thread, const Strip& strip, int first_tap,
+                                              int taps, const Shared<Traits>& shared, StripSums<Traits>& sums) {
+    using T = typename Traits::Value;
+    const ConvProblem& problem = args.conv.problem;
+    const Strides& strides = args.conv.x_strides;
+    const int filter_s = static_cast<int>(problem.s), stride_w = static_cast<int>(problem.stride_w);
+    const int first_h = strip.p * static_cast<int>(problem.stride_h) - static_cast<int>(problem.pad_top);
+    const int first_w = strip.q * stride_w - static_cast<int>(problem.pad_left);
+    const T* image = static_cast<const T*>(args.conv.x) + strip.n * strides.n;
+    const InputChannels<Traits::values> input(args, thread.first_channel);
+    int r = first_tap / filter_s, s = first_tap % filter_s;
+#pragma unroll 1
+    for (int tap = 0; tap < taps; ++tap) {
+        const int h = first_h + r * static_cast<int>(problem.dil_h), w = first_w + s * static_cast<int>(problem.dil_w);
+        const bool row_inside = strip.exists() && static_cast<uint32_t>(h) < static_cast<uint32_t>(problem.h);
+        const uint32_t width = row_inside ? static_cast<uint32_t>(problem.w) : 0u;
+        float weights[Traits::values];
+        read_chunk(&shared.weights[tap][thread.chunk * 4], most_chunks * 4, weights);
+        const T* source = image + h * strides.h + w * strides.w;
+#pragma unroll
+        for (int column = 0; column < Traits::columns; ++column, source += stride_w * strides.w) {
+            float x[Traits::values];
+            load_chunk<Traits>(source, static_cast<uint32_t>(w + column * stride_w) < width, thread, input, x);
+#pragma unroll
+            for (int i = 0; i < Traits::values; ++i) sums[column][i] = fmaf(x[i], weights[i], sums[column][i]);
+        }
+        s = s + 1 == filter_s ? 0 : s + 1;
+        r += s == 0;
+    }
+}
+
+// Writes a thread's sums to where store_strip reads them, and adds to what is there unless they are the `first`.
+template <class Traits>
+__device__ __forceinline__ void stage_sums(const StripSums<Traits>& sums, bool first, Shared<Traits>& shared) {
+#pragma unroll
+    for (int column = 0; column < Traits::columns; ++column) {
+#pragma unroll
+        for (int quad = 0; quad < Traits::quads; ++quad) {
+            float* place = shared.sums[column][quad][device::thread_x()];
+            float total[4] = {};
+            if (!first) device::load_vector(place, total);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[i] += sums[column][quad * 4 + i];
+            device::store_vector(place, total);
+        }
+    }
+}
+
+// The sums of every thread's strip into shared memory.
+template <class Traits>
+__device__ __forceinline__ void accumulate(const Args& args, const Thread& thread, const Strip& strip,
+                                           Shared<Traits>& shared) {
+    if constexpr (!Traits::tile.takes_any()) {
+        StripSums<Traits> sums = {};
+        slide(args, thread, strip, shared, sums);
+        stage_sums<Traits>(sums, true, shared);
+    } else {
+        const int all_taps = static_cast<int>(args.conv.problem.gemm_k());
+        for (int first_tap = 0; first_tap < all_taps; first_tap += Traits::taps) {
+            const int remaining = all_taps - first_tap, taps = remaining < Traits::taps ? remaining : Traits::taps;
+            if (all_taps > Traits::taps) {
+                device::sync_threads();
+                load_weights(args, thread, first_tap, taps, shared);
+                device::sync_threads();
+            }
+            StripSums<Traits> sums = {};
+            multiply_taps(args, thread, strip, first_tap, taps, shared, sums);
+            stage_sums<Traits>(sums, first_tap == 0, shared);
+        }
+    }
+}
+
+// Asks for a strip's residual, so that it is on its way to the L2 while the products are made.
+template <class Traits>
+__device__ __forceinline__ void prefetch_residual(const Args& args, const Thread& thread, const Strip& strip) {
+    RowPlace place = place_of_pixel(args.conv, {strip.n, strip.p, strip.q});
+#pragma unroll 1
+    for (int q = strip.q; q < strip.q + Traits::columns && q < args.q; ++q) {
+        prefetch_pixel_residual<typename Traits::Value>(args.conv, place, thread.first_channel);
+        place.residual += args.conv.residual_strides.w;
+    }
+}
+
+// Finishes and stores a thread's strip pixel by pixel: a rolled loop, so that the activations are instantiated once.
+template <class Traits>
+__device__ __forceinline__ void store_strip(const Args& args, const Thread& thread, const Strip& strip,
+                                            const Shared<Traits>& shared) {
+    using T = typename Traits::Value;
+    const ConvArgs& conv = args.conv;
+    ChannelFold folds[Traits::values];
+#pragma unroll
+    for (int i = 0; i < Traits::values; ++i) folds[i] = shared.folds[thread.chunk * Traits::values + i];
+    RowPlace place = place_of_pixel(conv, {strip.n, strip.p, strip.q});
+    const int remaining = args.q - strip.q, valid = thread.valid<Traits>();
+    const int columns = remaining < Traits::columns ? remaining : Traits::columns;
+#pragma unroll 1
+    for (int column = 0; column < columns; ++column) {
+        float sums[Traits::values];
+        read_chunk(shared.sums[column][0][device::thread_x()], threads * 4, sums);
+        finish_channels<Traits::values, T>(sums, folds, conv, place, thread.first_channel, valid);
+        place.y += conv.y_strides.w;
+        place.residual += conv.residual_strides.w;
+    }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(threads, Traits::tile.blocks_per_multiprocessor)
+    depthwise(const __grid_constant__ Args args) {
+    static_assert(most_chunks * Traits::values <= threads, "a thread folds one channel");
+    auto& shared = device::shared_storage<Shared<Traits>>();
+    const Thread thread = Thread::of<Traits>(args);
+    const Epilogue& epilogue = args.conv.epilogue;
+    const int all_taps = Traits::tile.takes_any() ? static_cast<int>(args.conv.problem.gemm_k()) : Traits::taps;
+    const int index = device::thread_x(), channel = thread.slab_channel + index;
+    const bool folds = index < args.chunks * Traits::values;
+    const ChannelVectors<typename Traits::Value> vectors(epilogue, channel, folds && channel < args.conv.problem.k);
+    if (all_taps <= Traits::taps) load_weights(args, thread, 0, all_taps, shared);
+    if (folds) shared.folds[index] = vectors.fold(epilogue);
+    device::sync_threads();
+
+    const uint32_t begin = static_cast<uint32_t>(device::block_x()) / args.slabs * args.strips;
+#pragma unroll 1
+    for (uint32_t first = begin; first < args.all_strips; first += args.strip_step) {
+        const Strip strip = Strip::of<Traits>(args, thread, first + thread.strip);
+        if (args.conv.residual && strip.exists()) prefetch_residual<Traits>(args, thread, strip);
+        accumulate(args, thread, strip, shared);
+        if (strip.exists()) store_strip(args, thread, strip, shared);
+    }
+}
+
+}  // namespace fused_cna::depthwise

@@ -1,0 +1,216 @@
+// Dense and grouped convolution as an implicit GEMM: operands are brought by cp.async through several stages of swizzled
+// shared memory, and multiplied by one of the arithmetics in tensor_cores.cuh and cuda_cores.cuh. Compute capability 8.0 and
+// newer. Channels of x and of the weight must be dense (stride 1).
+#pragma once
+
+#include <device/device.cuh>
+
+#include "kernels/implicit_gemm/operands.cuh"
+
+namespace fused_cna::implicit_gemm {
+
+// What the epilogue keeps in the operands' memory: a slice of the accumulators at the beginning, the residual under way at
+// the end. A reduction of few steps never reaches the end, and the residual can be under way beside the operands.
+template <class Traits>
+struct EpilogueMemory {
+    static constexpr int operand_bytes = Traits::stages * Traits::stage_bytes;
+    static constexpr int slice_bytes = Traits::slice_rows * Traits::slice_pitch * 4;
+    static constexpr int slots_bytes = sizeof(typename Traits::Output::ResidualSlots);
+    static_assert(slice_bytes + slots_bytes < operand_bytes, "the epilogue must fit the operands' memory");
+    static constexpr int untouched_after_steps = (operand_bytes - slots_bytes) / Traits::stage_bytes;
+
+    float accumulators[slice_bytes / 4];
+    unsigned char between[operand_bytes - slice_bytes - slots_bytes];
+    typename Traits::Output::ResidualSlots residual;
+};
+
+template <class Traits>
+struct Shared {
+    union {
+        alignas(128) unsigned char stages[Traits::stages][Traits::stage_bytes];
+        EpilogueMemory<Traits> epilogue;
+    };
+    RowPlace places[Traits::m];  // in the order in which slices take the rows
+    ChannelFold folds[Traits::n];
+};
+
+// Row of the tile that is row `index` in the order of the slices: slice i holds the i-th few rows of every warp.
+template <class Traits>
+__device__ __forceinline__ int row_of_slice_order(int index) {
+    constexpr int rows = Traits::warp_slice_rows;
+    const int slice = index / Traits::slice_rows, within = index % Traits::slice_rows;
+    return within / rows * Traits::warp_m + slice * rows + within % rows;
+}
+
+template <class Traits>
+__device__ __forceinline__ void prepare_tables(const Args& args, const Block& block, Shared<Traits>& shared) {
+    const int thread = device::thread_x();
+    const Epilogue& epilogue = args.conv.epilogue;
+    const ChannelVectors<typename Traits::Value> vectors(epilogue, block.first_channel(args) + thread,
+                                                         thread < block.columns);
+    for (int i = thread; i < Traits::m; i += Traits::threads) {
+        const int row = block.first_row + row_of_slice_order<Traits>(i);
+        shared.places[i] = place_of_pixel(args.conv, args.x.output.pixel_of_row(row));
+    }
+    if (thread < Traits::n) shared.folds[thread] = vectors.fold(epilogue);
+}
+
+// Which stage is read and which is filled, as offsets in bytes.
+template <class Traits>
+class StageRing {
+   public:
+    __device__ uint32_t read() const { return read_; }
+    __device__ uint32_t write() const { return write_; }
+    __device__ void next_read() { read_ = after(read_); }
+    __device__ void next_write() { write_ = after(write_); }
+
+   private:
+    static constexpr uint32_t stage_bytes = Traits::stage_bytes, end = Traits::stages * stage_bytes;
+    static __device__ uint32_t after(uint32_t stage) { return stage + stage_bytes == end ? 0 : stage + stage_bytes; }
+
+    uint32_t read_ = 0, write_ = end - stage_bytes;
+};
+
+// Starts the copies of the step that is stages - 1 ahead. Groups are committed even when empty, so that the number under way
+// is always the same.
+template <class Traits, class Loader>
+__device__ __forceinline__ void load_ahead(Loader& loader, StageRing<Traits>& ring, int step, int steps) {
+    if (step + Traits::stages - 1 < steps) loader.load(ring.write());
+    device::commit_copies();
+    ring.next_write();
+}
+
+// The stage that is read next has landed, and every warp has read the last of the stage that is written next.
+template <class Traits>
+__device__ __forceinline__ void next_stage() {
+    device::wait_copies<Traits::stages - 2>();
+    device::sync_threads();
+}
+
+// The main loop: each step reads one stage while the copies of the next ones are under way. Within a step a part is read
+// while the one before it is multiplied, across the end of the stage too.
+template <class Traits, class Loader>
+__device__ __forceinline__ void multiply_reading_ahead(Loader& loader, typename Traits::Math& math, int steps) {
+    StageRing<Traits> ring;
+    next_stage<Traits>();
+    math.read(0, ring.read(), 0);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+#pragma unroll
+        for (int k = 0; k < Traits::k_steps; ++k) {
+            if (k == Traits::k_steps - 1) {
+                next_stage<Traits>();
+                ring.next_read();
+            }
+            math.read((k + 1) % 2, ring.read(), (k + 1) % Traits::k_steps);
+            if (k == 0) load_ahead(loader, ring, step, steps);
+            math.multiply(k % 2);
+        }
+    }
+}
+
+// The same for an arithmetic whose registers do not suffice for a second buffer, and whose products take so long that
+// the warps hide each other's reads.
+template <class Traits, class Loader>
+__device__ __forceinline__ void multiply_in_turn(Loader& loader, typename Traits::Math& math, int steps) {
+    StageRing<Traits> ring;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        next_stage<Traits>();
+        load_ahead(loader, ring, step, steps);
+#pragma unroll
+        for (int k = 0; k < Traits::k_steps; ++k) {
+            math.read(0, ring.read(), k);
+            math.multiply(0);
+        }
+        ring.next_read();
+        if (step % Traits::steps_per_chunk == Traits::steps_per_chunk - 1) math.end_chunk();
+    }
+    math.end_chunk();
+}
+
+// Starts the copies of the first steps, as many as there are stages to fill.
+template <class Traits, class Loader>
+__device__ __forceinline__ void load_first(Loader& loader, int steps) {
+#pragma unroll
+    for (int stage = 0; stage < Traits::stages - 1; ++stage) {
+        if (stage < steps) loader.load(stage * Traits::stage_bytes);
+        device::commit_copies();
+    }
+}
+
+template <class Traits>
+__device__ __forceinline__ typename Traits::Output output_of(const Args& args, const Block& block,
+                                                             const Shared<Traits>& shared) {
+    return {args.conv, shared.places, shared.folds, {block.first_channel(args), block.columns}, shared.epilogue.residual};
+}
+
+template <class Traits>
+__device__ __forceinline__ void store_slices(const Args& args, const Block& block, Shared<Traits>& shared,
+                                             const typename Traits::Math& math, typename Traits::Output& output) {
+    const int warp_m = device::warp() / Traits::warps_n, warp_n = device::warp() % Traits::warps_n;
+    float* accumulators = shared.epilogue.accumulators;
+    float* warp_rows = accumulators + warp_m * Traits::warp_slice_rows * Traits::slice_pitch + warp_n * Traits::warp_n;
+#pragma unroll 1
+    for (int slice = 0; slice < Traits::slices; ++slice) {
+        math.write(slice, warp_rows, Traits::slice_pitch);
+        device::sync_threads();
+        Traits::Math::repair(args, block, accumulators, Traits::slice_pitch, Traits::slice_rows,
+                             [&](int row) { return row_of_slice_order<Traits>(slice * Traits::slice_rows + row); });
+        output.store(slice, accumulators);
+        device::sync_threads();
+    }
+}
+
+// Writes the tile's share of the sums to the workspace, [splits][tiles_m * m][tiles_n * n] float32, for split_k to add up.
+template <class Traits>
+__device__ __forceinline__ void store_partial_sums(const Args& args, const Block& block, const typename Traits::Math& math) {
+    const int warp_m = device::warp() / Traits::warps_n, warp_n = device::warp() % Traits::warps_n;
+    const int64_t pitch = int64_t{args.tiles_n.value} * Traits::n;
+    const int64_t first_row = int64_t{block.split} * args.tiles_m.value * Traits::m + block.first_row;
+    float* tile = args.conv.workspace + first_row * pitch + block.tile_n * Traits::n;
+    float* warp_rows = tile + warp_m * Traits::warp_m * pitch + warp_n * Traits::warp_n;
+#pragma unroll
+    for (int slice = 0; slice < Traits::slices; ++slice) {
+        math.write(slice, warp_rows + slice * Traits::warp_slice_rows * pitch, pitch);
+    }
+    Traits::Math::repair(args, block, tile, pitch, Traits::m, [](int row) { return row; });
+}
+
+template <class Traits, template <int> class Rows>
+__global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multiprocessor)
+    implicit_gemm(const __grid_constant__ Args args) {
+    auto& shared = device::shared_storage<Shared<Traits>>();
+    const Block block = Block::of<Traits>(args);
+    const bool is_split = args.steps_per_split < args.steps;
+    const int first_step = block.split * args.steps_per_split, remaining = args.steps - first_step;
+    const int steps = remaining < args.steps_per_split ? remaining : args.steps_per_split;
+
+    // Operands are asked for before anything else is done, so that the tables are made while they are under way.
+    OperandLoader<Traits, Rows> loader(args, block, first_step, device::shared_address(&shared.stages[0][0]));
+    load_first<Traits>(loader, steps);
+    prepare_tables(args, block, shared);
+    // Asked for once more behind the main loop, in which a predicate kept would be one too many.
+    const auto residual_beside_operands = [&] { return args.steps <= EpilogueMemory<Traits>::untouched_after_steps; };
+    if (!is_split && residual_beside_operands()) {
+        device::sync_threads();
+        output_of(args, block, shared).start();
+    }
+
+    typename Traits::Math math(&shared.stages[0][0]);
+    if constexpr (Traits::reads_ahead) {
+        multiply_reading_ahead<Traits>(loader, math, steps);
+    } else {
+        multiply_in_turn<Traits>(loader, math, steps);
+    }
+    // The epilogue takes over the stages.
+    device::wait_copies<0>();
+    device::sync_threads();
+
+    if (is_split) return store_partial_sums<Traits>(args, block, math);
+    typename Traits::Output output = output_of(args, block, shared);
+    if (!residual_beside_operands()) output.start();
+    store_slices(args, block, shared, math, output);
+}
+
+}  // namespace fused_cna::implicit_gemm

@@ -1,0 +1,52 @@
+#include "kernels/run.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace fused_cna {
+
+// Each returns null, or the launch error in words. Defined in the family's own folder.
+using Launch = const char*(const ConvArgs& args, const Plan& plan, Stream stream);
+
+namespace depthwise { Launch launch; }
+namespace depthwise_toeplitz { Launch launch; }
+namespace direct { Launch launch; }
+namespace grouped { Launch launch; }
+namespace implicit_gemm { Launch launch_sm80, launch_tf32x3, launch_fp32; }
+namespace small_m { Launch launch; }
+namespace stem { Launch launch; }
+
+namespace {
+
+struct Row {
+    Kernel kernel;
+    Launch* launch;
+};
+
+constexpr Row launchers[] = {
+    {Kernel::depthwise, depthwise::launch},
+    {Kernel::depthwise_toeplitz, depthwise_toeplitz::launch},
+    {Kernel::direct, direct::launch},
+    {Kernel::grouped, grouped::launch},
+    {Kernel::implicit_gemm_fp32, implicit_gemm::launch_fp32},
+    {Kernel::implicit_gemm_sm80, implicit_gemm::launch_sm80},
+    {Kernel::implicit_gemm_tf32x3, implicit_gemm::launch_tf32x3},
+    {Kernel::small_m, small_m::launch},
+    {Kernel::stem, stem::launch},
+};
+
+}  // namespace
+
+void run(const ConvArgs& args, const Plan& plan, Stream stream) {
+    if (plan.blocks == 0) return;
+    const Row* row = std::ranges::find(launchers, plan.kernel, &Row::kernel);
+    const bool is_ours = row != std::end(launchers);
+    const char* error = is_ours ? row->launch(args, plan, stream) : "it is ATen's, which only the operator can call";
+    if (error) {
+        throw std::runtime_error("fused_cna: launching " + to_string(plan) + " failed: " + error + " (" +
+                                 to_string(args.problem) + ")");
+    }
+}
+
+}  // namespace fused_cna

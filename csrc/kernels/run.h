@@ -1,0 +1,14 @@
+// From arguments and a plan to a launch. Free of torch, so that the simulator runs this very path.
+#pragma once
+
+#include "args.h"
+#include "plan/plan.h"
+
+namespace fused_cna {
+
+// Launches the planned kernel on the stream and returns without waiting. An empty output launches nothing.
+// args.workspace holds plan.workspace_bytes, and x and the weight have been copied where the plan says so.
+// Throws std::runtime_error with the problem, the plan and the cause where the launch fails.
+void run(const ConvArgs& args, const Plan& plan, Stream stream);
+
+}  // namespace fused_cna

@@ -1,0 +1,319 @@
+// Convolutions with few output pixels: squeeze-excite, heads. Bound by one read of the weight, and below that by latency, so
+// there are no tensor cores and no copies to shared memory: a team of lanes streams whole filters through registers, 16
+// bytes a lane and load, and adds up in a fixed order. x is read through the L1, where it stays: staged it would cost a
+// barrier a step and save nothing, because a chunk of x is loaded no more often than from shared memory. float32 is exact.
+#pragma once
+
+#include <cstring>
+
+#include <device/device.cuh>
+
+#include "kernels/common/epilogue.cuh"
+#include "kernels/small_m/tile.h"
+
+namespace fused_cna::small_m {
+
+// Made on the host once per launch.
+struct Args {
+    ConvArgs conv;
+    int rows;  // gemm_m
+    int c_per_group, k_per_group;
+    int lanes;    // of a team
+    int columns;  // output channels that a block makes
+    int tiles_m, tiles_n_per_group;
+    int chunks_per_tap, chunks;  // of 16 bytes: in one tap of the filter, and in all
+    int steps;
+};
+
+// VectorBytes: of one load; as narrow as a value, it takes channels at any stride. Pointwise: the filter has one tap, which
+// lies inside the image for every output pixel.
+template <class T, Tile tile, int VectorBytes, bool Pointwise>
+struct Traits {
+    using Value = T;
+    static constexpr int rows = tile.rows, channels = tile.channels, threads = tile.threads;
+    static constexpr int unroll = tile.unroll_of(VectorBytes);
+    static constexpr int vector_bytes = VectorBytes;
+    static constexpr bool is_pointwise = Pointwise;
+    static constexpr int values = device::values_per_vector<T>;  // of a chunk
+    static constexpr int most_columns = threads * channels;
+
+    static_assert(unroll * values <= 64, "more than 64 products in one running sum lose accuracy");
+    static_assert(channels * unroll * (16 / vector_bytes) >= 4,
+                  "fewer loads under way leave the latency of device memory bare");
+};
+
+// Where an output pixel's window begins in x: its coordinates, which may lie outside the image, and its offset in elements.
+struct Window {
+    int64_t offset;
+    int h, w;
+};
+
+template <class Traits>
+struct Shared {
+    Window windows[Traits::rows];
+    RowPlace places[Traits::rows];
+    ChannelFold folds[Traits::most_columns];
+    // [warps of a team][rows][columns]; teams of several warps are fewer, so that it never takes more.
+    float sums[Traits::rows * Traits::most_columns];
+};
+
+struct Block {
+    int first_row, rows;       // how many of the tile's rows exist
+    int group, first_channel;  // the channel counts within the group
+    int columns;               // how many of the block's columns exist
+
+    // Row tiles run fastest over the grid: blocks that share filters run together and find them in the L2.
+    template <class Traits>
+    static __device__ Block of(const Args& args) {
+        const int block = static_cast<int>(device::block_x());
+        const int first_row = block % args.tiles_m * Traits::rows, tile_n = block / args.tiles_m;
+        const int first_channel = tile_n % args.tiles_n_per_group * args.columns;
+        return {.first_row = first_row,
+                .rows = smaller(Traits::rows, args.rows - first_row),
+                .group = tile_n / args.tiles_n_per_group,
+                .first_channel = first_channel,
+                .columns = smaller(args.columns, args.k_per_group - first_channel)};
+    }
+
+    __device__ int64_t output_channel(const Args& args, int column) const {
+        return static_cast<int64_t>(group) * args.k_per_group + first_channel + column;
+    }
+
+    static __device__ int smaller(int a, int b) { return a < b ? a : b; }
+};
+
+// A chunk's first `values` values, `stride` elements apart where they are loaded one by one; zeros behind them.
+template <class Traits>
+__device__ __forceinline__ device::Vector16 load_chunk(const typename Traits::Value* source, int64_t stride, int values) {
+    using T = typename Traits::Value;
+    if constexpr (Traits::vector_bytes > sizeof(T)) return device::load_pieces<Traits::vector_bytes>(source, values);
+    T parts[Traits::values] = {};
+#pragma unroll
+    for (int i = 0; i < Traits::values; ++i) {
+        if (i < values) parts[i] = source[i * stride];
+    }
+    device::Vector16 chunk;
+    memcpy(&chunk, parts, sizeof(chunk));
+    return chunk;
+}
+
+// One lane's share of the reduction: of every `lanes` neighbouring chunks, channels fastest, then s, then r, it takes one.
+template <class Traits>
+class LaneOperands {
+    using T = typename Traits::Value;
+
+   public:
+    __device__ LaneOperands(const Args& args, const Block& block) : args_(args) {
+        // Neighbouring teams have neighbouring filters, which lie side by side where they are short.
+        const int team = device::thread_x() / args.lanes, teams = Traits::threads / args.lanes;
+        const ConvArgs& conv = args.conv;
+        chunk_ = device::thread_x() % args.lanes;
+        columns_ = block.columns - team;
+        team_columns_ = teams;
+        rows_ = block.rows;
+        weight_ = static_cast<const T*>(conv.weight) + block.output_channel(args, team) * conv.weight_strides.k;
+        x_ = static_cast<const T*>(conv.x) + static_cast<int64_t>(block.group) * args.c_per_group * conv.x_strides.c;
+    }
+
+    // Starts the loads of a step's filters.
+    __device__ __forceinline__ void load_weight(int step) {
+        const FilterStrides& strides = args_.conv.weight_strides;
+#pragma unroll
+        for (int u = 0; u < Traits::unroll; ++u) {
+            const Position at = position(step, u);
+            const T* source = weight_ + at.c * strides.c + at.r * strides.r + at.s * strides.s;
+#pragma unroll
+            for (int j = 0; j < Traits::channels; ++j) {
+                const int column = j * team_columns_;
+                weights[u][j] =
+                    load_chunk<Traits>(source + column * strides.k, strides.c, column < columns_ ? at.values : 0);
+            }
+        }
+    }
+
+    // Starts the loads of the same step's activations, which are zero outside the image.
+    __device__ __forceinline__ void load_x(int step, const Window* windows) {
+        const ConvProblem& problem = args_.conv.problem;
+        const Strides& strides = args_.conv.x_strides;
+#pragma unroll
+        for (int u = 0; u < Traits::unroll; ++u) {
+            const Position at = position(step, u);
+            const int h = at.r * static_cast<int>(problem.dil_h), w = at.s * static_cast<int>(problem.dil_w);
+            const T* source = x_ + at.c * strides.c + h * strides.h + w * strides.w;
+#pragma unroll
+            for (int i = 0; i < Traits::rows; ++i) {
+                const Window& window = windows[i];
+                bool exists = i < rows_;
+                if constexpr (!Traits::is_pointwise) {
+                    exists = exists && window.h + h >= 0 && window.h + h < problem.h && window.w + w >= 0 &&
+                             window.w + w < problem.w;
+                }
+                x[u][i] = load_chunk<Traits>(source + (exists ? window.offset : 0), strides.c, exists ? at.values : 0);
+            }
+        }
+    }
+
+    // Whether any lane of the team has a u-th chunk in this step.
+    __device__ bool has_chunks(int step, int u) const { return (step * Traits::unroll + u) * args_.lanes < args_.chunks; }
+
+    device::Vector16 weights[Traits::unroll][Traits::channels];
+    device::Vector16 x[Traits::unroll][Traits::rows];
+
+   private:
+    // Of a chunk in the filter; without values behind the end of the reduction.
+    struct Position {
+        int r, s, c;
+        int values;
+    };
+
+    __device__ __forceinline__ Position position(int step, int u) const {
+        const int chunk = (step * Traits::unroll + u) * args_.lanes + chunk_;
+        Position at{0, 0, chunk * Traits::values, 0};
+        if constexpr (!Traits::is_pointwise) {
+            const int tap = chunk / args_.chunks_per_tap, s = static_cast<int>(args_.conv.problem.s);
+            at = {tap / s, tap % s, chunk % args_.chunks_per_tap * Traits::values, 0};
+        }
+        if (chunk < args_.chunks) at.values = Block::smaller(Traits::values, args_.c_per_group - at.c);
+        return at;
+    }
+
+    const Args& args_;
+    const T* weight_;   // the filter of the team's first channel
+    const T* x_;        // the group's first channel
+    int chunk_;         // the lane's place in the team
+    int columns_;       // from the team's first one to the block's last that exists
+    int team_columns_;  // from one column of a team to its next
+    int rows_;
+};
+
+template <class Traits>
+using Sums = float[Traits::rows][Traits::channels];
+
+template <class Traits>
+__device__ __forceinline__ void multiply(const LaneOperands<Traits>& operands, int step, Sums<Traits>& total) {
+    using T = typename Traits::Value;
+    // Summed apart and then added: one running sum over thousands of products has several times the error.
+    Sums<Traits> sums = {};
+#pragma unroll
+    for (int u = 0; u < Traits::unroll; ++u) {
+        if (!operands.has_chunks(step, u)) break;
+        float weights[Traits::channels][Traits::values];
+#pragma unroll
+        for (int j = 0; j < Traits::channels; ++j) device::convert_vector<T>(operands.weights[u][j], weights[j]);
+#pragma unroll
+        for (int i = 0; i < Traits::rows; ++i) {
+            float x[Traits::values];
+            device::convert_vector<T>(operands.x[u][i], x);
+#pragma unroll
+            for (int j = 0; j < Traits::channels; ++j) {
+#pragma unroll
+                for (int v = 0; v < Traits::values; ++v) sums[i][j] = fmaf(x[v], weights[j][v], sums[i][j]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < Traits::rows; ++i) {
+#pragma unroll
+        for (int j = 0; j < Traits::channels; ++j) total[i][j] += sums[i][j];
+    }
+}
+
+template <class Traits>
+__device__ void prepare_rows(const Args& args, const Block& block, Shared<Traits>& shared) {
+    const int i = device::thread_x();
+    if (i >= Traits::rows) return;
+    const ConvProblem& problem = args.conv.problem;
+    const Strides& strides = args.conv.x_strides;
+    const OutputSize<int> output{static_cast<int>(problem.n), static_cast<int>(problem.p()), static_cast<int>(problem.q())};
+    const Pixel pixel = output.pixel_of_row(block.first_row + i);
+    const int64_t h = pixel.p * problem.stride_h - problem.pad_top, w = pixel.q * problem.stride_w - problem.pad_left;
+    shared.places[i] = place_of_pixel(args.conv, pixel);
+    shared.windows[i] = {pixel.n * strides.n + h * strides.h + w * strides.w, static_cast<int>(h), static_cast<int>(w)};
+}
+
+template <class Traits>
+__device__ void prepare_folds(const Args& args, const Block& block, Shared<Traits>& shared) {
+    for (int i = device::thread_x(); i < block.columns; i += Traits::threads) {
+        const ChannelVectors<typename Traits::Value> vectors(args.conv.epilogue, block.output_channel(args, i), true);
+        shared.folds[i] = vectors.fold(args.conv.epilogue);
+    }
+}
+
+// Adds up over the lanes of a team that lie in one warp, and leaves the results in shared memory.
+template <class Traits>
+__device__ __forceinline__ void reduce(const Args& args, Sums<Traits>& total, Shared<Traits>& shared) {
+    const int lanes_in_warp = Block::smaller(args.lanes, 32);
+#pragma unroll 1
+    for (int mask = lanes_in_warp / 2; mask > 0; mask /= 2) {
+#pragma unroll
+        for (int i = 0; i < Traits::rows; ++i) {
+#pragma unroll
+            for (int j = 0; j < Traits::channels; ++j) total[i][j] += device::shuffle_xor(total[i][j], mask);
+        }
+    }
+    if (device::lane() % lanes_in_warp != 0) return;
+    const int team = device::thread_x() / args.lanes, teams = Traits::threads / args.lanes;
+    const int warp_of_team = device::thread_x() % args.lanes / 32;
+    float* sums = shared.sums + warp_of_team * Traits::rows * args.columns + team;
+#pragma unroll
+    for (int i = 0; i < Traits::rows; ++i) {
+#pragma unroll
+        for (int j = 0; j < Traits::channels; ++j) sums[i * args.columns + j * teams] = total[i][j];
+    }
+}
+
+// Asks for the residual, so that it is on its way to the L2 while the products are made.
+template <class Traits>
+__device__ __forceinline__ void prefetch_residual(const Args& args, const Block& block, const Shared<Traits>& shared) {
+    for (int i = device::thread_x(); i < block.rows * args.columns; i += Traits::threads) {
+        const int row = i / args.columns, column = i % args.columns;
+        if (column >= block.columns) continue;
+        prefetch_pixel_residual<typename Traits::Value>(args.conv, shared.places[row], block.output_channel(args, column));
+    }
+}
+
+// Adds up over the warps of a team, finishes and stores: value by value, because there are few.
+template <class Traits>
+__device__ __forceinline__ void store_sums(const Args& args, const Block& block, const Shared<Traits>& shared) {
+    using T = typename Traits::Value;
+#pragma unroll 1
+    for (int i = device::thread_x(); i < block.rows * args.columns; i += Traits::threads) {
+        const int row = i / args.columns, column = i % args.columns;
+        if (column >= block.columns) continue;
+        float sum[1] = {shared.sums[i]};
+        for (int warp = 1; warp * 32 < args.lanes; ++warp) sum[0] += shared.sums[warp * Traits::rows * args.columns + i];
+        const ChannelFold fold[1] = {shared.folds[column]};
+        finish_channels<1, T>(sum, fold, args.conv, shared.places[row], block.output_channel(args, column), 1);
+    }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::threads, Tile::blocks_per_multiprocessor)
+    small_m(const __grid_constant__ Args args) {
+    auto& shared = device::shared_storage<Shared<Traits>>();
+    const Block block = Block::of<Traits>(args);
+
+    // The first loads are under way before anything waits for memory or for another thread: in a small layer they are all.
+    LaneOperands<Traits> operands(args, block);
+    operands.load_weight(0);
+    prepare_rows(args, block, shared);
+    device::sync_threads();
+    operands.load_x(0, shared.windows);
+    if (args.conv.residual) prefetch_residual(args, block, shared);
+    prepare_folds(args, block, shared);
+
+    Sums<Traits> total = {};
+#pragma unroll 1
+    for (int step = 0;;) {
+        multiply(operands, step, total);
+        if (++step == args.steps) break;
+        operands.load_weight(step);
+        operands.load_x(step, shared.windows);
+    }
+
+    reduce(args, total, shared);
+    device::sync_threads();
+    store_sums(args, block, shared);
+}
+
+}  // namespace fused_cna::small_m

@@ -1,0 +1,69 @@
+// The Python module of the kernels: how it was built and which there are. Importing it registers the operator.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include <string>
+#include <vector>
+
+#include "plan/plan.h"
+#include "plan/python.h"
+#include "plan/tuned.h"
+#include "torch/device.h"
+
+namespace py = pybind11;
+
+namespace fused_cna {
+
+namespace {
+
+py::dict build_info() {
+    py::dict info;
+    info["torch"] = TORCH_VERSION;
+    info["compiler"] = __VERSION__;
+    return info;
+}
+
+std::vector<std::string> kernels() {
+    std::vector<std::string> names;
+    for (int i = 0; i < static_cast<int>(Kernel::cudnn); ++i) names.emplace_back(kernel_name(static_cast<Kernel>(i)));
+    return names;
+}
+
+// Never destroyed: a call may come while Python shuts down.
+py::object& plan_loader() {
+    static auto* loader = new py::object;
+    return *loader;
+}
+
+void call_plan_loader(int device_index) {
+    const py::gil_scoped_acquire gil;
+    if (plan_loader()) plan_loader()(device_index);
+}
+
+void set_plan_loader(const py::object& loader) {
+    plan_loader() = loader;
+    set_tuned_plan_loader(call_plan_loader);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    m.doc() = "Compiled part of fused_cna: the CUDA kernels and the plan that chooses among them.";
+    m.def("build_info", &build_info, "The torch and the compiler this module was built with.");
+    m.def("force_plan", &force_plan,
+          "Makes every call run the best plan whose name begins so; an empty name ends it. Returns the name before.",
+          py::arg("name"));
+    m.def(
+        "device", [](int index) { return device_as_dict(device_info(static_cast<c10::DeviceIndex>(index))); },
+        "What the plan knows of a CUDA device, as a dict.", py::arg("index"));
+    m.def("set_plan_loader", &set_plan_loader,
+          "Has a function called with the index of each CUDA device before the first plan for it is chosen.",
+          py::arg("loader"));
+    m.def("_load_plans_once", &load_tuned_plans_once, "What the operator does first on a device.",
+          py::call_guard<py::gil_scoped_release>(), py::arg("index"));
+    define_tuned_plans(m);
+    m.def("kernels", &kernels, "The names of the kernels, as a plan names them.");
+}
+
+}  // namespace fused_cna
