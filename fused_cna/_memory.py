@@ -2,7 +2,7 @@
 
 Views of one tensor may lie between each other's elements without touching, as channel slices of a
 channels_last tensor do, so elements are compared and not the memory from the first to the last.
-csrc/overlap.cpp has the same search; tests hold the two to the same answers.
+csrc/torch/overlap.cpp has the same search; tests hold the two to the same answers.
 """
 
 from __future__ import annotations

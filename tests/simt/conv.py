@@ -59,7 +59,7 @@ def conv_norm_act(
         plan: what to run instead of the plan that is estimated to be the fastest, by the name that
             `fused_cna._C.plan` prints or its beginning, as long as it is clear: "direct",
             "implicit_gemm_sm80 64x64x32", "implicit_gemm_sm80 64x64x32 split 2 masked".
-        device: whose plan: a name of csrc/device_info.h.
+        device: whose plan: a name of csrc/plan/device.h.
         allow_tf32: whether float32 products may be rounded to tf32, for which PyTorch has a global switch.
         seed: chooses the order of threads and blocks; a right kernel gives the same bits for every seed.
         sanitized: run in a process built with AddressSanitizer and UndefinedBehaviorSanitizer, every tensor
