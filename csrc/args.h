@@ -27,7 +27,7 @@ enum class Activation : int32_t {
     hardsigmoid,
     sigmoid,
     tanh,
-    mish,
+    mish
 };
 
 struct ActivationInfo {

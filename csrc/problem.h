@@ -1,7 +1,6 @@
 // One convolution problem: what every layer of the project passes around. No torch, no CUDA.
 #pragma once
 
-#include <array>
 #include <compare>
 #include <cstdint>
 
@@ -79,44 +78,26 @@ struct ConvProblem {
     }
 };
 
-// Calls visit(name, field) for each field: what every conversion to plain data goes through. The struct is taken apart
-// whole, so that a field added to it and not here does not compile. Plan files hold these names.
+// Calls visit(name, field) for each name and field that follow.
+template <class Visit>
+constexpr void visit_fields(const Visit&) {}
+template <class Visit, class Field, class... Others>
+constexpr void visit_fields(const Visit& visit, const char* name, Field& field, Others&&... others) {
+    visit(name, field);
+    visit_fields(visit, others...);
+}
+
+// What every conversion to plain data goes through. The struct is taken apart whole, so that a field added to it and not
+// here does not compile. Plan files hold these names.
 template <class Problem, class Visit>
-constexpr void for_each_problem_field(Problem& problem, Visit visit) {
-    constexpr std::array names{"n",
-                               "c",
-                               "h",
-                               "w",
-                               "k",
-                               "r",
-                               "s",
-                               "stride_h",
-                               "stride_w",
-                               "pad_top",
-                               "pad_bottom",
-                               "pad_left",
-                               "pad_right",
-                               "dil_h",
-                               "dil_w",
-                               "groups",
-                               "dtype",
-                               "allow_tf32",
-                               "x_access",
-                               "x_pixel_access",
-                               "weight_access",
-                               "x_pixels_even",
-                               "has_norm",
-                               "has_residual",
-                               "passes_after_cudnn"};
+constexpr void for_each_problem_field(Problem& problem, const Visit& visit) {
     auto& [n, c, h, w, k, r, s, stride_h, stride_w, pad_top, pad_bottom, pad_left, pad_right, dil_h, dil_w, groups, dtype,
            allow_tf32, x, x_pixel, weight, x_pixels_even, has_norm, has_residual, passes] = problem;
-    const auto visit_all = [&](auto&... fields) {
-        static_assert(sizeof...(fields) == names.size());
-        const char* const* name = names.data();
-        (visit(*name++, fields), ...);
-    };
-    visit_all(n, c, h, w, k, r, s, stride_h, stride_w, pad_top, pad_bottom, pad_left, pad_right, dil_h, dil_w, groups, dtype,
-              allow_tf32, x, x_pixel, weight, x_pixels_even, has_norm, has_residual, passes);
+    visit_fields(visit, "n", n, "c", c, "h", h, "w", w, "k", k, "r", r, "s", s, "stride_h", stride_h, "stride_w", stride_w,
+                 "pad_top", pad_top, "pad_bottom", pad_bottom, "pad_left", pad_left, "pad_right", pad_right, "dil_h", dil_h,
+                 "dil_w", dil_w, "groups", groups, "dtype", dtype, "allow_tf32", allow_tf32, "x_access", x, "x_pixel_access",
+                 x_pixel, "weight_access", weight, "x_pixels_even", x_pixels_even, "has_norm", has_norm, "has_residual",
+                 has_residual, "passes_after_cudnn", passes);
 }
 
 }  // namespace fused_cna

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string_view>
 
+#include "problem.h"
+
 namespace fused_cna {
 
 struct DeviceInfo {
@@ -21,16 +23,11 @@ struct DeviceInfo {
 
 // As for_each_problem_field.
 template <class Device, class Visit>
-constexpr void for_each_device_field(Device& device, Visit visit) {
+constexpr void for_each_device_field(Device& device, const Visit& visit) {
     auto& [major, minor, multiprocessors, shared_per_multiprocessor, shared_per_block, clock, bandwidth, geforce] = device;
-    visit("compute_major", major);
-    visit("compute_minor", minor);
-    visit("multiprocessors", multiprocessors);
-    visit("shared_per_multiprocessor", shared_per_multiprocessor);
-    visit("shared_per_block", shared_per_block);
-    visit("clock_ghz", clock);
-    visit("bandwidth_gbs", bandwidth);
-    visit("is_geforce", geforce);
+    visit_fields(visit, "compute_major", major, "compute_minor", minor, "multiprocessors", multiprocessors,
+                 "shared_per_multiprocessor", shared_per_multiprocessor, "shared_per_block", shared_per_block, "clock_ghz",
+                 clock, "bandwidth_gbs", bandwidth, "is_geforce", geforce);
 }
 
 // What all GPUs of a compute capability share.

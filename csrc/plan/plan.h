@@ -29,7 +29,7 @@ enum class Kernel : int32_t {
     grouped,
     depthwise,
     stem,
-    cudnn,
+    cudnn
 };
 
 const char* kernel_name(Kernel kernel);

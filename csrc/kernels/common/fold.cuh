@@ -59,4 +59,25 @@ class ChannelVectors {
     T bias_;
 };
 
+// A table of neighbouring channels' folds, a channel for each of the block's first threads: asked for where it is made, and
+// folded where it is stored.
+template <class T>
+class FoldTable {
+   public:
+    // The table has `size` places, of which `existing` are channels.
+    __device__ __forceinline__ FoldTable(const Epilogue& epilogue, int64_t first_channel, int size, int64_t existing)
+        : epilogue_(epilogue),
+          has_place_(device::thread_x() < size),
+          vectors_(epilogue, first_channel + device::thread_x(), has_place_ && device::thread_x() < existing) {}
+
+    __device__ __forceinline__ void store(ChannelFold* folds) const {
+        if (has_place_) folds[device::thread_x()] = vectors_.fold(epilogue_);
+    }
+
+   private:
+    const Epilogue& epilogue_;
+    const bool has_place_;
+    const ChannelVectors<T> vectors_;
+};
+
 }  // namespace fused_cna

@@ -1,6 +1,8 @@
 // The epilogue of a tile of accumulators that passes through shared memory, slice by slice.
 #pragma once
 
+#include <bit>
+
 #include <device/device.cuh>
 
 #include "kernels/common/epilogue.cuh"
@@ -37,7 +39,7 @@ template <class T, class Shape>
 class TileStore {
     static constexpr int width = Shape::width, batch = Shape::rows_per_turn;
     static constexpr int all_rows = Shape::rows * Shape::slices, all_turns = Shape::stores / batch * Shape::slices;
-    static constexpr int depth = batch == 2 ? (all_turns >= 2 ? 2 : 1) : all_turns >= 4 ? 4 : all_turns >= 2 ? 2 : 1;
+    static constexpr int depth = std::bit_floor(static_cast<unsigned>(all_turns < 4 / batch ? all_turns : 4 / batch));
     static constexpr bool has_vectors = width % device::values_per_vector<T> == 0;
     using Queue = ResidualQueue<batch, has_vectors ? width : device::values_per_vector<T>, T, Shape::threads, depth>;
 

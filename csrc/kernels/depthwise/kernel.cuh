@@ -55,7 +55,7 @@ struct Shared {
 };
 
 template <class Traits>
-using StripSums = float[Traits::columns][Traits::values];
+using Sums = float[Traits::columns][Traits::values];
 
 // Slabs run fastest over the grid: blocks that run together read whole pixels.
 struct Thread {
@@ -156,7 +156,7 @@ __device__ __forceinline__ uint32_t columns_inside(int first, int columns, int w
 // A filter known when compiled: of each of its rows every column of x that the strip needs is loaded once.
 template <class Traits>
 __device__ __forceinline__ void slide(const Args& args, const Thread& thread, const Strip& strip,
-                                      const Shared<Traits>& shared, StripSums<Traits>& sums) {
+                                      const Shared<Traits>& shared, Sums<Traits>& sums) {
     using T = typename Traits::Value;
     constexpr int filter = Traits::tile.filter, stride = Traits::tile.stride;
     constexpr int span = (Traits::columns - 1) * stride + filter;  // columns of x
@@ -237,7 +237,7 @@ __device__ __forceinline__ void load_chunk(const T* source, bool inside, const T
 // Any filter: its `taps` taps from `first_tap` on, whose weights lie in shared memory.
 template <class Traits>
 __device__ __forceinline__ void multiply_taps(const Args& args, const Thread& thread, const Strip& strip, int first_tap,
-                                              int taps, const Shared<Traits>& shared, StripSums<Traits>& sums) {
+                                              int taps, const Shared<Traits>& shared, Sums<Traits>& sums) {
     using T = typename Traits::Value;
     const ConvProblem& problem = args.conv.problem;
     const Strides& strides = args.conv.x_strides;
@@ -269,7 +269,7 @@ __device__ __forceinline__ void multiply_taps(const Args& args, const Thread& th
 
 // Writes a thread's sums to where store_strip reads them, and adds to what is there unless they are the `first`.
 template <class Traits>
-__device__ __forceinline__ void stage_sums(const StripSums<Traits>& sums, bool first, Shared<Traits>& shared) {
+__device__ __forceinline__ void stage_sums(const Sums<Traits>& sums, bool first, Shared<Traits>& shared) {
 #pragma unroll
     for (int column = 0; column < Traits::columns; ++column) {
 #pragma unroll
@@ -289,7 +289,7 @@ template <class Traits>
 __device__ __forceinline__ void accumulate(const Args& args, const Thread& thread, const Strip& strip,
                                            Shared<Traits>& shared) {
     if constexpr (!Traits::tile.takes_any()) {
-        StripSums<Traits> sums = {};
+        Sums<Traits> sums = {};
         slide(args, thread, strip, shared, sums);
         stage_sums<Traits>(sums, true, shared);
     } else {
@@ -301,7 +301,7 @@ __device__ __forceinline__ void accumulate(const Args& args, const Thread& threa
                 load_weights(args, thread, first_tap, taps, shared);
                 device::sync_threads();
             }
-            StripSums<Traits> sums = {};
+            Sums<Traits> sums = {};
             multiply_taps(args, thread, strip, first_tap, taps, shared, sums);
             stage_sums<Traits>(sums, first_tap == 0, shared);
         }
@@ -347,13 +347,11 @@ __global__ void __launch_bounds__(threads, Traits::tile.blocks_per_multiprocesso
     static_assert(most_chunks * Traits::values <= threads, "a thread folds one channel");
     auto& shared = device::shared_storage<Shared<Traits>>();
     const Thread thread = Thread::of<Traits>(args);
-    const Epilogue& epilogue = args.conv.epilogue;
     const int all_taps = Traits::tile.takes_any() ? static_cast<int>(args.conv.problem.gemm_k()) : Traits::taps;
-    const int index = device::thread_x(), channel = thread.slab_channel + index;
-    const bool folds = index < args.chunks * Traits::values;
-    const ChannelVectors<typename Traits::Value> vectors(epilogue, channel, folds && channel < args.conv.problem.k);
+    const FoldTable<typename Traits::Value> folds(args.conv.epilogue, thread.slab_channel, args.chunks * Traits::values,
+                                                  args.conv.problem.k - thread.slab_channel);
     if (all_taps <= Traits::taps) load_weights(args, thread, 0, all_taps, shared);
-    if (folds) shared.folds[index] = vectors.fold(epilogue);
+    folds.store(shared.folds);
     device::sync_threads();
 
     const uint32_t begin = static_cast<uint32_t>(device::block_x()) / args.slabs * args.strips;

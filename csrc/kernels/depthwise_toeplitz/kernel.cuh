@@ -15,8 +15,8 @@ inline constexpr int channels_per_warp = slab_channels / warps;
 // A warp makes every warps-th channel of the slab; of each, all strips by row.
 using Accumulators = float[channels_per_warp][strip_rows][4];
 
-// A lane's words of the right operand for one filter row; see ToeplitzWords.
-struct alignas(8) ToeplitzFragment {
+// A lane's words of the right operand for one filter row; see Words.
+struct alignas(8) Fragment {
     uint32_t words[2];
 };
 
@@ -48,11 +48,11 @@ __device__ __forceinline__ void multiply_channel(const Args& args, uint32_t stri
     const int distance = device::lane() % 4 * 2 - device::lane() / 4 + farthest_back;
 #pragma unroll 1
     for (int first_row = 0; first_row < args.filter_rows; first_row += FilterRows) {
-        ToeplitzFragment fragments[FilterRows];
+        Fragment fragments[FilterRows];
 #pragma unroll
         for (int r = 0; r < FilterRows; ++r) {
             const uint32_t* filter_row = filter + (first_row + r) * filter_row_pitch;
-            fragments[r] = reinterpret_cast<const ToeplitzFragment*>(filter_row)[distance];
+            fragments[r] = reinterpret_cast<const Fragment*>(filter_row)[distance];
         }
         uint32_t address = strip_address + row_offset(args.layout, first_row);
 #pragma unroll
@@ -147,7 +147,7 @@ __device__ __forceinline__ void stage_accumulators(const Accumulators& total, fl
 
 // What a thread stores: the same 8 channels of the same column of a strip in all its rows, so that addresses and fold are
 // made once.
-struct StripShare {
+struct Share {
     static constexpr int width = 8, halves = slab_channels / width, pixels = threads / halves;
     static_assert(pixels == most_pixels / strip_rows, "one thread for every pixel of a row of all strips");
 
@@ -155,7 +155,7 @@ struct StripShare {
     Pixel first;        // that does not exist where there is nothing to store
     int rows, channels;
 
-    static __device__ StripShare of(const Args& args, const Block& block, const Shared& shared) {
+    static __device__ Share of(const Args& args, const Block& block, const Shared& shared) {
         // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
         const bool channels_dense = args.conv.y_strides.c == 1;
         const int thread = device::thread_x();
@@ -176,7 +176,7 @@ struct StripShare {
 // Asks for the residual, so that it is on its way to the L2 while the products are made.
 template <class T>
 __device__ __forceinline__ void prefetch_residual(const Args& args, const Block& block, const Shared& shared) {
-    const StripShare share = StripShare::of(args, block, shared);
+    const Share share = Share::of(args, block, shared);
     if (!share.first.exists()) return;
     RowPlace place = place_of_pixel(args.conv, share.first);
 #pragma unroll 1
@@ -189,9 +189,9 @@ __device__ __forceinline__ void prefetch_residual(const Args& args, const Block&
 // Finishes and stores the staged accumulators.
 template <class T>
 __device__ __forceinline__ void store_strips(const Args& args, const Block& block, const Shared& shared) {
-    constexpr int width = StripShare::width;
+    constexpr int width = Share::width;
     const ConvArgs& conv = args.conv;
-    const StripShare share = StripShare::of(args, block, shared);
+    const Share share = Share::of(args, block, shared);
     if (!share.first.exists()) return;
     RowPlace place = place_of_pixel(conv, share.first);
     const float* staged = shared.accumulators + share.index * pitch + share.column;
@@ -214,14 +214,13 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor) depthwise_
     const Shared shared = Shared::of(args, &device::shared_storage<unsigned char>());
     const Block block = Block::of(args);
     const int thread = device::thread_x();
-    const Epilogue& epilogue = args.conv.epilogue;
-    const ChannelVectors<T> vectors(epilogue, block.first_channel + thread, thread < block.channels);
+    const FoldTable<T> folds(args.conv.epilogue, block.first_channel, slab_channels, block.channels);
     const FilterRow<T> filter_row(args, block, thread);
     stage_planes<T>(args, block, shared);
     filter_row.store(shared, thread);
     stage_other_rows<T>(args, block, shared);
     if (thread < most_strips) shared.tables.strips[thread] = block.strip(args, thread);
-    if (thread < slab_channels) shared.tables.folds[thread] = vectors.fold(epilogue);
+    folds.store(shared.tables.folds);
     device::sync_threads();
 
     if (args.conv.residual) prefetch_residual<T>(args, block, shared);

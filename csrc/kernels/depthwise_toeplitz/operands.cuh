@@ -95,11 +95,11 @@ __device__ __forceinline__ uint32_t second_halves(uint32_t a, uint32_t b) { retu
 // A lane's share of the right operand for one filter row, T[j][q] = filter[j - q] with sixteen inputs j and eight outputs q:
 // inputs 2t and 2t + 1 of output g, and those 8 further. It depends on the distance 2t - g alone, from -7 to 6.
 template <class T>
-struct alignas(8) ToeplitzWords {
+struct alignas(8) Words {
     T values[4];
 };
 
-// A filter row of the slab: asked for all at once, then written as ToeplitzWords by distance, zero where there is no such
+// A filter row of the slab: asked for all at once, then written as Words by distance, zero where there is no such
 // tap.
 template <class T>
 class FilterRow {
@@ -121,7 +121,7 @@ class FilterRow {
 
     __device__ __forceinline__ void store(const Shared& shared, int row) const {
         if (!exists_) return;
-        auto* words = reinterpret_cast<ToeplitzWords<T>*>(shared.filter + row * filter_row_pitch);
+        auto* words = reinterpret_cast<Words<T>*>(shared.filter + row * filter_row_pitch);
 #pragma unroll
         for (int distance = -back; distance < back; ++distance) {
             words[distance + back] = {{tap(distance), tap(distance + 1), tap(distance + 8), tap(distance + 9)}};
@@ -147,7 +147,7 @@ __device__ __forceinline__ void stage_other_rows(const Args& args, const Block& 
 // A tap of a filter row in those words.
 template <class T>
 __device__ __forceinline__ float tap_of_words(const uint32_t* filter_row, int s) {
-    const auto* words = reinterpret_cast<const ToeplitzWords<T>*>(filter_row) + farthest_back;
+    const auto* words = reinterpret_cast<const Words<T>*>(filter_row) + farthest_back;
     return device::to_float(s < farthest_back ? words[s].values[0] : words[s - 8].values[2]);
 }
 

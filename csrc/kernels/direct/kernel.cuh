@@ -77,14 +77,14 @@ template <class T, class Traits>
 __device__ void prepare_tables(const ConvArgs& args, const Block& block, Shared<T, Traits>& shared) {
     static_assert(Traits::n <= threads, "a thread folds one channel");
     const int thread = device::thread_x();
-    const bool has_channel = thread < Traits::n && block.first_channel + thread < block.channels_in_group;
-    const ChannelVectors<T> vectors(args.epilogue, block.output_channel(thread), has_channel);
+    const FoldTable<T> folds(args.epilogue, block.output_channel(0), Traits::n,
+                             block.channels_in_group - block.first_channel);
     const OutputSize<int64_t> output{args.problem.n, args.problem.p(), args.problem.q()};
     for (int i = thread; i < Traits::m; i += threads) {
         shared.pixels[i] = output.pixel_of_row(block.first_row + i);
         shared.places[i] = place_of_pixel(args, shared.pixels[i]);
     }
-    if (thread < Traits::n) shared.folds[thread] = vectors.fold(args.epilogue);
+    folds.store(shared.folds);
 }
 
 // Products are numbered with the input channel fastest, then s, then r: neighbours in channels_last memory.

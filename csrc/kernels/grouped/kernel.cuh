@@ -51,8 +51,7 @@ struct Warp {
 template <class T>
 __device__ __forceinline__ void prepare_tables(const Args& args, const Block& block, const Memory& memory) {
     // A block has a thread for every column, and for those that fill up the last eight.
-    const int thread = device::thread_x();
-    const ChannelVectors<T> vectors(args.conv.epilogue, block.first_channel + thread, thread < block.columns());
+    const FoldTable<T> folds(args.conv.epilogue, block.first_channel, (args.columns + 7) / 8 * 8, block.columns());
     // Rolled, because an unrolled loop divides by the number of threads to know how often it turns.
 #pragma unroll 1
     for (int i = device::thread_x(); i < args.pieces; i += args.threads) memory.offsets[i] = offset_of_piece(args, i);
@@ -60,7 +59,7 @@ __device__ __forceinline__ void prepare_tables(const Args& args, const Block& bl
     for (int i = device::thread_x(); i < args.slots; i += args.threads) {
         memory.places[i] = place_of_pixel(args.conv, output_pixel(args, block, i));
     }
-    if (thread < (args.columns + 7) / 8 * 8) memory.folds[thread] = vectors.fold(args.conv.epilogue);
+    folds.store(memory.folds);
 }
 
 template <class Traits>

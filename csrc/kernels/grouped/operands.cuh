@@ -9,7 +9,7 @@
 
 namespace fused_cna::grouped {
 
-// The sizes of grouped_shape in the type that the kernel counts in, and what else is the same for all threads.
+// The sizes of Layout in the type that the kernel counts in, and what else is the same for all threads.
 struct Args {
     ConvArgs conv;
     Choice choice;

@@ -44,15 +44,12 @@ __device__ __forceinline__ int row_of_slice_order(int index) {
 
 template <class Traits>
 __device__ __forceinline__ void prepare_tables(const Args& args, const Block& block, Shared<Traits>& shared) {
-    const int thread = device::thread_x();
-    const Epilogue& epilogue = args.conv.epilogue;
-    const ChannelVectors<typename Traits::Value> vectors(epilogue, block.first_channel(args) + thread,
-                                                         thread < block.columns);
-    for (int i = thread; i < Traits::m; i += Traits::threads) {
+    const FoldTable<typename Traits::Value> folds(args.conv.epilogue, block.first_channel(args), Traits::n, block.columns);
+    for (int i = device::thread_x(); i < Traits::m; i += Traits::threads) {
         const int row = block.first_row + row_of_slice_order<Traits>(i);
         shared.places[i] = place_of_pixel(args.conv, args.x.output.pixel_of_row(row));
     }
-    if (thread < Traits::n) shared.folds[thread] = vectors.fold(epilogue);
+    folds.store(shared.folds);
 }
 
 // Which stage is read and which is filled, as offsets in bytes.

@@ -33,7 +33,6 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
     using Tile = SplitKTile;
     auto& shared = device::shared_storage<SplitKShared<T>>();
     const ConvProblem& problem = args.conv.problem;
-    const Epilogue& epilogue = args.conv.epilogue;
     const int64_t tiles_n = args.columns / Tile::columns;
     const int first_row = static_cast<int>(device::block_x() / tiles_n) * Tile::rows;
     const int64_t first_column = device::block_x() % tiles_n * Tile::columns;
@@ -41,8 +40,7 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
     const ColumnRange columns{group * problem.k_per_group() + column, static_cast<int>(problem.k_per_group() - column)};
 
     const int thread = device::thread_x();
-    const bool folds = thread < Tile::columns;
-    const ChannelVectors<T> vectors(epilogue, columns.first_channel + thread, folds && thread < columns.count);
+    const FoldTable<T> folds(args.conv.epilogue, columns.first_channel, Tile::columns, columns.count);
     if (thread < Tile::rows) {
         shared.places[thread] = place_of_pixel(args.conv, args.output.pixel_of_row(first_row + thread));
     }
@@ -60,7 +58,7 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
         for (int i = 0; i < Tile::width; ++i) sums[i] += values[i];
     }
     device::store_vector(&shared.sums[row * Tile::pitch + offset], sums);
-    if (folds) shared.folds[thread] = vectors.fold(epilogue);
+    folds.store(shared.folds);
     device::sync_threads();
     output.store(0, shared.sums);
 }

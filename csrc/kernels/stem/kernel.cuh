@@ -27,8 +27,7 @@ template <class Traits>
 __device__ void prepare_tables(const Args& args, int first_channel, Shared<Traits>& shared) {
     static_assert(Traits::n <= Traits::threads, "a thread folds one channel");
     using T = typename Traits::Value;
-    const int index = device::thread_x(), channel = first_channel + index;
-    const ChannelVectors<T> vectors(args.conv.epilogue, channel, index < Traits::n && channel < args.k);
+    const FoldTable<T> folds(args.conv.epilogue, first_channel, Traits::n, args.k - first_channel);
     const unsigned pixel_bytes = args.pixel_pitch * sizeof(T);
     const unsigned p_bytes = args.row_step * args.window_columns * pixel_bytes,
                    q_bytes = static_cast<unsigned>(args.stride_w) * pixel_bytes;
@@ -43,7 +42,7 @@ __device__ void prepare_tables(const Args& args, int first_channel, Shared<Trait
                             .p = exists ? static_cast<int16_t>(p) : int16_t{-1},
                             .q = static_cast<int16_t>(q)};
     }
-    if (index < Traits::n) shared.folds[index] = vectors.fold(args.conv.epilogue);
+    folds.store(shared.folds);
 }
 
 template <class Traits>
