@@ -13,7 +13,7 @@ BEFORE ?= $(OUT)/first.json
 
 VENV := .venv/bin/python
 NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-EXTENSION := setup.py pyproject.toml $(filter csrc/%,$(NATIVE))
+EXTENSION := setup.py cuda_build.py pyproject.toml $(filter csrc/%,$(NATIVE))
 
 GPU_TARGETS := gpu-first gpu-second gpu-build gpu-test gpu-sanitize gpu-profile gpu-bench
 

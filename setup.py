@@ -3,255 +3,76 @@
 Environment variables:
     FUSED_CNA_CUDA        0: no extension. 1: an error where it cannot be built. Unset: built where it can be.
     TORCH_CUDA_ARCH_LIST  architectures as torch writes them ("8.0;9.0+PTX"). Unset: those of this machine's
-                          GPUs, or PORTABLE where it has none.
+                          GPUs, or cuda_build.PORTABLE where it has none.
     CUDA_HOME             the CUDA toolkit. Unset: that of the nvcc on PATH.
     MAX_JOBS              compilers at a time. Unset: ninja's default.
 """
 
-import importlib.util
-import json
 import os
-import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
-PORTABLE = "8.0;9.0+PTX"
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip runs this file without its folder there
+
+import cuda_build
+
 CXX_FLAGS = ["-O2", "-g0", "-std=c++20", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "--expt-relaxed-constexpr"]
-HOW_TO_BUILD = (
-    "The CUDA extension needs a CUDA build of torch (2.11 or newer) and nvcc of the same major version, both "
-    "there at build time; then, in a checkout of fused_cna: "
-    "pip install --no-build-isolation --force-reinstall --no-deps ."
-)
+CSRC = Path("csrc")  # relative, as setuptools wants sources
+INCLUDE = str(CSRC.absolute())  # absolute, because ninja compiles in another folder
 
 
-class CannotBuildError(Exception):
-    """The extension cannot be built here; the message says why."""
+def planner() -> list[Extension]:
+    """fused_cna._plan: plain C++, built wherever there is a compiler; without it nothing can be explained."""
+    headers = cuda_build.pybind11_headers()
+    if headers is None:
+        print("fused_cna: without pybind11 at build time fused_cna.explain will not work", file=sys.stderr)
+        return []
+    sources = sorted(str(path) for path in [*CSRC.glob("plan/*.cpp"), *CSRC.glob("kernels/*/plan.cpp")])
+    cxx = {"include_dirs": [INCLUDE, headers], "extra_compile_args": CXX_FLAGS, "language": "c++"}
+    return [Extension("fused_cna._plan", sources, optional=True, **cxx)]
 
 
-def output_of(*command: str) -> str:
-    """What the command prints, errors included; empty where there is no such command."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    except OSError:
-        return ""
-    return done.stdout.decode(errors="replace")
-
-
-def architectures(arch_list: str) -> list[str]:
-    """nvcc's names for a list in torch's notation: machine code as sm_80, PTX as compute_90; none below 8.0.
-
-    9.0 becomes sm_90a, which runs on the same GPUs and has Hopper's own instructions. PTX is that of the
-    plain architecture, because that of an "a" architecture runs nowhere else.
-    """
-    names: dict[str, None] = {}
-    for entry in re.split(r"[;,\s]+", arch_list.strip(";, ")):
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
-        if match is None:
-            raise CannotBuildError(
-                f"TORCH_CUDA_ARCH_LIST={arch_list!r} has {entry!r}, which is no architecture; "
-                "give numbers as in '8.0;9.0+PTX'"
-            )
-        major, minor, suffix, ptx = match.groups()
-        if int(major) >= 8:
-            names["sm_90a" if (major, minor) == ("9", "0") else f"sm_{major}{minor}{suffix}"] = None
-            if ptx:
-                names[f"compute_{major}{minor}"] = None
-    if not names:
-        raise CannotBuildError(
-            f"the kernels need compute capability 8.0 or newer, not {arch_list}; "
-            "set TORCH_CUDA_ARCH_LIST to build for another machine"
-        )
-    return list(names)
-
-
-def gencode(name: str) -> str:
-    return f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}"
-
-
-def machine_capabilities() -> set[str]:
-    """Compute capabilities of this machine's GPUs: by the driver's tool, else by torch."""
-    report = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    if listed := re.findall(r"^\d+\.\d$", report, re.MULTILINE):
-        return set(listed)
-    from torch import cuda
-
-    gpus = range(cuda.device_count() if cuda.is_available() else 0)
-    return {"{}.{}".format(*cuda.get_device_capability(gpu)) for gpu in gpus}
-
-
-def machine_arch_list(nvcc: str) -> str:
-    """This machine's GPUs in torch's notation; one too new for nvcc takes PTX. PORTABLE without a GPU."""
-    known = output_of(nvcc, "--list-gpu-arch").split()
-    return (
-        ";".join(
-            c if f"compute_{c.replace('.', '')}" in known else "9.0+PTX"
-            for c in sorted(machine_capabilities())
-        )
-        or PORTABLE
-    )
-
-
-def find_toolkit() -> tuple[str, str, str]:
-    """Path of nvcc, the toolkit's folder, and nvcc's version."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-    if nvcc is None:
-        raise CannotBuildError(
-            f"there is no nvcc in {home}/bin (CUDA_HOME)" if home else "there is no nvcc on PATH"
-        )
-    # nvcc may be a link or a script outside the toolkit, so only nvcc knows where the toolkit is.
-    top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-c", "none.cu"), re.MULTILINE)
-    version = re.search(r"\bV(\d+\.\d+\.\d+)", output_of(nvcc, "--version"))
-    if top is None or version is None:
-        raise CannotBuildError(
-            f"{nvcc} does not say where its toolkit is or which version it has; set CUDA_HOME"
-        )
-    return nvcc, os.path.realpath(top[1]), version[1]
-
-
-def configure() -> dict[str, Any]:
-    """What the extension is built against and for: the record that the installed package keeps."""
-    try:
-        import torch
-    except ImportError as error:
-        raise CannotBuildError(
-            f"torch could not be imported at build time ({error}), as in a build without --no-build-isolation"
-        ) from error
-    if torch.version.cuda is None:
-        raise CannotBuildError(f"torch {torch.__version__} is a build without CUDA")
-    nvcc, home, nvcc_version = find_toolkit()
-    if nvcc_version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        raise CannotBuildError(
-            f"torch {torch.__version__} is for CUDA {torch.version.cuda} and nvcc is {nvcc_version}"
-        )
-    os.environ["CUDA_HOME"] = home
-    host_compiler = output_of(os.environ.get("CXX", "c++"), "--version").partition("\n")[0]
-    return {
-        "extension": True,
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
-        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "architectures": architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or machine_arch_list(nvcc)),
-        "compiler": f"nvcc {nvcc_version}, {host_compiler}",
-    }
-
-
-def decide() -> dict[str, Any]:
-    """The record of an extension that is to be built, or of why there is none."""
-    wanted = os.environ.get("FUSED_CNA_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        sys.exit(
-            f"FUSED_CNA_CUDA={wanted!r} has no meaning; set 0 (no extension) or 1 (insist on it), or unset it"
-        )
-    try:
-        if wanted == "0":
-            raise CannotBuildError("FUSED_CNA_CUDA=0 switched it off")
-        return configure()
-    except CannotBuildError as error:
-        if wanted == "1":
-            sys.exit(f"FUSED_CNA_CUDA=1, but the extension cannot be built: {error}. {HOW_TO_BUILD}")
-        return {"extension": False, "reason": f"the extension was not built: {error}. {HOW_TO_BUILD}"}
-
-
-def write_record(record: dict[str, Any], package: str) -> None:
-    Path(package, "_build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def plan_extension() -> list[Extension]:
-    """The planner: plain C++, built wherever there is a C++ compiler; without it nothing can be explained."""
-    for header_of in ("pybind11", "torch"):  # torch brings the headers of pybind11
-        package = importlib.util.find_spec(header_of)
-        if package is not None and package.origin is not None:
-            include = Path(package.origin).with_name("include")
-            sources = sorted(map(str, [*Path("csrc/plan").glob("*.cpp"), *Path("csrc/kernels").glob("*/plan.cpp")]))
-            return [
-                Extension(
-                    "fused_cna._plan",
-                    sources,
-                    include_dirs=[str(include), os.path.abspath("csrc")],
-                    extra_compile_args=CXX_FLAGS,
-                    language="c++",
-                    optional=True,
-                )
-            ]
-    print("fused_cna: without pybind11 at build time fused_cna.explain will not work", file=sys.stderr)
-    return []
-
-
-def extension_arguments(record: dict[str, Any]) -> dict[str, Any]:
-    """What setup() takes to build the extension."""
-    import torch
+def with_cuda(record: dict[str, Any]) -> dict[str, Any]:
+    """What setup() takes to build the planner and fused_cna._C: all of csrc but the planner's own module."""
+    cuda_build.put_ninja_on_path()
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
-
-    if ninja := importlib.util.find_spec("ninja"):
-        # A virtual environment that is not activated has its ninja outside of PATH.
-        os.environ["PATH"] += os.pathsep + importlib.import_module(ninja.name).BIN_DIR
 
     class BuildExt(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            # Without ninja a change of a header or of the architectures would go unnoticed.
-            self.force = self.force or not importlib.util.find_spec("ninja")
             # One folder for every way of installing, so that each recompiles only what changed.
-            self.build_temp = os.path.join(
-                "build", f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
-            )
+            self.build_temp = f"build/torch-{record['torch']}-{sys.implementation.cache_tag}"
+            # setuptools does not notice a change of a header or of the architectures; ninja, if asked, does.
+            self.force = True
 
         def run(self) -> None:
             super().run()
-            write_record(record, os.path.dirname(self.get_ext_fullpath("fused_cna._C")))
+            cuda_build.write_record(record, self)
 
-    extension = CUDAExtension(
-        "fused_cna._C",
-        sorted(
-            str(path)
-            for pattern in ("**/*.cpp", "**/*.cu")
-            for path in Path("csrc").glob(pattern)
-            if path != Path("csrc/plan/module.cpp")
-        ),
-        include_dirs=[os.path.abspath("csrc")],
-        extra_compile_args={
-            "cxx": CXX_FLAGS,
-            "nvcc": NVCC_FLAGS + [gencode(a) for a in record["architectures"]],
-        },
-    )
-    # Torch's headers include those of CUDA's libraries, which a toolkit of the compiler alone lacks.
-    wheels = Path(torch.__file__).parents[1] / "nvidia" / f"cu{record['cuda'].split('.')[0]}" / "include"
-    if wheels.is_dir():
-        extension.include_dirs.append(str(wheels))
-    return {"ext_modules": [extension, *plan_extension()], "cmdclass": {"build_ext": BuildExt}}
+    sources = sorted(map(str, {*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")} - {CSRC / "plan" / "module.cpp"}))
+    flags = {"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *map(cuda_build.gencode, record["architectures"])]}
+    kernels = CUDAExtension("fused_cna._C", sources, include_dirs=[INCLUDE], extra_compile_args=flags)
+    kernels.include_dirs += cuda_build.library_headers(record)  # last: what the toolkit has comes from there
+    return {"ext_modules": [kernels, *planner()], "cmdclass": {"build_ext": BuildExt}}
 
 
-def cpu_arguments(record: dict[str, Any]) -> dict[str, Any]:
-    """What setup() takes to build for the CPU alone."""
+def for_cpu(record: dict[str, Any]) -> dict[str, Any]:
+    """What setup() takes to build the planner alone."""
     print(f"fused_cna: {record['reason']}", file=sys.stderr)
 
     class BuildPy(build_py):
         def run(self) -> None:
             super().run()
-            source, built = self.get_package_dir("fused_cna"), os.path.join(self.build_lib, "fused_cna")
-            write_record(record, source if self.editable_mode else built)
+            cuda_build.write_record(record, self)
 
-    return {"ext_modules": plan_extension(), "cmdclass": {"build_py": BuildPy}}
-
-
-def check_setuptools() -> None:
-    if int(setuptools.__version__.partition(".")[0]) < 77:
-        sys.exit(
-            f"setuptools {setuptools.__version__} cannot read fused_cna's pyproject.toml, "
-            "which needs 77 or newer: pip install 'setuptools>=77'"
-        )
+    return {"ext_modules": planner(), "cmdclass": {"build_py": BuildPy}}
 
 
-if __name__ == "__main__":
-    check_setuptools()
-    decision = decide()
-    setup(**(extension_arguments(decision) if decision["extension"] else cpu_arguments(decision)))
+cuda_build.check_setuptools()
+decision = cuda_build.decide()
+setup(**(with_cuda(decision) if decision["extension"] else for_cpu(decision)))

@@ -1,37 +1,42 @@
-"""How fused_cna is built, packed, and loaded: the decisions of setup.py and of fused_cna/_extension.py."""
+"""How fused_cna is built, packed, and loaded: cuda_build.py, setup.py, and fused_cna/_extension.py."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import setuptools
 import torch
+from torch.utils import cpp_extension
 
+import cuda_build
 from fused_cna import _extension
 from fused_cna._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
+TORCH = str(torch.__version__)
+CUDA = torch.version.cuda or "none"
+MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
+ARCHS = "TORCH_CUDA_ARCH_LIST"
 
 
-@pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """setup.py as a module, in an environment that decides nothing."""
-    for name in ("FUSED_CNA_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME"):
+@pytest.fixture(autouse=True)
+def _undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that decides nothing; what a test's build changes in it is undone."""
+    for name in ("FUSED_CNA_CUDA", ARCHS, "CUDA_HOME"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    source = ROOT / "setup.py"
-    namespace: dict[str, Any] = {"__name__": "setup_under_test", "__file__": str(source)}
-    exec(compile(source.read_text(), source, "exec"), namespace)
-    return SimpleNamespace(**namespace, namespace=namespace)
+    monkeypatch.setenv("PATH", os.environ["PATH"])
 
 
 @pytest.mark.parametrize(
@@ -44,164 +49,169 @@ def build(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ("9.0a+PTX", ["sm_90a", "compute_90"]),
         ("7.0;7.5+PTX;8.0;", ["sm_80"]),
         ("10.0a, 12.0f+PTX", ["sm_100a", "sm_120f", "compute_120"]),
+        (cuda_build.PORTABLE, ["sm_80", "sm_90a", "compute_90"]),  # every GPU from 8.0 on
     ],
 )
-def test_architectures(build: SimpleNamespace, arch_list: str, expected: list[str]) -> None:
-    assert build.architectures(arch_list) == expected
-
-
-def test_portable_architectures_run_on_every_gpu_from_8_0_on(build: SimpleNamespace) -> None:
-    assert build.architectures(build.PORTABLE) == ["sm_80", "sm_90a", "compute_90"]
+def test_architectures(arch_list: str, expected: list[str]) -> None:
+    assert cuda_build.architectures(arch_list) == expected
 
 
 @pytest.mark.parametrize(
-    ("arch_list", "message"),
+    ("nvidia_smi", "gpus_of_torch", "expected"),
     [
-        ("8.0;Hopper", r"TORCH_CUDA_ARCH_LIST='8.0;Hopper' has 'Hopper', which is no architecture"),
-        ("90", r"has '90', which is no architecture; give numbers as in '8.0;9.0\+PTX'"),
-        ("7.5+PTX", r"need compute capability 8.0 or newer, not 7.5\+PTX"),
-    ],
-)
-def test_impossible_architectures(build: SimpleNamespace, arch_list: str, message: str) -> None:
-    with pytest.raises(build.CannotBuildError, match=message):
-        build.architectures(arch_list)
-
-
-def test_gencode_compiles_for_one_target(build: SimpleNamespace) -> None:
-    assert build.gencode("sm_90a") == "-gencode=arch=compute_90a,code=sm_90a"
-    assert build.gencode("compute_90") == "-gencode=arch=compute_90,code=compute_90"
-
-
-@pytest.mark.parametrize(
-    ("nvidia_smi", "expected"),
-    [
-        ("", None),
-        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", None),
-        ("9.0\n", "9.0"),
-        ("9.0\n8.0\n9.0\n", "8.0;9.0"),
-        ("13.0\n", "9.0+PTX"),
+        ("", [], cuda_build.PORTABLE),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the driver.\n", [], cuda_build.PORTABLE),
+        ("9.0\n", [], "9.0"),
+        ("9.0\n8.0\n9.0\n", [], "8.0;9.0"),
+        ("13.0\n", [], "9.0+PTX"),
+        ("", [(9, 0), (8, 0), (9, 0)], "8.0;9.0"),
     ],
 )
 def test_default_architectures_are_those_of_the_machine(
-    build: SimpleNamespace, nvidia_smi: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, nvidia_smi: str, gpus_of_torch: list[tuple[int, int]], expected: str
 ) -> None:
     replies = {"nvidia-smi": nvidia_smi, "nvcc": "compute_80\ncompute_90\ncompute_120\n"}
-    build.namespace["output_of"] = lambda *command: replies[command[0]]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert build.machine_arch_list("nvcc") == (expected or build.PORTABLE)
+    monkeypatch.setattr(cuda_build, "output_of", lambda *command: replies[command[0]])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus_of_torch))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus_of_torch))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus_of_torch.__getitem__)
+    assert cuda_build.machine_arch_list("nvcc") == expected
 
 
-def test_torch_knows_the_gpus_where_the_drivers_tool_is_missing(
-    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build.namespace["output_of"] = lambda *command: "compute_80 compute_90" * (command[0] == "nvcc")
-    for name, value in {
-        "is_available": lambda: True,
-        "device_count": lambda: 3,
-        "get_device_capability": [(9, 0), (8, 0), (9, 0)].__getitem__,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    assert build.machine_arch_list("nvcc") == "8.0;9.0"
-
-
-def test_unwanted_extension_is_not_built(build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwanted_extension_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_CNA_CUDA", "0")
-    record = build.decide()
+    record = cuda_build.decide()
     assert record["extension"] is False
     assert "FUSED_CNA_CUDA=0 switched it off" in record["reason"]
 
 
-def test_unknown_wish_is_refused(build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_CNA_CUDA", "yes")
     with pytest.raises(SystemExit, match=r"FUSED_CNA_CUDA='yes' has no meaning; set 0 .* or 1"):
-        build.decide()
+        cuda_build.decide()
 
 
-def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-
-
-def with_cpu_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", None)
-
-
-def without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("PATH", os.devnull)
-
-
-def with_empty_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("CUDA_HOME", os.devnull)
-
-
-@pytest.mark.parametrize(
-    ("arrange", "reason"),
-    [
-        (without_torch, "torch could not be imported at build time"),
-        (with_cpu_torch, f"torch {torch.__version__} is a build without CUDA"),
-        (without_nvcc, "there is no nvcc on PATH"),
-        (with_empty_toolkit, f"there is no nvcc in {os.devnull}/bin (CUDA_HOME)"),
-    ],
-)
-def test_what_is_missing_is_recorded(
-    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, arrange: Any, reason: str
-) -> None:
-    arrange(monkeypatch)
-    record = build.decide()
-    assert record["extension"] is False
-    assert reason in record["reason"]
-    assert "--no-build-isolation" in record["reason"]
-
-    monkeypatch.setenv("FUSED_CNA_CUDA", "1")
-    with pytest.raises(SystemExit, match="FUSED_CNA_CUDA=1, but the extension cannot be built: t"):
-        build.decide()
-
-
-def fake_toolkit(folder: Path, version: str) -> Path:
-    """A folder like a CUDA toolkit's, with an nvcc that only answers questions."""
-    nvcc = folder / "bin" / "nvcc"
+@pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder like that of CUDA 13.0; its nvcc, which has a link on PATH, answers questions unless MUTE."""
+    nvcc, link = tmp_path / "toolkit/bin/nvcc", tmp_path / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
+    link.parent.mkdir()
     nvcc.write_text(
         "#!/bin/sh\n"
-        'case "$1" in\n'
-        f"--dryrun) echo '#$ TOP={folder}/bin/..' >&2; exit 1 ;;\n"
-        f"--version) echo 'Cuda compilation tools, release 0.0, V{version}' ;;\n"
+        'case "$MUTE$1" in\n'
+        f"--dryrun) echo '#$ TOP={nvcc.parent}/..' >&2; exit 1 ;;\n"
+        "--version) echo 'Cuda compilation tools, release 0.0, V13.0.88' ;;\n"
         "--list-gpu-arch) echo compute_80; echo compute_90 ;;\n"
         "esac\n"
     )
     nvcc.chmod(0o755)
-    return folder
+    link.symlink_to(nvcc)
+    monkeypatch.setenv("PATH", str(link.parent), prepend=os.pathsep)
+    return nvcc.parents[1]
 
 
-def test_record_of_an_extension(
-    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("cuda_of_torch", "environment", "reason"),
+    [
+        ("no torch", {}, "torch could not be imported at build time"),
+        (None, {}, f"torch {TORCH} is a build without CUDA"),
+        ("13.0", {"PATH": os.devnull}, "there is no nvcc on PATH"),
+        ("13.0", {"CUDA_HOME": os.devnull}, f"there is no nvcc in {os.devnull}/bin (CUDA_HOME)"),
+        ("13.0", {"CUDA_HOME": "TOOLKIT", "MUTE": "1"}, "TOOLKIT/bin/nvcc does not say where its toolkit is"),
+        ("12.8", {"CUDA_HOME": "TOOLKIT"}, f"torch {TORCH} is for CUDA 12.8 and nvcc is 13.0.88"),
+        ("13.0", {ARCHS: "8.0;Hopper"}, f"{ARCHS}='8.0;Hopper' has 'Hopper', which is no architecture"),
+        ("13.0", {ARCHS: "90"}, f"{ARCHS}='90' has '90', which is no architecture; give numbers as in '8.0;"),
+        ("13.0", {ARCHS: "7.5+PTX"}, "the kernels need compute capability 8.0 or newer, not 7.5+PTX; set"),
+    ],
+)
+def test_what_is_missing_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, toolkit: Path, cuda_of_torch: Any, environment: Any, reason: str
 ) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda_of_torch)
+    if cuda_of_torch == "no torch":
+        monkeypatch.setitem(sys.modules, "torch", None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace("TOOLKIT", str(toolkit)))
+    reason = reason.replace("TOOLKIT", str(toolkit))
+    record = cuda_build.decide()
+    assert record["extension"] is False
+    assert record["reason"].startswith(f"the extension was not built: {reason}")
+    assert "--no-build-isolation" in record["reason"]
+
+    monkeypatch.setenv("FUSED_CNA_CUDA", "1")
+    insisted = f"FUSED_CNA_CUDA=1, but the extension cannot be built: {reason}"
+    with pytest.raises(SystemExit, match=re.escape(insisted)):
+        cuda_build.decide()
+
+
+def test_record_of_an_extension(monkeypatch: pytest.MonkeyPatch, toolkit: Path) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    toolkit = fake_toolkit(tmp_path / "toolkit", "13.0.88")
-    on_path = tmp_path / "bin"
-    on_path.mkdir()
-    (on_path / "nvcc").symlink_to(toolkit / "bin" / "nvcc")
-    monkeypatch.setenv("PATH", str(on_path), prepend=os.pathsep)
-    record = build.decide()
+    monkeypatch.setenv(ARCHS, "9.0")
+    record = cuda_build.decide()
     assert record.pop("compiler").startswith("nvcc 13.0.88, ")
-    assert record == {
-        "extension": True,
-        "torch": torch.__version__,
-        "cuda": "13.0",
-        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "architectures": ["sm_90a"],
-    }
+    versions = {"torch": TORCH, "cuda": "13.0", "python": MINOR}
+    assert record == {"extension": True, **versions, "architectures": ["sm_90a"]}
     assert os.environ["CUDA_HOME"] == str(toolkit)
 
 
-def test_nvcc_of_another_major_version_is_not_used(
-    build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "flags", "package"),
+    [
+        ("build_py", {}, "built/fused_cna"),
+        ("build_py", {"editable_mode": True}, "fused_cna"),
+        ("build_ext", {}, "built/fused_cna"),
+        ("build_ext", {"editable_mode": True}, "fused_cna"),
+        ("build_ext", {"inplace": True}, "fused_cna"),
+    ],
+)
+def test_record_lies_in_the_package_that_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, flags: dict[str, bool], package: str
 ) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "toolkit", "12.8.1")))
-    assert f"torch {torch.__version__} is for CUDA 13.0 and nvcc is 12.8.1" in build.decide()["reason"]
+    monkeypatch.chdir(tmp_path)
+    for folder in ("fused_cna", "built/fused_cna"):
+        Path(folder).mkdir(parents=True)
+    command: Any = setuptools.Distribution({"packages": ["fused_cna"]}).get_command_obj(name)
+    vars(command).update(flags, build_lib="built")
+    command.ensure_finalized()
+    cuda_build.write_record({"extension": True}, command)
+    (record,) = Path().rglob("_build.json")
+    assert record == Path(package, "_build.json")
+    assert json.loads(record.read_text()) == {"extension": True}
+
+
+def test_setup_builds_all_of_csrc(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    record = {"extension": True, "torch": TORCH, "cuda": "13.0", "architectures": ["sm_90a", "compute_90"]}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "toolkit")
+    monkeypatch.setattr(cuda_build, "decide", lambda: record)
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    runpy.run_path("setup.py")
+    kernels, planner = given["ext_modules"]
+    csrc = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*") if path.suffix != ".cuh"}
+    of_plan = {path for path in csrc if path.startswith("csrc/plan/") or path.endswith("/plan.cpp")}
+    assert set(planner.sources) == of_plan
+    assert set(kernels.sources) == csrc - {"csrc/plan/module.cpp"}
+    assert "csrc/plan/module.cpp" in of_plan
+    assert [flag for flag in kernels.extra_compile_args["nvcc"] if "arch" in flag] == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    for extension in (kernels, planner):
+        assert extension.include_dirs[0] == str(ROOT / "csrc")
+        objects = {Path(source).with_suffix(".o") for source in extension.sources}
+        assert len(objects) == len(extension.sources), "two sources of one name in one folder share an object"
+
+    # An editable install starts the commands anew and sends them to a folder of its own.
+    distribution = setuptools.Distribution(given)
+    build, command = (distribution.get_command_obj(name) for name in ("build", "build_ext"))
+    command.ensure_finalized()
+    distribution.reinitialize_command("build", reinit_subcommands=True)
+    build.build_temp = "elsewhere"
+    command.ensure_finalized()
+    assert command.build_temp == f"build/torch-{TORCH}-{sys.implementation.cache_tag}"
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +221,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     left_out = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "results")
     for name in ("csrc", "fused_cna", "requirements", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=left_out)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+    for name in ("setup.py", "cuda_build.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "fused_cna" / "_C.cpython-30-x86_64-linux-gnu.so").write_bytes(b"stale")
     (folder / "fused_cna" / "_build.json").write_text('{"extension": true}')
@@ -222,6 +232,8 @@ def pack_without_torch(checkout: Path, command: str, out: Path) -> tuple[Path, s
     """Packs the checkout as an isolated build does, where torch cannot be imported: the file, and the log."""
     script = (
         "import runpy, sys; sys.modules['torch'] = None;"
+        # pip does not have the checkout on sys.path.
+        f"sys.path[:] = [folder for folder in sys.path if folder not in ('', {str(ROOT)!r})];"
         f"sys.argv = ['setup.py', '{command}', '--dist-dir', {str(out)!r}];"
         "runpy.run_path('setup.py', run_name='__main__')"
     )
@@ -257,13 +269,11 @@ def test_source_archive_is_complete_and_clean(checkout: Path, tmp_path: Path) ->
     with tarfile.open(packed) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
-    assert sources <= names
-    assert {"setup.py", "pyproject.toml", "LICENSE", "requirements/test.txt", "tests/test_build.py"} <= names
+    build = {"setup.py", "cuda_build.py", "pyproject.toml"}
+    assert sources | build | {"LICENSE", "requirements/test.txt", "tests/test_build.py"} <= names
     assert not {name for name in names if name.endswith((".so", "_build.json", ".pyc"))}
 
 
-MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
-CUDA = torch.version.cuda or "none"
 MATCHING = {
     "extension": True,
     "torch": str(torch.__version__),
