@@ -274,33 +274,43 @@ def test_source_archive_is_complete_and_clean(checkout: Path, tmp_path: Path) ->
     assert not {name for name in names if name.endswith((".so", "_build.json", ".pyc"))}
 
 
-MATCHING = {
-    "extension": True,
-    "torch": str(torch.__version__),
-    "cuda": CUDA,
-    "python": MINOR,
-    "architectures": ["sm_80", "compute_80"],
-    "compiler": "nvcc 13.0.0",
-}
 WORKING = "def kernels(): return ['direct']"
-MUST_NOT_BE_IMPORTED = "raise SystemExit('the extension was imported')"
+UNREAD = "raise SystemExit('the extension was imported')"
+REBUILD = "--force-reinstall"
 
-# Name of a package: its _build.json, and its _C.py, which stands in for the compiled module.
-PACKAGES: dict[str, tuple[str | None, str | None]] = {
-    "working": (json.dumps(MATCHING), WORKING),
-    "other_patch_release": (
-        json.dumps(MATCHING | {"torch": ".".join(torch.__version__.split(".")[:2]) + ".99"}),
-        WORKING,
+
+def built(**changes: str) -> str:
+    """A _build.json that matches this process but for the changes."""
+    versions = {"torch": TORCH, "cuda": CUDA, "python": MINOR, "compiler": "nvcc 13.0.0"}
+    return json.dumps({"extension": True, **versions, "architectures": ["sm_80", "compute_80"]} | changes)
+
+
+# Packages by name: the _build.json, and the _C.py, which stands in for the compiled module.
+USABLE = {
+    "working": (built(), WORKING),
+    "other_patch_release": (built(torch=".".join(TORCH.split(".")[:2]) + ".99"), WORKING),
+}
+# The same, with parts of the reason why it is not loaded, and the exception behind that.
+UNUSABLE: dict[str, tuple[str | None, str | None, list[str], str]] = {
+    "not_built": (
+        None,
+        UNREAD,
+        ["holds no _build.json", "outside of its checkout", "pip install --no-build-isolation --editable ."],
+        "FileNotFoundError",
     ),
-    "not_built": (None, MUST_NOT_BE_IMPORTED),
-    "cpu_install": (json.dumps({"extension": False, "reason": "no nvcc was there"}), MUST_NOT_BE_IMPORTED),
-    "other_torch": (json.dumps(MATCHING | {"torch": "2.1.0+cu118"}), MUST_NOT_BE_IMPORTED),
-    "other_cuda": (json.dumps(MATCHING | {"cuda": "11.8"}), MUST_NOT_BE_IMPORTED),
-    "other_python": (json.dumps(MATCHING | {"python": "3.2"}), MUST_NOT_BE_IMPORTED),
-    "damaged_record": ("{", MUST_NOT_BE_IMPORTED),
-    "incomplete_record": (json.dumps({"extension": True}), MUST_NOT_BE_IMPORTED),
-    "broken": (json.dumps(MATCHING), "raise ImportError('undefined symbol: _ZN3c10')"),
-    "lost": (json.dumps(MATCHING), None),
+    "cpu_install": ('{"extension": false, "reason": "no nvcc"}', UNREAD, ["no nvcc"], "None"),
+    "other_torch": (built(torch="1.9+cu"), UNREAD, ["torch 1.9+cu ", f"torch {TORCH} ", REBUILD], "None"),
+    "other_cuda": (built(cuda="11"), UNREAD, ["(CUDA 11)", f"(CUDA {CUDA})", REBUILD], "None"),
+    "other_python": (built(python="3.2"), UNREAD, ["for Python 3.2", f"on Python {MINOR}", REBUILD], "None"),
+    "damaged": ("{", UNREAD, ["_build.json is damaged", REBUILD], "JSONDecodeError"),
+    "incomplete": ('{"extension": true}', UNREAD, ["_build.json is damaged", "'torch'"], "KeyError"),
+    "broken": (
+        built(),
+        "raise ImportError('undefined symbol: _ZN3c10')",
+        ["importing fused_cna._C failed", "undefined symbol: _ZN3c10"],
+        "ImportError",
+    ),
+    "lost": (built(), None, ["No module named 'fused_cna._C'", REBUILD], "ModuleNotFoundError"),
 }
 
 DRIVER = """
@@ -330,9 +340,10 @@ print(json.dumps({folder: load(folder) for folder in sys.argv[1:]}))
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What fused_cna/_extension.py makes of each of PACKAGES, all asked in one process of their own."""
+    """What fused_cna/_extension.py makes of each of these packages, all asked in one process of their own."""
     folder = tmp_path_factory.mktemp("packages")
-    for name, (record, compiled) in PACKAGES.items():
+    packages = {**USABLE, **UNUSABLE}
+    for name, (record, compiled, *_) in packages.items():
         package = folder / name / "fused_cna"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
@@ -342,13 +353,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
             (package / "_build.json").write_text(record)
         if compiled is not None:
             (package / "_C.py").write_text(compiled)
-    command = [sys.executable, "-c", DRIVER, *(str(folder / name) for name in PACKAGES)]
+    command = [sys.executable, "-c", DRIVER, *(str(folder / name) for name in packages)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {Path(path).name: outcome for path, outcome in json.loads(done.stdout).items()}
 
 
-@pytest.mark.parametrize("name", ["working", "other_patch_release"])
+@pytest.mark.parametrize("name", USABLE)
 def test_matching_extension_is_loaded(outcomes: dict[str, Any], name: str) -> None:
     outcome = outcomes[name]
     assert outcome["available"] is True
@@ -358,36 +369,10 @@ def test_matching_extension_is_loaded(outcomes: dict[str, Any], name: str) -> No
     assert outcome["info"]["architectures"] == ["sm_80", "compute_80"]
 
 
-@pytest.mark.parametrize(
-    ("name", "reasons", "cause"),
-    [
-        (
-            "not_built",
-            [
-                "holds no _build.json",
-                "outside of its checkout",
-                "pip install --no-build-isolation --editable .",
-            ],
-            "FileNotFoundError",
-        ),
-        ("cpu_install", ["no nvcc was there"], "None"),
-        (
-            "other_torch",
-            ["built against torch 2.1.0+cu118", f"torch {torch.__version__} ", "--force-reinstall"],
-            "None",
-        ),
-        ("other_cuda", ["(CUDA 11.8)", f"(CUDA {CUDA})", "--force-reinstall"], "None"),
-        ("other_python", ["for Python 3.2", f"on Python {MINOR}", "--force-reinstall"], "None"),
-        ("damaged_record", ["_build.json is damaged", "--force-reinstall"], "JSONDecodeError"),
-        ("incomplete_record", ["_build.json is damaged", "'torch'"], "KeyError"),
-        ("broken", ["importing fused_cna._C failed", "undefined symbol: _ZN3c10"], "ImportError"),
-        ("lost", ["No module named 'fused_cna._C'", "--force-reinstall"], "ModuleNotFoundError"),
-    ],
-)
-def test_reason_of_an_unusable_extension(
-    outcomes: dict[str, Any], name: str, reasons: list[str], cause: str
-) -> None:
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_reason_of_an_unusable_extension(outcomes: dict[str, Any], name: str) -> None:
     outcome = outcomes[name]
+    *_, reasons, cause = UNUSABLE[name]
     assert outcome["available"] is False
     for reason in reasons:
         assert reason in outcome["reason"]
@@ -401,7 +386,7 @@ def test_build_info_of_this_process() -> None:
     info = _extension.build_info()
     assert json.loads(json.dumps(info)) == info
     assert info["version"] == __version__
-    assert info["torch_running"] == torch.__version__
+    assert info["torch_running"] == TORCH
     assert info["available"] == (info["reason"] == "")
     info["architectures"].append("changed by the caller")
     assert "changed by the caller" not in _extension.build_info()["architectures"]
@@ -415,4 +400,4 @@ def test_extension_is_there_where_it_can_be_built() -> None:
     if "holds no _build.json" in reason:
         pytest.skip(reason)
     assert reason == ""
-    assert _extension.module().build_info()["torch"] == torch.__version__.split("+")[0]
+    assert _extension.module().build_info()["torch"] == TORCH.split("+")[0]
