@@ -249,7 +249,9 @@ class ConvNormAct(nn.Module):
         top, bottom, left, right = self.zero_pad
         return F.pad(x, (left, right, top, bottom))
 
-    def _compute_by_submodules(self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any) -> Tensor:
+    def _compute_by_submodules(
+        self, x: Tensor, residual: Tensor | None, conv: Any, norm: Any, act: Any
+    ) -> Tensor:
         x = self._pad(x)
         return self._finish(norm(conv(x)), residual, act)
 

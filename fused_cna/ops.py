@@ -94,8 +94,8 @@ def _refuse(*args: Any) -> None:
     shape = check_arguments(*arguments)
     if arguments[0].dtype not in FUSED_DTYPES:
         raise RuntimeError(
-            f"{_no_kernel_takes(arguments[0].dtype)}. Convert the input, or call fused_cna.conv_norm_act, which "
-            "falls back to eager PyTorch"
+            f"{_no_kernel_takes(arguments[0].dtype)}. Convert the input, or call fused_cna.conv_norm_act, "
+            "which falls back to eager PyTorch"
         )
     if out is not None:
         check_out(out, shape, arguments[0])

@@ -77,7 +77,9 @@ def targets() -> dict[str, Target]:
         "kernels_ucontext": Target("libsimt_kernels_ucontext.so", PLAIN, (switch["ucontext"], *core, *tests)),
         "conv_coverage": Target("libsimt_conv.so", COVERAGE, conv),
         "conv_sanitized": Target("simt_conv", SANITIZED, (*conv, host / "conv_main.cpp")),
-        "kernels_sanitized": Target("simt_kernels", SANITIZED, (*own_kernels, host / "test_kernels_main.cpp")),
+        "kernels_sanitized": Target(
+            "simt_kernels", SANITIZED, (*own_kernels, host / "test_kernels_main.cpp")
+        ),
     }
 
 

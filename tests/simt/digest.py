@@ -1,10 +1,10 @@
-"""`python -m tests.simt.digest conv_layers.csv`: what the simulated kernels give for real layers, bit for bit.
+"""`python -m tests.simt.digest bench/data/conv_layers.csv`: what real layers give, bit for bit.
 
-Prints a line for each layer and kernel, with the plan and the SHA-256 of its results. Two versions of the kernels
-that should compute the same print the same:
+Prints a line for each layer and kernel, with the plan and the SHA-256 of its results. Two versions of the
+kernels that should compute the same print the same:
 
-    python -m tests.simt.digest conv_layers.csv > before
-    python -m tests.simt.digest conv_layers.csv > after && diff before after
+    python -m tests.simt.digest bench/data/conv_layers.csv > before
+    python -m tests.simt.digest bench/data/conv_layers.csv > after && diff before after
 """
 
 from __future__ import annotations
@@ -57,10 +57,14 @@ def digest_layer(seed: int, index: int, layer: dict[str, str]) -> list[str]:
 def _problem(layer: dict[str, str], dtype: torch.dtype, kind: str, seed: int) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     cin, cout, r, s, groups = (int(layer[name]) for name in ("cin", "cout", "kh", "kw", "groups"))
-    padding, dilation = (int(layer["pad_h"]), int(layer["pad_w"])), (int(layer["dil_h"]), int(layer["dil_w"]))
-    stride = (int(layer["stride_h"]), int(layer["stride_w"]))
-    fewest = [step * (size - 1) + 1 - 2 * pad for size, pad, step in zip((r, s), padding, dilation, strict=True)]
-    h, w = (min(int(layer[name]), max(LARGEST_IMAGE, few)) for name, few in zip(("h", "w"), fewest, strict=True))
+    stride, padding, dilation = (
+        (int(layer[f"{name}_h"]), int(layer[f"{name}_w"])) for name in ("stride", "pad", "dil")
+    )
+    extents = [step * (taps - 1) + 1 for taps, step in zip((r, s), dilation, strict=True)]
+    h, w = (
+        min(int(layer[name]), max(LARGEST_IMAGE, extent - 2 * pad))
+        for name, extent, pad in zip(("h", "w"), extents, padding, strict=True)
+    )
 
     def draw(*size: int) -> torch.Tensor:
         if kind == "integers":
@@ -89,10 +93,11 @@ def _problem(layer: dict[str, str], dtype: torch.dtype, kind: str, seed: int) ->
         )
     if layer["residual"] != "none":
         p, q = (
-            (size + 2 * pad - step * (taps - 1) - 1) // by + 1
-            for size, pad, step, taps, by in zip((h, w), padding, dilation, (r, s), stride, strict=True)
+            (size + 2 * pad - extent) // step + 1
+            for size, pad, extent, step in zip((h, w), padding, extents, stride, strict=True)
         )
-        problem = problem.replace(residual=channels_last(draw(1, cout, p, q)), residual_order=layer["residual"])
+        residual = channels_last(draw(1, cout, p, q))
+        problem = problem.replace(residual=residual, residual_order=layer["residual"])
     return problem
 
 
