@@ -85,261 +85,94 @@ class ConvShape:
         }
 
 
-SHAPES: tuple[ConvShape, ...] = (
-    # the common layers of real networks, scaled down
-    ConvShape("3x3", 1, 8, 8, 8, 8, 3, 3, "the commonest dense layer", padding=(1, 1)),
-    ConvShape("1x1", 2, 16, 6, 5, 24, 1, 1, "half of all convolutions: a plain matrix product"),
-    ConvShape("3x3_stride2", 2, 8, 9, 8, 16, 3, 3, "downsampling, odd height and even width", (2, 2), (1, 1)),
-    ConvShape("1x1_stride2", 1, 16, 7, 8, 16, 1, 1, "a ResNet shortcut: most pixels are skipped", (2, 2)),
-    ConvShape("stem_7x7", 1, 3, 19, 19, 16, 7, 7, "ResNet's first layer: C = 3", (2, 2), (3, 3)),
-    ConvShape("stem_3x3", 2, 3, 12, 10, 8, 3, 3, "a mobile network's first layer: C = 3", (2, 2), (1, 1)),
-    ConvShape("depthwise_3x3", 1, 16, 9, 9, 16, 3, 3, "depthwise", padding=(1, 1), groups=16),
-    ConvShape(
-        "depthwise_5x5_stride2",
-        1,
-        12,
-        11,
-        9,
-        12,
-        5,
-        5,
-        "depthwise, odd channels per 16 bytes",
-        (2, 2),
-        (2, 2),
-        (1, 1),
-        12,
-    ),
-    ConvShape(
-        "depthwise_twice", 2, 6, 7, 7, 12, 3, 3, "depthwise with multiplier 2", padding=(1, 1), groups=6
-    ),
-    ConvShape("squeeze_excite", 3, 24, 1, 1, 10, 1, 1, "1x1 on a one-pixel image: M is the batch"),
-    # tiles: several blocks each way, exact fits and tails
-    ConvShape(
-        "one_exact_tile", 1, 32, 8, 8, 64, 1, 1, "M, K and the reduction fill one tile and one chunk exactly"
-    ),
-    ConvShape(
-        "many_pixels",
-        3,
-        5,
-        13,
-        11,
-        7,
-        3,
-        3,
-        "several blocks of pixels, the last one partly empty",
-        padding=(1, 1),
-    ),
-    ConvShape(
-        "many_filters",
-        1,
-        9,
-        4,
-        4,
-        150,
-        3,
-        3,
-        "several blocks of output channels, the last one partly empty",
-        padding=(1, 1),
-    ),
-    ConvShape(
-        "many_blocks",
-        2,
-        6,
-        9,
-        9,
-        70,
-        3,
-        3,
-        "several blocks in both directions, tails in both",
-        padding=(1, 1),
-    ),
-    ConvShape(
-        "many_chunks", 1, 72, 5, 5, 20, 3, 3, "a reduction of 648: over 20 chunks and a tail", padding=(1, 1)
-    ),
-    ConvShape(
-        "long_reduction",
-        1,
-        256,
-        3,
-        3,
-        8,
-        3,
-        3,
-        "a reduction of 2304: a single running sum would show",
-        padding=(1, 1),
-    ),
-    ConvShape(
-        "tile_plus_one", 1, 33, 5, 13, 65, 1, 1, "one more than a tile of pixels, of channels and of products"
-    ),
-    ConvShape(
-        "tile_less_one", 1, 31, 7, 9, 63, 1, 1, "one less than a tile of pixels, of channels and of products"
-    ),
-    ConvShape(
-        "batch_across_tile", 5, 4, 5, 5, 8, 3, 3, "a tile of pixels spans several images", padding=(1, 1)
-    ),
-    # groups
-    ConvShape(
-        "groups_wide", 1, 32, 6, 6, 64, 3, 3, "two groups of 16 to 32 channels", padding=(1, 1), groups=2
-    ),
-    ConvShape(
-        "groups_narrow", 2, 24, 6, 5, 24, 3, 3, "six groups of 4 channels (ResNeXt)", padding=(1, 1), groups=6
-    ),
-    ConvShape(
-        "groups_odd", 1, 9, 7, 6, 15, 3, 2, "three groups of 3 to 5 channels", (2, 1), (1, 0), (1, 1), 3
-    ),
-    ConvShape(
-        "groups_over_tile", 1, 8, 4, 4, 140, 1, 1, "two groups, each with more filters than a tile", groups=2
-    ),
-    ConvShape(
-        "groups_stride_dilation",
-        2,
-        8,
-        12,
-        11,
-        12,
-        3,
-        3,
-        "groups, stride and dilation at once",
-        (2, 3),
-        (2, 1),
-        (2, 1),
-        4,
-    ),
-    # strides, dilation, padding
-    ConvShape("stride3", 1, 4, 13, 14, 6, 3, 3, "stride as wide as the filter", (3, 3), (1, 1)),
-    ConvShape(
-        "stride_over_filter", 1, 5, 11, 9, 6, 2, 2, "stride wider than the filter: pixels never read", (3, 3)
-    ),
-    ConvShape("stride_mixed", 2, 6, 9, 12, 8, 3, 3, "another stride in each direction", (1, 3), (1, 1)),
-    ConvShape(
-        "dilation2",
-        1,
-        6,
-        9,
-        10,
-        8,
-        3,
-        3,
-        "atrous, output as large as the input",
-        padding=(2, 2),
-        dilation=(2, 2),
-    ),
-    ConvShape(
-        "dilation_mixed", 1, 4, 12, 10, 7, 3, 2, "another dilation in each direction", (2, 1), (2, 3), (3, 2)
-    ),
-    ConvShape(
-        "dilation_over_image",
-        1,
-        4,
-        5,
-        6,
-        4,
-        3,
-        3,
-        "every tap but the middle one is padding",
-        padding=(7, 8),
-        dilation=(7, 8),
-    ),
-    ConvShape(
-        "padding_over_filter",
-        1,
-        4,
-        4,
-        5,
-        6,
-        2,
-        3,
-        "padding wider than the filter: whole outputs see only zeros",
-        padding=(4, 5),
-    ),
-    ConvShape(
-        "padding_1x1", 1, 5, 3, 4, 6, 1, 1, "a padded 1x1 filter: a border of act(norm(0))", (2, 1), (1, 2)
-    ),
-    ConvShape("padding_mixed", 1, 6, 7, 6, 5, 3, 3, "padding in one direction only", padding=(0, 2)),
-    ConvShape("padding_asymmetric", 2, 6, 8, 7, 8, 3, 3, "four different pads", (2, 1), (0, 1, 2, 3)),
-    ConvShape(
-        "padding_same_even",
-        1,
-        5,
-        7,
-        8,
-        6,
-        4,
-        2,
-        "'same' with an even filter: one pad more at the end",
-        padding=(1, 2, 0, 1),
-    ),
-    ConvShape(
-        "padding_one_side",
-        1,
-        3,
-        6,
-        6,
-        4,
-        3,
-        3,
-        "TensorFlow's stride 2 'same': pads at the end only",
-        (2, 2),
-        (0, 1, 0, 1),
-    ),
-    # filters
-    ConvShape("filter_1x7", 1, 6, 5, 11, 10, 1, 7, "1xN filter (Inception)", padding=(0, 3)),
-    ConvShape("filter_7x1", 1, 6, 11, 5, 10, 7, 1, "Nx1 filter (Inception)", padding=(3, 0)),
-    ConvShape("filter_even", 1, 6, 8, 9, 8, 2, 4, "even filter without padding"),
-    ConvShape("filter_image", 2, 8, 5, 4, 12, 5, 4, "filter as large as the image: one output pixel"),
-    ConvShape(
-        "filter_over_image",
-        1,
-        4,
-        3,
-        3,
-        5,
-        5,
-        5,
-        "filter larger than the image, saved by padding",
-        padding=(2, 1),
-    ),
-    ConvShape("filter_11x11", 1, 2, 17, 16, 4, 11, 11, "AlexNet's first filter", (4, 4), (2, 2)),
-    # degenerate extents and odd channel counts
-    ConvShape(
-        "one_pixel", 1, 8, 1, 1, 8, 3, 3, "3x3 on one pixel: only the middle tap counts", padding=(1, 1)
-    ),
-    ConvShape("all_ones", 1, 1, 1, 1, 1, 1, 1, "every extent is 1"),
-    ConvShape("one_channel", 2, 1, 7, 8, 5, 3, 3, "C = 1", padding=(1, 1)),
-    ConvShape("one_filter", 2, 10, 7, 6, 1, 3, 3, "K = 1", padding=(1, 1)),
-    ConvShape("one_row", 2, 6, 1, 19, 8, 1, 3, "H = 1: a one-dimensional convolution", padding=(0, 1)),
-    ConvShape("one_column", 2, 6, 19, 1, 8, 3, 1, "W = 1", (2, 1), (1, 0)),
-    ConvShape("odd_channels", 1, 13, 6, 7, 17, 3, 3, "no vector load fits", padding=(1, 1)),
-    ConvShape(
-        "channels_mod_4",
-        1,
-        20,
-        5,
-        6,
-        36,
-        3,
-        3,
-        "8-byte but not 16-byte aligned pixels in 16-bit types",
-        padding=(1, 1),
-    ),
-    ConvShape("channels_mod_2", 1, 18, 5, 6, 22, 1, 1, "4-byte aligned pixels in 16-bit types"),
-    ConvShape("empty_batch", 0, 8, 6, 6, 8, 3, 3, "batch 0: an empty output and no launch", padding=(1, 1)),
-    ConvShape(
-        "empty_batch_groups",
-        0,
-        8,
-        6,
-        5,
-        16,
-        3,
-        3,
-        "batch 0 with groups and stride",
-        (2, 2),
-        (1, 1),
-        (1, 1),
-        4,
-    ),
-)
+def table(text: str) -> tuple[ConvShape, ...]:
+    """The shapes of a table with a line for each: its name, the convolution, and why it is there.
+
+    A convolution is `NxCxHxW KxRxS` and what it has of `stride 2`, `pad 1x0`, `dilate 2x3` and `groups 4`;
+    one number stands for both directions, and four pads are top, bottom, left and right.
+    """
+    lines = [line for line in text.strip().splitlines() if not line.startswith("#")]
+    return tuple(_shape(*(part.strip() for part in line.split(" | "))) for line in lines)
+
+
+def _shape(name: str, convolution: str, reason: str) -> ConvShape:
+    x, weight, *words = convolution.replace(",", "").split()
+    options = dict(zip(words[::2], (_numbers(word) for word in words[1::2]), strict=True))
+    (groups,) = options.pop("groups", (1,))
+    stride, padding, dilation = (
+        given * 2 if len(given) == 1 else given
+        for given in (options.pop("stride", (1,)), options.pop("pad", (0,)), options.pop("dilate", (1,)))
+    )
+    assert not options, f"{name}: {options}"
+    sizes = (*_numbers(x), *_numbers(weight))
+    return ConvShape(name, *sizes, reason, stride, padding, dilation, groups)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x")))
+
+
+SHAPES = table("""
+# the common layers of real networks, scaled down
+3x3                    | 1x8x8x8 8x3x3 pad 1    | the commonest dense layer
+1x1                    | 2x16x6x5 24x1x1        | half of all convolutions: a plain matrix product
+3x3_stride2            | 2x8x9x8 16x3x3 stride 2, pad 1 | downsampling, odd height and even width
+1x1_stride2            | 1x16x7x8 16x1x1 stride 2 | a ResNet shortcut: most pixels are skipped
+stem_7x7               | 1x3x19x19 16x7x7 stride 2, pad 3 | ResNet's first layer: C = 3
+stem_3x3               | 2x3x12x10 8x3x3 stride 2, pad 1 | a mobile network's first layer: C = 3
+depthwise_3x3          | 1x16x9x9 16x3x3 pad 1, groups 16 | depthwise
+depthwise_5x5_stride2  | 1x12x11x9 12x5x5 stride 2, pad 2, groups 12 | depthwise, odd channels per 16 bytes
+depthwise_twice        | 2x6x7x7 12x3x3 pad 1, groups 6 | depthwise with multiplier 2
+squeeze_excite         | 3x24x1x1 10x1x1        | 1x1 on a one-pixel image: M is the batch
+# tiles: several blocks each way, exact fits and tails
+one_exact_tile         | 1x32x8x8 64x1x1        | M, K and the reduction fill one tile and one chunk exactly
+many_pixels            | 3x5x13x11 7x3x3 pad 1  | several blocks of pixels, the last one partly empty
+many_filters           | 1x9x4x4 150x3x3 pad 1  | several blocks of output channels, the last one partly empty
+many_blocks            | 2x6x9x9 70x3x3 pad 1   | several blocks in both directions, tails in both
+many_chunks            | 1x72x5x5 20x3x3 pad 1  | a reduction of 648: over 20 chunks and a tail
+long_reduction         | 1x256x3x3 8x3x3 pad 1  | a reduction of 2304: a single running sum would show
+tile_plus_one          | 1x33x5x13 65x1x1       | one more than a tile of pixels, of channels and of products
+tile_less_one          | 1x31x7x9 63x1x1        | one less than a tile of pixels, of channels and of products
+batch_across_tile      | 5x4x5x5 8x3x3 pad 1    | a tile of pixels spans several images
+# groups
+groups_wide            | 1x32x6x6 64x3x3 pad 1, groups 2 | two groups of 16 to 32 channels
+groups_narrow          | 2x24x6x5 24x3x3 pad 1, groups 6 | six groups of 4 channels (ResNeXt)
+groups_odd             | 1x9x7x6 15x3x2 stride 2x1, pad 1x0, groups 3 | three groups of 3 to 5 channels
+groups_over_tile       | 1x8x4x4 140x1x1 groups 2 | two groups, each with more filters than a tile
+groups_stride_dilation | 2x8x12x11 12x3x3 stride 2x3, pad 2x1, dilate 2x1, groups 4 | all options at once
+# strides, dilation, padding
+stride3                | 1x4x13x14 6x3x3 stride 3, pad 1 | stride as wide as the filter
+stride_over_filter     | 1x5x11x9 6x2x2 stride 3 | stride wider than the filter: pixels never read
+stride_mixed           | 2x6x9x12 8x3x3 stride 1x3, pad 1 | another stride in each direction
+dilation2              | 1x6x9x10 8x3x3 pad 2, dilate 2 | atrous, output as large as the input
+dilation_mixed         | 1x4x12x10 7x3x2 stride 2x1, pad 2x3, dilate 3x2 | another dilation in each direction
+dilation_over_image    | 1x4x5x6 4x3x3 pad 7x8, dilate 7x8 | every tap but the middle one is padding
+padding_over_filter    | 1x4x4x5 6x2x3 pad 4x5  | padding wider than the filter: whole outputs see only zeros
+padding_1x1            | 1x5x3x4 6x1x1 stride 2x1, pad 1x2 | a padded 1x1 filter: a border of act(norm(0))
+padding_mixed          | 1x6x7x6 5x3x3 pad 0x2  | padding in one direction only
+padding_asymmetric     | 2x6x8x7 8x3x3 stride 2x1, pad 0x1x2x3 | four different pads
+padding_same_even      | 1x5x7x8 6x4x2 pad 1x2x0x1 | 'same' with an even filter: one pad more at the end
+padding_one_side       | 1x3x6x6 4x3x3 stride 2, pad 0x1x0x1 | TensorFlow's stride 2 'same': pads at the end
+# filters
+filter_1x7             | 1x6x5x11 10x1x7 pad 0x3 | 1xN filter (Inception)
+filter_7x1             | 1x6x11x5 10x7x1 pad 3x0 | Nx1 filter (Inception)
+filter_even            | 1x6x8x9 8x2x4          | even filter without padding
+filter_image           | 2x8x5x4 12x5x4         | filter as large as the image: one output pixel
+filter_over_image      | 1x4x3x3 5x5x5 pad 2x1  | filter larger than the image, saved by padding
+filter_11x11           | 1x2x17x16 4x11x11 stride 4, pad 2 | AlexNet's first filter
+# degenerate extents and odd channel counts
+one_pixel              | 1x8x1x1 8x3x3 pad 1    | 3x3 on one pixel: only the middle tap counts
+all_ones               | 1x1x1x1 1x1x1          | every extent is 1
+one_channel            | 2x1x7x8 5x3x3 pad 1    | C = 1
+one_filter             | 2x10x7x6 1x3x3 pad 1   | K = 1
+one_row                | 2x6x1x19 8x1x3 pad 0x1 | H = 1: a one-dimensional convolution
+one_column             | 2x6x19x1 8x3x1 stride 2x1, pad 1x0 | W = 1
+odd_channels           | 1x13x6x7 17x3x3 pad 1  | no vector load fits
+channels_mod_4         | 1x20x5x6 36x3x3 pad 1  | 8-byte but not 16-byte aligned pixels in 16-bit types
+channels_mod_2         | 1x18x5x6 22x1x1        | 4-byte aligned pixels in 16-bit types
+empty_batch            | 0x8x6x6 8x3x3 pad 1    | batch 0: an empty output and no launch
+empty_batch_groups     | 0x8x6x5 16x3x3 stride 2, pad 1, groups 4 | batch 0 with groups and stride
+""")
 
 _BY_NAME = {shape.name: shape for shape in SHAPES}
 
