@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fused_cna
+from fused_cna.plan import DEFAULT_DEVICE
 from tests.layouts import moved
 from tests.reference import (
     Problem,
@@ -73,6 +75,8 @@ class Backend:
     """One way to run a problem; problems are built on the CPU and moved to `device` by `place`."""
 
     device = "cpu"
+    planned_for: Any = DEFAULT_DEVICE
+    """Whose plans it runs, for `tests.plans.plan_names`."""
 
     def place(self, problem: Problem) -> Problem:
         return problem.map(lambda tensor: moved(tensor, self.device))
@@ -80,7 +84,8 @@ class Backend:
     def run(self, problem: Problem, **extra: object) -> Tensor:
         """The result for a problem whose tensors are on `device`.
 
-        `extra` are further arguments of `conv_norm_act`, and `plan`, the name of the plan to run.
+        `extra` are further arguments of `conv_norm_act`, `plan`, the name of the plan to run, and
+        `allow_tf32`, whether it may round float32 to tf32.
         """
         raise NotImplementedError
 
@@ -124,9 +129,10 @@ class Gpu(Backend):
     """The CUDA kernels on the GPU."""
 
     device = "cuda"
+    planned_for = None
 
-    def run(self, problem: Problem, *, plan: str = "", **extra: object) -> Tensor:
-        with fused_cna.forced_plan(plan):
+    def run(self, problem: Problem, *, plan: str = "", allow_tf32: bool = False, **extra: object) -> Tensor:
+        with fused_cna.forced_plan(plan), convolutions_in_float32(allow_tf32):
             return problem.call(fused_cna.conv_norm_act, **extra)
 
     def eager_error(self, problem: Problem) -> float:
@@ -136,13 +142,13 @@ class Gpu(Backend):
 
 
 @contextlib.contextmanager
-def convolutions_in_float32() -> Iterator[None]:
-    """Float32 convolutions on a GPU without tf32.
+def convolutions_in_float32(allow_tf32: bool = False) -> Iterator[None]:
+    """Float32 convolutions on a GPU without tf32, or with it.
 
     By the one way that sets the old and the new switches alike, which torch.export wants, and that torch's
     own test utilities leave open.
     """
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow_tf32):
         yield
 
 

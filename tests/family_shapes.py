@@ -151,7 +151,7 @@ skips_rows         | 2x3x19x22 8x3x2 stride 5x4, pad 1x0 | rows between windows 
 skips_dilated      | 1x3x31x16 8x3x2 stride 9x2, pad 1, dilate 3x1 | the same, dilated
 patches            | 1x3x32x48 40x16x16 stride 16   | a patch embedding
 large_patches      | 1x3x64x96 40x32x32 stride 32   | chunks of patches, rows left out
-long_filter        | 1x3x48x29 9x37x13 stride 2, pad 4x5 | chunks of a window, the last one short
+long_filter        | 1x3x40x15 9x37x13 stride 2, pad 4x5 | chunks of a window, the last one short
 padding_over_image | 1x3x3x8 8x3x3 stride 2, pad 9x11 | windows of zeros only
 asymmetric         | 1x3x9x16 8x3x3 stride 2, pad 0x2x1x4 | four different pads
 mixed_strides      | 1x3x9x16 8x3x3 stride 2x3, pad 1 | an odd stride across, an even one down

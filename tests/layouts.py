@@ -68,6 +68,26 @@ def expanded_channels(tensor: Tensor) -> Tensor:
     return tensor[:, :1, :1].expand(tensor.shape)
 
 
+def every_second_pixel_aligned(tensor: Tensor) -> Tensor:
+    """Channels last, with every second pixel on a 16-byte boundary and the others between two."""
+    n, c, h, w = tensor.shape
+    pitch = -(-c * tensor.element_size() // 16) * 16 + 8
+    storage = _poisoned(tensor, (n, h, w, pitch // tensor.element_size()))
+    return storage[..., :c].permute(0, 3, 1, 2).copy_(tensor)
+
+
+def channel_slice(tensor: Tensor, before: int = 5, behind: int = 2) -> Tensor:
+    """A slice of the channels of a larger channels_last tensor."""
+    n, c, h, w = tensor.shape
+    storage = _poisoned(tensor, (n, h, w, before + c + behind)).permute(0, 3, 1, 2)
+    return storage[:, before : before + c].copy_(tensor)
+
+
+def aligned_channel_slice(tensor: Tensor) -> Tensor:
+    """The same, with every pixel on a 16-byte boundary."""
+    return channel_slice(tensor, 16, 8 + -tensor.shape[1] % 8)
+
+
 LAYOUTS: tuple[Layout, ...] = (
     contiguous,
     channels_last,

@@ -34,7 +34,7 @@ FAULTS = {
 """Planted in the first plan of these kernels, and what is said of it."""
 
 LOST = {"chosen float16 nchw x[1, 9, 7, 6]": "lost"}
-LOST_BY = "tests/test_kernels.py::test_integers_are_exact[cuda-groups_odd-float16]"
+LOST_BY = "tests/test_conformance.py::test_integers_are_exact[cuda-chosen-float16-groups_odd]"
 
 
 @needs_extension
@@ -53,7 +53,7 @@ def test_a_first_call_finds_the_faults_and_a_second_runs_what_failed(
     faults = {case: FAULTS[kernel][0] for kernel, case in planted.items()}
     limits = {
         "plans": "--limit 1 --patience 5",
-        "tests": "-n 1 tests/test_kernels.py -k 'test_integers_are_exact and float16'",
+        "tests": "-n 1 tests/test_conformance.py -k 'test_integers_are_exact and chosen-float16'",
         "times": "--image 32 --limit 3",
     }
     more = [argument for step, words in limits.items() for argument in ("--more", step, words)]

@@ -14,7 +14,6 @@ from tests.layouts import (
     LAYOUTS,
     Layout,
     channels_last,
-    odd_unit_strides,
     sliced,
     vector_every_third,
 )
@@ -24,50 +23,10 @@ from tests.shapes import ConvShape, shape_named
 from tests.simt.build import ROOT
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-some_shapes = pytest.mark.parametrize(
-    "shape",
-    [shape_named("padding_asymmetric"), shape_named("channels_mod_4"), shape_named("groups_narrow")],
-    ids=str,
-)
-some_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 
 
 def make(kernels: Backend, shape: ConvShape, dtype: torch.dtype = torch.float32) -> Problem:
     return kernels.place(integer_problem(shape, dtype, Wanted("relu", residual_order="add_act")))
-
-
-@some_dtypes
-@layouts
-@some_shapes
-def test_x_in_any_layout(kernels: Backend, shape: ConvShape, layout: Layout, dtype: torch.dtype) -> None:
-    problem = make(kernels, shape, dtype)
-    kernels.check_exact(problem.replace(x=layout(problem.x)))
-
-
-@some_dtypes
-@layouts
-@some_shapes
-def test_weight_in_any_layout(kernels: Backend, shape: ConvShape, layout: Layout, dtype: torch.dtype) -> None:
-    problem = make(kernels, shape, dtype)
-    kernels.check_exact(problem.replace(weight=layout(problem.weight)))
-
-
-@layouts
-@some_shapes
-def test_residual_in_any_layout(kernels: Backend, shape: ConvShape, layout: Layout) -> None:
-    problem = make(kernels, shape)
-    assert problem.residual is not None
-    kernels.check_exact(problem.replace(residual=layout(problem.residual)))
-    kernels.check_exact(problem.replace(residual=layout(problem.residual), x=channels_last(problem.x)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@layouts
-def test_everything_in_one_layout(kernels: Backend, layout: Layout, dtype: torch.dtype) -> None:
-    problem = make(kernels, shape_named("many_blocks"), dtype)
-    kernels.check_exact(
-        problem.map(lambda tensor: layout(tensor) if tensor.dim() == 4 else vector_every_third(tensor)),
-    )
 
 
 def test_vectors_with_strides(kernels: Backend) -> None:
@@ -78,28 +37,6 @@ def test_vectors_with_strides(kernels: Backend) -> None:
     kernels.check_exact(
         problem.map(lambda tensor: tensor[:1].expand(tensor.shape) if tensor.dim() == 1 else tensor)
     )
-
-
-@pytest.mark.parametrize("stride", [0, 1, 7, 12345, 2**40])
-@pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
-)
-@pytest.mark.parametrize(
-    "name", ["one_pixel", "one_row", "one_column", "one_channel", "one_filter", "all_ones", "1x1"]
-)
-def test_strides_of_size_one_dimensions_are_ignored(
-    kernels: Backend, name: str, memory_format: torch.memory_format, stride: int
-) -> None:
-    problem = make(kernels, shape_named(name))
-
-    def odd(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 1:
-            return odd_unit_strides(tensor, stride)
-        return odd_unit_strides(tensor.contiguous(memory_format=memory_format), stride)
-
-    odd_problem = problem.map(odd)
-    assert any(stride in tensor.stride() for tensor in (odd_problem.x, odd_problem.weight))
-    kernels.check_exact(odd_problem)
 
 
 @layouts

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 import fused_cna
+from tests.families import plans_of_every_kernel
 from tests.gpu.evidence import read_step, write_json
-from tests.kernel_cases import plans_of_every_kernel, run_on_gpu
+from tests.layouts import moved
 from tests.plans import describe
-from tests.reference import Problem
+from tests.reference import Problem, difference, expected_rounded
 
 STARTS_WITHIN = 60.0
 """Seconds until a worker's first plan, on a machine that has yet to read torch from its disk."""
@@ -35,6 +36,17 @@ NO_TIME = "the time is over"
 def list_cases() -> dict[str, tuple[Problem, str]]:
     """Every case by its name, in an order that is always the same."""
     return {describe(plan, p.x, p.weight): (p, plan) for p, plan in plans_of_every_kernel()}
+
+
+def run_on_gpu(problem: Problem, plan: str) -> str:
+    """Runs the plan on the GPU; how its result differs from the formula, empty where it does not.
+
+    All but the convolution is computed on the CPU and copied, so that a tool which watches the GPU sees
+    the kernel alone.
+    """
+    with fused_cna.forced_plan(plan), torch.inference_mode():
+        actual = problem.map(lambda tensor: moved(tensor, "cuda")).call(fused_cna.conv_norm_act).cpu()
+    return difference(actual, expected_rounded(problem))
 
 
 def work() -> None:

@@ -45,7 +45,8 @@ def run_cases(seconds: float) -> int:
     from torch import Tensor
 
     import fused_cna
-    from tests.kernel_cases import plans_of_every_kernel, run_on_gpu
+    from tests.families import plans_of_every_kernel
+    from tests.gpu.plans import run_on_gpu
     from tests.plans import describe
     from tests.reference import DTYPES, Problem, Wanted, difference, expected_rounded, integer_problem
     from tests.shapes import TELLING_SHAPES

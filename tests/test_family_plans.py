@@ -1,0 +1,355 @@
+"""The plan of each kernel family: which layers it takes, why it refuses others, and how it cuts them."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from fused_cna import ConvNormAct, ConvProblem, explain
+from tests.reference import DTYPES
+from tests.test_plan import DEVICES, real_layers
+
+FLOAT32 = torch.float32
+
+
+def layer(n: int, c: int, size: int, k: int, filter_size: int = 1, **options: Any) -> ConvProblem:
+    """A convolution of square images, by a square filter."""
+    return ConvProblem(n, c, size, size, k, filter_size, filter_size, **options)
+
+
+MOBILE = layer(8, 96, 28, 96, 3, padding=1, groups=96)
+CONVNEXT = layer(32, 384, 14, 384, 7, padding=3, groups=384)
+RESNEXT = layer(8, 256, 28, 256, 3, padding=1, groups=32)
+PATCHES = layer(8, 3, 224, 64, 7, stride=2, padding=3)
+WIDE = layer(32, 256, 14, 256, 3, padding=1)
+
+
+def having(problem: ConvProblem, **changes: Any) -> ConvProblem:
+    return dataclasses.replace(problem, **changes)
+
+
+def of_kernel(problem: ConvProblem, name: str, **options: Any) -> list[dict[str, Any]]:
+    """The candidates whose name begins so."""
+    found = [c for c in explain(problem, **options).candidates if c["name"].startswith(name)]
+    assert found, f"there is no {name}"
+    return found
+
+
+def fastest(problem: ConvProblem, kernel: str, **options: Any) -> dict[str, Any]:
+    """The kernel's fastest legal plan, by estimate."""
+    return next(c for c in of_kernel(problem, kernel, **options) if not c["illegal"])
+
+
+REFUSED: tuple[tuple[str, ConvProblem, str], ...] = (
+    ("depthwise ", having(MOBILE, groups=48), "one input channel a group, there are 2"),
+    ("depthwise ", having(MOBILE, w=2**31 - 2000, stride=300), "ends at row or column 21474"),
+    ("depthwise ", having(MOBILE, n=2**26, c=8, k=8, groups=8), "strips or blocks"),
+    ("depthwise_toeplitz", having(CONVNEXT, dtype=FLOAT32), "not float32"),
+    ("depthwise_toeplitz", having(CONVNEXT, k=768), "384 to 768 channels in 384 groups"),
+    ("depthwise_toeplitz", having(CONVNEXT, groups=192), "in 192 groups"),
+    ("depthwise_toeplitz", having(CONVNEXT, stride=2), "strides and dilations must be 1"),
+    (
+        "depthwise_toeplitz",
+        having(CONVNEXT, dilation=(1, 2), padding=(3, 6)),
+        "strides and dilations must be 1",
+    ),
+    ("depthwise_toeplitz", having(CONVNEXT, s=11, padding=(3, 5)), "11 wide, it takes widths from 2 to 9"),
+    ("depthwise_toeplitz", having(CONVNEXT, s=1, padding=(3, 0)), "1 wide"),
+    ("depthwise_toeplitz", having(CONVNEXT, c=27, k=27, groups=27), "27 channels allow loads of 2 bytes"),
+    ("depthwise_toeplitz", having(CONVNEXT, h=400, r=399, padding=(198, 3)), "399 rows, at most 128 rows"),
+    (
+        "depthwise_toeplitz",
+        having(CONVNEXT, h=400, r=120, padding=(60, 3)),
+        "bytes of shared memory, at most 232448",
+    ),
+    ("depthwise_toeplitz", layer(2**31, 16, 1, 16, 7, padding=3, groups=16), "2147483648 images"),
+    ("grouped", having(RESNEXT, groups=256), "one channel"),
+    ("grouped", layer(8, 48, 28, 64, 3, padding=1, groups=16), "3 channels"),
+    ("grouped", ConvProblem(1, 64, 4, 4, 64, 3, 3, padding=2**29, dilation=2**29, groups=8), "it counts to"),
+    ("grouped", layer(8, 512, 28, 512, 31, padding=15, groups=2), "shared memory"),
+    ("small_m", layer(257, 64, 1, 64), "output pixels number 257, at most 256"),
+    ("implicit_gemm_fp32", WIDE, "float16"),
+    ("implicit_gemm_tf32x3", WIDE, "float16"),
+    ("implicit_gemm_tf32x3", layer(32, 32, 56, 64, dtype=FLOAT32), "32 products"),
+    ("stem", layer(8, 4, 28, 8, 3, groups=2), "2 groups, at most 1 groups"),
+    ("stem", layer(8, 5, 28, 8, 3), "5 channels, at most 4 channels"),
+    ("stem", ConvProblem(1, 3, 8, 3000, 8, 1, 2500), "shared memory"),
+    ("stem", ConvProblem(1, 3, 1 << 30, 4, 8, 3, 3, padding=1), "rows or columns"),
+    ("stem", layer(1 << 10, 3, 1 << 11, 8), "tiles"),
+)
+"""The beginning of names of plans, a problem that none of them takes, and what one of the reasons says."""
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "words"), REFUSED, ids=[f"{name.strip()}: {words}" for name, _, words in REFUSED]
+)
+def test_why_it_is_out(name: str, problem: ConvProblem, words: str) -> None:
+    reasons = [c["illegal"] for c in of_kernel(problem, name)]
+    assert all(reasons), "some plan is legal"
+    assert any(words in reason for reason in reasons), reasons[0]
+
+
+PARTLY_REFUSED: tuple[tuple[str, ConvProblem, str, int], ...] = (
+    ("depthwise ", MOBILE, "takes 7x7 filters with stride 2 and dilation 1", 1),
+    ("depthwise ", having(MOBILE, dilation=2), "dilation 1", 6),
+    ("depthwise ", having(MOBILE, k=192), "one output channel per input channel, there are 2", 1),
+    (
+        "depthwise ",
+        having(MOBILE, c=27, k=27, groups=27),
+        "27 channels allow loads of 2 bytes, this version takes at least 4",
+        1,
+    ),
+    ("depthwise_toeplitz", layer(2**30, 256, 1, 256, 7, padding=3, groups=256), "2147483648 blocks", 1),
+    ("grouped", layer(8, 48, 28, 64, 3, padding=1, groups=4), "12 channels", 1),
+    ("grouped", layer(8, 64, 28, 64, 3, padding=1, groups=8), "8 output channels", 1),
+)
+"""Problems that some of the plans take, what the reasons against others say, and at least how often."""
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "words", "least"),
+    PARTLY_REFUSED,
+    ids=[f"{name.strip()}: {words}" for name, _, words, _ in PARTLY_REFUSED],
+)
+def test_why_some_of_it_is_out(name: str, problem: ConvProblem, words: str, least: int) -> None:
+    reasons = [c["illegal"] for c in of_kernel(problem, name)]
+    assert sum(words in reason for reason in reasons) >= least
+    assert not all(reasons), "no plan is legal"
+
+
+@pytest.mark.parametrize(
+    ("problem", "kernel", "without"),
+    [
+        (layer(8, 64, 28, 64, 3, padding=1, groups=8, dtype=FLOAT32), "grouped", "implicit_gemm_tf32x3"),
+        (having(PATCHES, dtype=FLOAT32), "stem", "implicit_gemm_tf32x3"),
+        (having(WIDE, dtype=FLOAT32), "implicit_gemm_sm80", "implicit_gemm_tf32x3"),
+        (layer(32, 32, 56, 64, dtype=FLOAT32), "implicit_gemm_sm80", "implicit_gemm_fp32"),
+        (layer(8, 960, 1, 40, dtype=FLOAT32), "small_m", "small_m"),
+    ],
+)
+def test_float32_that_is_to_be_exact_is_not_rounded(problem: ConvProblem, kernel: str, without: str) -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        assert explain(problem).kernel == kernel
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exact = explain(problem)
+        assert exact.kernel == without
+        if kernel != without:
+            assert all("tf32" in c["illegal"] for c in exact.candidates if c["kernel"] == kernel)
+
+
+def test_tensor_cores_that_are_no_faster_are_left() -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert explain(having(WIDE, dtype=FLOAT32), device="L4").kernel == "implicit_gemm_fp32"
+
+
+CHOSEN: tuple[tuple[str, ConvProblem, dict[str, Any]], ...] = (
+    (
+        "head over an image",
+        layer(1, 512, 7, 4096, 7),
+        {"kernel": "small_m", "rows": "plain", "access_bytes": 16},
+    ),
+    ("deep reduction", layer(1, 3072, 1, 8), {"kernel": "small_m", "lanes": 128}),
+    ("short reduction", layer(1, 8, 1, 32), {"kernel": "small_m", "lanes": 1}),
+    (
+        "nchw as it lies",
+        layer(1, 64, 4, 128, channels_last=False),
+        {"kernel": "small_m", "access_bytes": 2, "convert_x": False, "convert_weight": False},
+    ),
+    ("wide head", layer(32, 2048, 1, 1000), {"kernel": "implicit_gemm_sm80"}),
+    ("last block", layer(1, 512, 7, 512, 3, padding=1), {"kernel": "implicit_gemm_sm80"}),
+    (
+        "slabs of channels",
+        having(MOBILE, channels_last=False),
+        {"name": "depthwise 147x48x9 3x3 stride 1 16-byte after a copy of x", "convert_weight": False},
+    ),
+    *(
+        (
+            f"{channels} channels",
+            having(MOBILE, c=channels, k=channels, groups=channels, dtype=dtype),
+            {"name": name},
+        )
+        for channels, dtype, name in (
+            (96, torch.float16, "depthwise 147x48x9 3x3 stride 1 16-byte"),
+            (72, torch.float16, "depthwise 175x40x9 3x3 stride 1 16-byte"),
+            (24, torch.bfloat16, "depthwise 294x24x9 3x3 stride 1 16-byte"),
+            (20, torch.bfloat16, "depthwise 294x24x9 3x3 stride 1 4-byte"),
+            (22, FLOAT32, "depthwise 147x24x9 3x3 stride 1 4-byte"),
+            (27, FLOAT32, "depthwise 126x28x9 3x3 stride 1 4-byte"),
+            (27, torch.float16, "depthwise 224x32x9 any filter by value"),
+        )
+    ),
+)
+"""Layers, and what holds of the plan that is chosen for them."""
+
+
+@pytest.mark.parametrize(("problem", "held"), [c[1:] for c in CHOSEN], ids=[c[0] for c in CHOSEN])
+def test_the_choice(problem: ConvProblem, held: dict[str, Any]) -> None:
+    chosen = explain(problem).candidates[0]
+    assert {key: chosen[key] for key in held} == held
+
+
+def test_small_m_is_legal_up_to_its_limit() -> None:
+    assert fastest(layer(256, 64, 1, 64), "small_m")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_takes_the_kernels_of_their_layers(device: str) -> None:
+    assert explain(RESNEXT, device=device).kernel == "grouped"
+    for size in (7, 14, 28, 56) if device in ("A100", "H100", "B200") else ():
+        chosen = explain(having(CONVNEXT, h=size, w=size), device=device).candidates[0]
+        assert (chosen["kernel"], chosen["access_bytes"]) == ("depthwise_toeplitz", 16)
+        assert not chosen["convert_x"]
+
+
+SQUEEZE_EXCITE = "64-1024 1024-64 40-960 960-40 96-2304 2304-96 20-480 240-10 8-32"
+"""Channels in and out of real squeeze-excite layers, most used ones first."""
+
+
+@pytest.mark.parametrize("device", ["A100", "L4", "H100", "B200"])
+@pytest.mark.parametrize("n", [1, 8])
+def test_squeeze_excite_layers_of_small_batches_run_on_small_m(n: int, device: str) -> None:
+    for pair in SQUEEZE_EXCITE.split():
+        c, k = map(int, pair.split("-"))
+        chosen = explain(layer(n, c, 1, k), device=device).candidates[0]
+        assert chosen["kernel"] == "small_m", (c, k, chosen["name"])
+        assert "copy" not in chosen["name"]
+        assert chosen["workspace_bytes"] == 0
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_wide_layers_of_large_batches_run_on_tensor_cores(n: int) -> None:
+    for c, k in ((1024, 1024), (2048, 1000), (512, 2048)):
+        assert explain(layer(n, c, 1, k)).kernel == "implicit_gemm_sm80", (n, c, k)
+
+
+def test_the_head_over_an_image_is_bound_by_the_read_of_the_weight() -> None:
+    chosen = explain(layer(1, 512, 7, 4096, 7)).candidates[0]
+    assert chosen["bytes_us"] > chosen["latency_us"]
+    copied = fastest(layer(1, 512, 7, 4096, 7, channels_last=False), "small_m")
+    assert copied["convert_weight"], "a sector for each value would cost more than the copy"
+
+
+def test_few_channels_share_a_warp() -> None:
+    chosen = explain(layer(1, 64, 1, 1024)).candidates[0]
+    assert chosen["kernel"] == "small_m"
+    assert chosen["lanes"] <= 8, "64 channels are 8 chunks"
+    assert chosen["tile"][1] >= 128 // chosen["lanes"] * 2
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_small_m_never_needs_memory_of_its_own_unless_a_copy_is_faster(channels_last: bool) -> None:
+    own = of_kernel(layer(1, 40, 4, 24, 3, padding=1, channels_last=channels_last), "small_m")
+    assert any(not (c["convert_x"] or c["convert_weight"]) for c in own)
+    assert all(c["workspace_bytes"] == 0 for c in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, FLOAT32], ids=str)
+def test_depthwise_layers_of_real_networks(dtype: torch.dtype) -> None:
+    layers = [p for _, p in real_layers() if p.groups == p.c > 1]
+    assert len(layers) > 700
+    for problem in layers:
+        candidates = explain(having(problem, dtype=dtype)).candidates
+        # where products are the bound tensor cores are faster, and few pixels have a kernel of their own
+        chosen = next(c for c in candidates if c["kernel"] == "depthwise" and not c["illegal"])
+        is_special = candidates[0]["kernel"] in ("depthwise", "depthwise_toeplitz", "small_m")
+        assert is_special or chosen["estimate_us"] < 1.01 * candidates[0]["estimate_us"], problem
+        own = problem.r == problem.s and problem.r in (3, 5, 7) and problem.dilation == (1, 1)
+        own = own and problem.k == problem.c and problem.stride in ((1, 1), (2, 2))
+        assert ("any filter" not in chosen["name"]) == own, problem
+        assert ("by value" in chosen["name"]) == (problem.k != problem.c), problem
+
+
+def test_depthwise_is_even_between_memory_and_instructions_at_3x3_and_bound_by_these_above() -> None:
+    large = having(MOBILE, n=32, h=112, w=112)
+    small_filter = explain(large).candidates[0]
+    assert 0.8 < small_filter["bytes_us"] / small_filter["products_us"] < 1.25
+    large_filter = explain(having(large, r=7, s=7, padding=3)).candidates[0]
+    assert large_filter["products_us"] > 1.5 * large_filter["bytes_us"]
+
+
+def test_a_slice_of_channels_is_read_as_wide_as_it_is_aligned() -> None:
+    module = ConvNormAct(96, 96, 3, padding=1, groups=96).half().eval()
+    aligned_to_8 = torch.randn(8, 28, 28, 100).half().permute(0, 3, 1, 2)[:, 4:]
+    assert explain(module, aligned_to_8).candidates[0]["access_bytes"] == 4
+
+
+def test_toeplitz_passes_leave_few_rows_of_zeros() -> None:
+    rows_of_pass = {1: 5, 3: 5, 5: 5, 6: 7, 7: 7, 9: 5, 10: 5, 13: 7, 14: 7, 15: 5}
+    for r, rows in rows_of_pass.items():
+        plans = of_kernel(having(CONVNEXT, h=40, w=40, r=r), "depthwise_toeplitz")
+        assert {c["tile"][2] for c in plans} == {rows * 16}
+
+
+def test_toeplitz_takes_smaller_tiles_for_small_batches_and_copies_what_it_cannot_read() -> None:
+    one, many = (fastest(having(CONVNEXT, n=n), "depthwise_toeplitz") for n in (1, 128))
+    assert one["tile"][0] < many["tile"][0]
+    assert one["blocks"] >= 48
+    nchw = fastest(having(CONVNEXT, channels_last=False), "depthwise_toeplitz")
+    assert nchw["name"].endswith("16-byte after a copy of x")
+    assert (nchw["convert_x"], nchw["convert_weight"]) == (True, False)
+
+
+@cache
+def grouped_layers() -> list[ConvProblem]:
+    return [p for _, p in real_layers() if 1 < p.groups < p.c]
+
+
+def test_no_grouped_layer_of_real_networks_is_left_to_direct() -> None:
+    assert len(grouped_layers()) > 150
+    kernels = {p: explain(p).kernel for p in grouped_layers()}
+    assert "direct" not in kernels.values()
+    narrow = [p for p in kernels if p.c // p.groups < 24 and p.r > 1]
+    assert len(narrow) > 60
+    assert {kernels[p] for p in narrow} == {"grouped"}
+
+
+def test_the_rectangle_suits_the_image() -> None:
+    chosen = explain(layer(32, 512, 7, 512, 3, padding=1, groups=32)).candidates[0]["name"].split()
+    assert (chosen[0], chosen[1].startswith("64x"), chosen[2]) == ("grouped", True, "7x7")
+    for problem in grouped_layers():
+        for c in of_kernel(problem, "grouped"):
+            if not c["illegal"]:
+                p, q = map(int, c["name"].split()[2].split("x"))
+                assert p * -(-q // 8) * 8 <= c["tile"][0], c["name"]
+
+
+def stems(n: int, dtype: torch.dtype) -> list[ConvProblem]:
+    """The layers of real networks with few input channels."""
+    found = [having(p, n=n, dtype=dtype) for _, p in real_layers() if p.c <= 4 and p.groups == 1]
+    assert len(found) > 80
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 8, 128])
+def test_no_real_layer_of_few_channels_runs_on_cuda_cores(batch: int) -> None:
+    for problem in stems(batch, torch.float16):
+        kernel = explain(problem).kernel
+        assert kernel == "stem" if problem.c == 3 else kernel != "direct", problem
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_device_has_memory_for_every_real_stem(device: str, dtype: torch.dtype) -> None:
+    for problem in stems(8, dtype):
+        assert fastest(problem, "stem", device=device)
+
+
+def test_plain_images_are_not_copied_for_a_channels_last_network() -> None:
+    x = torch.zeros(8, 3, 224, 224).half()
+    module = ConvNormAct(3, 64, 7, 2, 3).half().eval().to(memory_format=torch.channels_last)
+    explanation = explain(module, x)
+    assert explanation.kernel == "stem"
+    assert not explanation.candidates[0]["convert_x"]
+    assert not explanation.notes
+
+
+def test_the_name_of_a_stem_says_how_the_problem_is_cut() -> None:
+    kernel, tile, _, pixels, _, filter_rows = explain(PATCHES).candidates[0]["name"].split()
+    m, n, k = map(int, tile.split("x"))
+    p, q = map(int, pixels.split("x"))
+    assert (kernel, n, k, filter_rows) == ("stem", 64, 16, "7")
+    assert m // 2 < p * q <= m
