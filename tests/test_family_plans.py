@@ -11,6 +11,7 @@ import torch
 
 from fused_cna import ConvNormAct, ConvProblem, explain
 from tests.reference import DTYPES
+from tests.shapes import ConvShape, table
 from tests.test_plan import DEVICES, real_layers
 
 FLOAT32 = torch.float32
@@ -44,81 +45,99 @@ def fastest(problem: ConvProblem, kernel: str, **options: Any) -> dict[str, Any]
     return next(c for c in of_kernel(problem, kernel, **options) if not c["illegal"])
 
 
-REFUSED: tuple[tuple[str, ConvProblem, str], ...] = (
-    ("depthwise ", having(MOBILE, groups=48), "one input channel a group, there are 2"),
-    ("depthwise ", having(MOBILE, w=2**31 - 2000, stride=300), "ends at row or column 21474"),
-    ("depthwise ", having(MOBILE, n=2**26, c=8, k=8, groups=8), "strips or blocks"),
-    ("depthwise_toeplitz", having(CONVNEXT, dtype=FLOAT32), "not float32"),
-    ("depthwise_toeplitz", having(CONVNEXT, k=768), "384 to 768 channels in 384 groups"),
-    ("depthwise_toeplitz", having(CONVNEXT, groups=192), "in 192 groups"),
-    ("depthwise_toeplitz", having(CONVNEXT, stride=2), "strides and dilations must be 1"),
-    (
-        "depthwise_toeplitz",
-        having(CONVNEXT, dilation=(1, 2), padding=(3, 6)),
-        "strides and dilations must be 1",
-    ),
-    ("depthwise_toeplitz", having(CONVNEXT, s=11, padding=(3, 5)), "11 wide, it takes widths from 2 to 9"),
-    ("depthwise_toeplitz", having(CONVNEXT, s=1, padding=(3, 0)), "1 wide"),
-    ("depthwise_toeplitz", having(CONVNEXT, c=27, k=27, groups=27), "27 channels allow loads of 2 bytes"),
-    ("depthwise_toeplitz", having(CONVNEXT, h=400, r=399, padding=(198, 3)), "399 rows, at most 128 rows"),
-    (
-        "depthwise_toeplitz",
-        having(CONVNEXT, h=400, r=120, padding=(60, 3)),
-        "bytes of shared memory, at most 232448",
-    ),
-    ("depthwise_toeplitz", layer(2**31, 16, 1, 16, 7, padding=3, groups=16), "2147483648 images"),
-    ("grouped", having(RESNEXT, groups=256), "one channel"),
-    ("grouped", layer(8, 48, 28, 64, 3, padding=1, groups=16), "3 channels"),
-    ("grouped", ConvProblem(1, 64, 4, 4, 64, 3, 3, padding=2**29, dilation=2**29, groups=8), "it counts to"),
-    ("grouped", layer(8, 512, 28, 512, 31, padding=15, groups=2), "shared memory"),
-    ("small_m", layer(257, 64, 1, 64), "output pixels number 257, at most 256"),
-    ("implicit_gemm_fp32", WIDE, "float16"),
-    ("implicit_gemm_tf32x3", WIDE, "float16"),
-    ("implicit_gemm_tf32x3", layer(32, 32, 56, 64, dtype=FLOAT32), "32 products"),
-    ("stem", layer(8, 4, 28, 8, 3, groups=2), "2 groups, at most 1 groups"),
-    ("stem", layer(8, 5, 28, 8, 3), "5 channels, at most 4 channels"),
-    ("stem", ConvProblem(1, 3, 8, 3000, 8, 1, 2500), "shared memory"),
-    ("stem", ConvProblem(1, 3, 1 << 30, 4, 8, 3, 3, padding=1), "rows or columns"),
-    ("stem", layer(1 << 10, 3, 1 << 11, 8), "tiles"),
-)
-"""The beginning of names of plans, a problem that none of them takes, and what one of the reasons says."""
+REFUSED = table("""
+depthwise          | 8x96x28x28 96x3x3 pad 1, groups 48           | one input channel a group, there are 2
+depthwise          | 8x96x28x2147481648 96x3x3 stride 300, pad 1, groups 96 | ends at row or column 21474
+depthwise          | 67108864x8x28x28 8x3x3 pad 1, groups 8       | strips or blocks
+depthwise_toeplitz float32 | 32x384x14x14 384x7x7 pad 3, groups 384       | not float32
+depthwise_toeplitz | 32x384x14x14 768x7x7 pad 3, groups 384       | 384 to 768 channels in 384 groups
+depthwise_toeplitz | 32x384x14x14 384x7x7 pad 3, groups 192       | in 192 groups
+depthwise_toeplitz | 32x384x14x14 384x7x7 stride 2, pad 3, groups 384 | strides and dilations must be 1
+depthwise_toeplitz | 32x384x14x14 384x7x7 pad 3x6, dilate 1x2, groups 384 | strides and dilations must be 1
+depthwise_toeplitz | 32x384x14x14 384x7x11 pad 3x5, groups 384    | 11 wide, it takes widths from 2 to 9
+depthwise_toeplitz | 32x384x14x14 384x7x1 pad 3x0, groups 384     | 1 wide
+depthwise_toeplitz | 32x27x14x14 27x7x7 pad 3, groups 27          | 27 channels allow loads of 2 bytes
+depthwise_toeplitz | 32x384x400x14 384x399x7 pad 198x3, groups 384 | 399 rows, at most 128 rows
+depthwise_toeplitz | 32x384x400x14 384x120x7 pad 60x3, groups 384 | bytes of shared memory, at most 232448
+depthwise_toeplitz | 2147483648x16x1x1 16x7x7 pad 3, groups 16    | 2147483648 images
+grouped            | 8x64x28x28 64x3x3 pad 1, groups 64           | one channel
+grouped            | 8x48x28x28 64x3x3 pad 1, groups 16           | 3 channels
+grouped            | 1x64x4x4 64x3x3 pad 536870912, dilate 536870912, groups 8 | it counts to
+grouped            | 8x512x28x28 512x31x31 pad 15, groups 2       | shared memory
+small_m            | 257x64x1x1 64x1x1                            | output pixels number 257, at most 256
+implicit_gemm_fp32 | 32x256x14x14 256x3x3 pad 1                   | float16
+implicit_gemm_tf32x3 | 32x256x14x14 256x3x3 pad 1                   | float16
+implicit_gemm_tf32x3 float32 | 32x32x56x56 64x1x1                           | 32 products
+stem               | 8x4x28x28 8x3x3 groups 2                     | 2 groups, at most 1 groups
+stem               | 8x5x28x28 8x3x3                              | 5 channels, at most 4 channels
+stem               | 1x3x8x3000 8x1x2500                          | shared memory
+stem               | 1x3x1073741824x4 8x3x3 pad 1                 | rows or columns
+stem               | 1024x3x2048x2048 8x1x1                       | tiles
+""")
+"""A kernel, a problem that none of its plans takes, and what one of the reasons says."""
+
+PARTLY_REFUSED = table("""
+depthwise          | 8x96x28x28 96x3x3 pad 1, groups 96       | takes 7x7 filters with stride 2 and dilation 1
+depthwise | 8x96x28x28 96x3x3 pad 1, dilate 2, groups 96 | takes 3x3 filters with stride 1 and dilation 1
+depthwise          | 8x96x28x28 192x3x3 pad 1, groups 96   | one output channel per input channel, there are 2
+depthwise          | 8x27x28x28 27x3x3 pad 1, groups 27     | 27 channels allow loads of 2 bytes, this version
+depthwise_toeplitz | 1073741824x256x1x1 256x7x7 pad 3, groups 256 | 2147483648 blocks, at most 2147483647
+grouped            | 8x48x28x28 64x3x3 pad 1, groups 4            | 12 channels
+grouped            | 8x64x28x28 64x3x3 pad 1, groups 8            | 8 output channels
+""")
+"""The same of problems that others of its plans take."""
 
 
-@pytest.mark.parametrize(
-    ("name", "problem", "words"), REFUSED, ids=[f"{name.strip()}: {words}" for name, _, words in REFUSED]
-)
-def test_why_it_is_out(name: str, problem: ConvProblem, words: str) -> None:
-    reasons = [c["illegal"] for c in of_kernel(problem, name)]
-    assert all(reasons), "some plan is legal"
-    assert any(words in reason for reason in reasons), reasons[0]
+def problem_of(shape: ConvShape) -> ConvProblem:
+    """The problem of a shape whose name may say of what dtype it is, and that it is nchw."""
+    words = shape.name.split()
+    (dtype,) = [word for word in words if word in ("float32", "bfloat16")] or ["float16"]
+    sizes = (*shape.x_size, shape.k, shape.r, shape.s)
+    options = {"dtype": getattr(torch, dtype), "channels_last": "nchw" not in words}
+    return ConvProblem(*sizes, **shape.options(), **options)
 
 
-PARTLY_REFUSED: tuple[tuple[str, ConvProblem, str, int], ...] = (
-    ("depthwise ", MOBILE, "takes 7x7 filters with stride 2 and dilation 1", 1),
-    ("depthwise ", having(MOBILE, dilation=2), "dilation 1", 6),
-    ("depthwise ", having(MOBILE, k=192), "one output channel per input channel, there are 2", 1),
-    (
-        "depthwise ",
-        having(MOBILE, c=27, k=27, groups=27),
-        "27 channels allow loads of 2 bytes, this version takes at least 4",
-        1,
-    ),
-    ("depthwise_toeplitz", layer(2**30, 256, 1, 256, 7, padding=3, groups=256), "2147483648 blocks", 1),
-    ("grouped", layer(8, 48, 28, 64, 3, padding=1, groups=4), "12 channels", 1),
-    ("grouped", layer(8, 64, 28, 64, 3, padding=1, groups=8), "8 output channels", 1),
-)
-"""Problems that some of the plans take, what the reasons against others say, and at least how often."""
+@pytest.mark.parametrize("shape", [*REFUSED, *PARTLY_REFUSED], ids=lambda shape: f"{shape}: {shape.reason}")
+def test_why_it_is_out(shape: ConvShape) -> None:
+    reasons = [c["illegal"] for c in of_kernel(problem_of(shape), shape.name.split()[0] + " ")]
+    assert any(shape.reason in reason for reason in reasons), reasons[0]
+    assert all(reasons) == (shape in REFUSED)
 
 
-@pytest.mark.parametrize(
-    ("name", "problem", "words", "least"),
-    PARTLY_REFUSED,
-    ids=[f"{name.strip()}: {words}" for name, _, words, _ in PARTLY_REFUSED],
-)
-def test_why_some_of_it_is_out(name: str, problem: ConvProblem, words: str, least: int) -> None:
-    reasons = [c["illegal"] for c in of_kernel(problem, name)]
-    assert sum(words in reason for reason in reasons) >= least
-    assert not all(reasons), "no plan is legal"
+CHOSEN = table("""
+head over an image | 1x512x7x7 4096x7x7                 | kernel small_m, rows plain, access_bytes 16
+deep reduction     | 1x3072x1x1 8x1x1                   | kernel small_m, lanes 128
+short reduction    | 1x8x1x1 32x1x1                     | kernel small_m, lanes 1
+nchw as it lies    | 1x64x4x4 128x1x1 | kernel small_m, access_bytes 2, convert_x False, convert_weight False
+wide layer         | 64x1024x1x1 1024x1x1               | kernel implicit_gemm_sm80
+wide head          | 64x2048x1x1 1000x1x1               | kernel implicit_gemm_sm80
+wide layer of 128  | 128x512x1x1 2048x1x1               | kernel implicit_gemm_sm80
+wide head of 32    | 32x2048x1x1 1000x1x1               | kernel implicit_gemm_sm80
+last block         | 1x512x7x7 512x3x3 pad 1            | kernel implicit_gemm_sm80
+nchw is copied | 8x96x28x28 96x3x3 pad 1, groups 96 | kernel depthwise, convert_x True, convert_weight False
+wide float16       | 8x256x28x28 64x3x3 pad 1           | kernel grouped, access_bytes 16
+20 of float16      | 8x20x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 8
+22 of bfloat16     | 8x22x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 4
+wide float32       | 8x256x28x28 64x3x3 pad 1           | kernel implicit_gemm_sm80, access_bytes 16
+22 of float32      | 8x22x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 8
+21 of float32      | 8x21x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 4
+96 float16         | 8x96x28x28 96x3x3 pad 1, groups 96 | name depthwise 147x48x9 3x3 stride 1 16-byte
+72 float16         | 8x72x28x28 72x3x3 pad 1, groups 72 | name depthwise 175x40x9 3x3 stride 1 16-byte
+24 bfloat16        | 8x24x28x28 24x3x3 pad 1, groups 24 | name depthwise 294x24x9 3x3 stride 1 16-byte
+20 bfloat16        | 8x20x28x28 20x3x3 pad 1, groups 20 | name depthwise 294x24x9 3x3 stride 1 4-byte
+22 float32         | 8x22x28x28 22x3x3 pad 1, groups 22 | name depthwise 147x24x9 3x3 stride 1 4-byte
+27 float32         | 8x27x28x28 27x3x3 pad 1, groups 27 | name depthwise 126x28x9 3x3 stride 1 4-byte
+27 float16         | 8x27x28x28 27x3x3 pad 1, groups 27 | name depthwise 224x32x9 any filter by value
+""")
+"""Layers, and what holds of the plan that is chosen for them."""
+
+
+@pytest.mark.parametrize("shape", CHOSEN, ids=str)
+def test_the_choice(shape: ConvShape) -> None:
+    chosen = explain(problem_of(shape)).candidates[0]
+    for held in shape.reason.split(", "):
+        key, _, value = held.partition(" ")
+        assert str(chosen[key]) == value, key
 
 
 @pytest.mark.parametrize(
@@ -144,52 +163,6 @@ def test_float32_that_is_to_be_exact_is_not_rounded(problem: ConvProblem, kernel
 def test_tensor_cores_that_are_no_faster_are_left() -> None:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         assert explain(having(WIDE, dtype=FLOAT32), device="L4").kernel == "implicit_gemm_fp32"
-
-
-CHOSEN: tuple[tuple[str, ConvProblem, dict[str, Any]], ...] = (
-    (
-        "head over an image",
-        layer(1, 512, 7, 4096, 7),
-        {"kernel": "small_m", "rows": "plain", "access_bytes": 16},
-    ),
-    ("deep reduction", layer(1, 3072, 1, 8), {"kernel": "small_m", "lanes": 128}),
-    ("short reduction", layer(1, 8, 1, 32), {"kernel": "small_m", "lanes": 1}),
-    (
-        "nchw as it lies",
-        layer(1, 64, 4, 128, channels_last=False),
-        {"kernel": "small_m", "access_bytes": 2, "convert_x": False, "convert_weight": False},
-    ),
-    ("wide head", layer(32, 2048, 1, 1000), {"kernel": "implicit_gemm_sm80"}),
-    ("last block", layer(1, 512, 7, 512, 3, padding=1), {"kernel": "implicit_gemm_sm80"}),
-    (
-        "slabs of channels",
-        having(MOBILE, channels_last=False),
-        {"name": "depthwise 147x48x9 3x3 stride 1 16-byte after a copy of x", "convert_weight": False},
-    ),
-    *(
-        (
-            f"{channels} channels",
-            having(MOBILE, c=channels, k=channels, groups=channels, dtype=dtype),
-            {"name": name},
-        )
-        for channels, dtype, name in (
-            (96, torch.float16, "depthwise 147x48x9 3x3 stride 1 16-byte"),
-            (72, torch.float16, "depthwise 175x40x9 3x3 stride 1 16-byte"),
-            (24, torch.bfloat16, "depthwise 294x24x9 3x3 stride 1 16-byte"),
-            (20, torch.bfloat16, "depthwise 294x24x9 3x3 stride 1 4-byte"),
-            (22, FLOAT32, "depthwise 147x24x9 3x3 stride 1 4-byte"),
-            (27, FLOAT32, "depthwise 126x28x9 3x3 stride 1 4-byte"),
-            (27, torch.float16, "depthwise 224x32x9 any filter by value"),
-        )
-    ),
-)
-"""Layers, and what holds of the plan that is chosen for them."""
-
-
-@pytest.mark.parametrize(("problem", "held"), [c[1:] for c in CHOSEN], ids=[c[0] for c in CHOSEN])
-def test_the_choice(problem: ConvProblem, held: dict[str, Any]) -> None:
-    chosen = explain(problem).candidates[0]
-    assert {key: chosen[key] for key in held} == held
 
 
 def test_small_m_is_legal_up_to_its_limit() -> None:
@@ -218,12 +191,6 @@ def test_squeeze_excite_layers_of_small_batches_run_on_small_m(n: int, device: s
         assert chosen["kernel"] == "small_m", (c, k, chosen["name"])
         assert "copy" not in chosen["name"]
         assert chosen["workspace_bytes"] == 0
-
-
-@pytest.mark.parametrize("n", [64, 128])
-def test_wide_layers_of_large_batches_run_on_tensor_cores(n: int) -> None:
-    for c, k in ((1024, 1024), (2048, 1000), (512, 2048)):
-        assert explain(layer(n, c, 1, k)).kernel == "implicit_gemm_sm80", (n, c, k)
 
 
 def test_the_head_over_an_image_is_bound_by_the_read_of_the_weight() -> None:

@@ -1,4 +1,4 @@
-"""What is special to the kernel of narrow groups: where the taps of a filter may lie, and its rectangles."""
+"""What is special to the kernel of narrow groups: where the taps of a filter may lie."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.conformance import Subject
 from tests.conftest import Backend
 from tests.families import BY_NAME, family_shape, laid_out
 from tests.layouts import channels_last
-from tests.reference import DTYPES, Wanted, expected_rounded, integer_problem
+from tests.reference import DTYPES, expected_rounded, integer_problem
 
 GROUPED = BY_NAME["grouped"]
 
@@ -32,13 +32,3 @@ def test_the_taps_of_a_filter_may_lie_apart(kernels: Backend, name: str, dtype: 
     plans = subject.one_of_each(given)
     assert not any("copy" in plan for plan in plans)
     subject.check(given, plans, expected_rounded(problem))
-
-
-@pytest.mark.parametrize("name", ["of_16", "of_32_to_44", "phases"])
-def test_every_share_of_pixels_and_channels_is_exact(kernels: Backend, name: str) -> None:
-    subject = Subject(kernels, GROUPED, name)
-    problem = integer_problem(family_shape("grouped", name), torch.float16, Wanted(residual_order="add_act"))
-    problem = laid_out(problem, channels_last)
-    plans = subject.plans(problem)
-    assert len({plan.split()[1] for plan in plans}) > 3
-    subject.check(problem, plans)

@@ -95,20 +95,6 @@ def test_channel_slices(run: Run, shape: ConvShape) -> None:
     assert surroundings.are_untouched()
 
 
-@layouts
-@pytest.mark.parametrize("name", ["padding_asymmetric", "channels_mod_4", "groups_narrow", "many_blocks"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_kernels_write_any_layout(kernels: Backend, dtype: torch.dtype, name: str, layout: Layout) -> None:
-    problem = integer_problem(shape_named(name), dtype, Wanted("relu", residual_order="add_act"))
-    expected = expected_rounded(problem)
-    out = layout(torch.zeros_like(kernels.place(problem).x.new_empty(expected.shape)))
-    surroundings = Surroundings(out)
-    placed = kernels.place(problem.replace(x=channels_last(problem.x)))
-    assert kernels.run(placed, out=out) is out
-    assert torch.equal(out.cpu(), expected)
-    assert surroundings.are_untouched()
-
-
 @pytest.mark.parametrize("stride", [0, 1, 7, 2**40])
 @pytest.mark.parametrize("name", ["one_pixel", "one_row", "one_filter", "all_ones"])
 def test_strides_of_size_one_dimensions_are_ignored(kernels: Backend, name: str, stride: int) -> None:
@@ -120,19 +106,6 @@ def test_strides_of_size_one_dimensions_are_ignored(kernels: Backend, name: str,
     assert stride in out.stride()
     kernels.run(problem, out=out)
     assert torch.equal(out.cpu(), expected_rounded(problem))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("order", ["add_act", "act_add"])
-@pytest.mark.parametrize("name", ["many_blocks", "groups_odd"])
-def test_kernels_add_to_what_is_there(kernels: Backend, name: str, order: str, dtype: torch.dtype) -> None:
-    problem = integer_problem(shape_named(name), dtype, Wanted("relu", residual_order=order))
-    assert problem.residual is not None
-    placed = kernels.place(problem.replace(x=channels_last(problem.x)))
-    for make in (torch.clone, channels_last, channel_slice):
-        out = make(placed.residual).copy_(placed.residual)
-        kernels.run(placed.replace(residual=out), out=out)
-        assert torch.equal(out.cpu(), expected_rounded(problem))
 
 
 def dense_block(kernels: Backend, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

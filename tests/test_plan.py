@@ -90,23 +90,6 @@ def test_pointwise_layers_take_the_plain_gemm() -> None:
     assert explain(ConvProblem(32, 256, 1, 1, 64, 1, 1)).candidates[0]["rows"] == "pointwise"
 
 
-@pytest.mark.parametrize(
-    ("channels", "dtype", "access"),
-    [
-        (256, torch.float16, 16),
-        (20, torch.float16, 8),
-        (22, torch.bfloat16, 4),
-        (256, torch.float32, 16),
-        (22, torch.float32, 8),
-        (21, torch.float32, 4),
-    ],
-)
-def test_accesses_are_as_wide_as_channels_allow(channels: int, dtype: torch.dtype, access: int) -> None:
-    chosen = explain(ConvProblem(8, channels, 28, 28, 64, 3, 3, padding=1, dtype=dtype)).candidates[0]
-    assert chosen["kernel"] in ON_TENSOR_CORES
-    assert chosen["access_bytes"] == access
-
-
 def test_why_a_plan_is_out() -> None:
     odd = ConvProblem(8, 27, 28, 28, 64, 3, 3)
     assert "27 channels" in illegal(odd, TENSOR_CORES)
@@ -117,19 +100,6 @@ def test_why_a_plan_is_out() -> None:
     assert "takes 16" in illegal(ConvProblem(8, 20, 28, 28, 64, 3, 3), f"{TENSOR_CORES} 256x128")
     assert "131072" not in illegal(RESNET, f"{TENSOR_CORES} 128x128x64", device="L4")
     assert "shared memory" in illegal(RESNET, f"{TENSOR_CORES} 128x128x64", device="L4")
-
-
-def test_float32_follows_the_switch_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = ConvProblem(32, 64, 56, 56, 64, 3, 3, padding=1, dtype=torch.float32)
-    before = torch.backends.cudnn.conv.fp32_precision
-    try:
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
-        assert "tf32" in illegal(problem, TENSOR_CORES)
-        assert explain(problem).kernel == "implicit_gemm_tf32x3"
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
-        assert explain(problem).kernel == TENSOR_CORES
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def test_a_module_and_its_input_are_seen_as_they_lie_in_memory() -> None:

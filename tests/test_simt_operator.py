@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-import math
 
 import pytest
 import torch
 
 import fused_cna
+from tests.layouts import channel_slice
 from tests.reference import DTYPES, Wanted, expected_rounded, integer_problem
-from tests.shapes import SHAPES
+from tests.shapes import SHAPES, ConvShape
 from tests.simt import SimulatorError, binding, conv, conv_norm_act, list_plans
 
 SEEDS = range(8)
@@ -123,27 +123,59 @@ def test_what_cannot_be_simulated_is_refused() -> None:
         problem.map(lambda tensor: tensor.to("meta")).call(conv_norm_act)
 
 
+def test_out_without_batch_dimension() -> None:
+    problem = integer_problem(SHAPE, torch.float32)
+    expected = expected_rounded(problem)[0]
+    out = channel_slice(expected[None], 3, 2)[0]
+    assert problem.replace(x=problem.x[0]).call(conv_norm_act, out=out) is out
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("misalignment", [0, 2, 6, 8])
+def test_the_kernel_sees_the_alignment_of_out(misalignment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses: list[int] = []
+    run = binding.run_conv
+    monkeypatch.setattr(conv.binding, "run_conv", lambda call: (addresses.append(call.y.data), run(call))[1])
+    problem = integer_problem(DENSE, torch.float16)
+    memory = torch.zeros(8 * 8 * 8 + 8, dtype=torch.float16)
+    out = memory[misalignment // 2 :][: 8 * 8 * 8].view(1, 8, 8, 8)
+    problem.call(conv_norm_act, out=out)
+    assert torch.equal(out, expected_rounded(problem))
+    assert addresses[0] % 16 == out.data_ptr() % 16 == misalignment
+
+
+OUTSIDE = r"wrote {} elements outside its output of \d+: the first at {} from its "
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("first", "count", "message"),
+    ("spans", "message"),
     [
-        (0, -1, r"left 1 of \d+ output elements unwritten, the first at \[n, k, p, q\]"),
-        (0, 0, None),
-        (0, 1, r"wrote 1 elements outside its output of \d+: the first at 0 from its end"),
-        (-2, 0, r"wrote 2 elements outside its output of \d+: the first at -2 from its start"),
+        ([(0, 5), (8, 5)], None),
+        (
+            [(0, 5), (8, 4)],
+            r"left 1 of 10 output elements unwritten, the first at \[n, k, p, q\] = \[0, 4, 0, 1",
+        ),
+        ([(0, 5), (8, 6)], OUTSIDE.format(1, 0) + "end"),
+        ([(-2, 7), (8, 5)], OUTSIDE.format(2, -2) + "start$"),
+        ([(0, 5), (8, 5), (6, 1)], OUTSIDE.format(1, 6) + "start, between its el"),
+        ([(0, 5), (8, 5), (4, 4)], OUTSIDE.format(3, 5) + "start, between its el"),
     ],
 )
 def test_the_output_is_checked(
-    dtype: torch.dtype, first: int, count: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, spans: list[tuple[int, int]], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A kernel that writes spans of elements of a slice: two pixels of 5 channels in 8."""
+
     def write(call: binding.ConvCall) -> None:
-        elements = math.prod(call.y.sizes) - first + count
-        ctypes.memset(call.y.data + first * dtype.itemsize, 0, elements * dtype.itemsize)
+        for first, count in spans:
+            ctypes.memset(call.y.data + first * dtype.itemsize, 0, count * dtype.itemsize)
 
     monkeypatch.setattr(conv.binding, "run_conv", write)
-    problem = integer_problem(SHAPE, dtype)
+    problem = integer_problem(ConvShape("five", 1, 2, 1, 2, 5, 1, 1, "two pixels of 5 channels"), dtype)
+    out = channel_slice(torch.ones(1, 5, 1, 2, dtype=dtype), 1, 2)
     if message is None:
-        assert torch.count_nonzero(problem.call(conv_norm_act)) == 0
+        assert torch.count_nonzero(problem.call(conv_norm_act, out=out)) == 0
     else:
         with pytest.raises(SimulatorError, match=message):
-            problem.call(conv_norm_act)
+            problem.call(conv_norm_act, out=out)
