@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -80,35 +80,24 @@ def run_plans(family: Family, problem: Problem, every: bool) -> None:
 
 
 def every_epilogue() -> None:
-    kernels = ("direct", "implicit_gemm_sm80")
-    for name in kernels:
-        runs = subject(name)
+    pointwise = family_shape("implicit_gemm_sm80", "pointwise")
+    for runs in (subject("direct"), subject("implicit_gemm_sm80")):
         for dtype in DTYPES:
             for order in (None, "add_act", "act_add"):
                 problem = dense(integer_problem(TAIL, dtype, Wanted(residual_order=order)))
                 runs.check(problem, runs.one_of_each(problem))
-            for norm in NORM_PARTS:
-                for bias in (False, True):
-                    problem = integer_problem(TAIL, dtype, Wanted(norm=norm, bias=bias, norm_dtype=dtype))
-                    runs.check(problem, runs.plans(problem)[:1])
-            pointwise = family_shape("implicit_gemm_sm80", "pointwise")
+            for norm, bias in product(NORM_PARTS, (False, True)):
+                problem = integer_problem(TAIL, dtype, Wanted(norm=norm, bias=bias, norm_dtype=dtype))
+                runs.check(problem, runs.plans(problem)[:1])
             problem = dense(integer_problem(pointwise, dtype, Wanted(residual_order="add_act")))
             for layout in (channels_last, misaligned_channels_last):
                 runs.check(problem.replace(residual=layout(problem.residual)), runs.plans(problem)[:1])
-        for act in ACTIVATIONS:
-            problem = random_problem(TAIL, torch.float32, Wanted(act, ACTIVATIONS[act]))
-            problem = problem.replace(x=problem.x * 12)
-            runs.check_error(problem, runs.plans(problem)[:1])
-            problem = dense(
-                random_problem(
-                    family_shape("implicit_gemm_sm80", "pointwise"),
-                    torch.float16,
-                    Wanted(act, ACTIVATIONS[act]),
-                )
-            )
-            runs.check_error(problem, runs.plans(problem)[:1])
-    problem = dense(integer_problem(ONE, torch.float16))
-    subject("implicit_gemm_sm80").check(problem, ["implicit_gemm_sm80"])
+        for act, act_params in ACTIVATIONS.items():
+            for shape, dtype, scale in ((TAIL, torch.float32, 12), (pointwise, torch.float16, 1)):
+                problem = random_problem(shape, dtype, Wanted(act, act_params))
+                problem = dense(problem.replace(x=problem.x * scale))
+                runs.check_error(problem, runs.plans(problem)[:1])
+    subject("implicit_gemm_sm80").check(dense(integer_problem(ONE, torch.float16)), ["implicit_gemm_sm80"])
 
 
 def every_layout() -> None:
@@ -159,7 +148,7 @@ def every_sum_that_is_not_finite() -> None:
         problem = problem.replace(weight=without_zeros(problem.weight))
         for operand, place in (("x", at), ("weight", (7, 3, 0, 0))):
             infinite = with_value(problem, operand, place)
-            compensated.check_not_finite(infinite, compensated.plans(infinite))
+            compensated.check_not_finite(infinite, compensated.one_of_each(infinite))
     for shape in BY_NAME["depthwise_toeplitz"].shapes:
         for dtype in HALVES:
             problem = dense(integer_problem(shape, dtype))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from fused_cna import ConvProblem, Explanation, explain
+from tests.shapes import ConvShape, table
 
 MULTIPROCESSORS = 132
 TENSOR_CORES = ("implicit_gemm_sm80", "grouped")
@@ -21,7 +21,7 @@ def by(*kernels: str) -> Reason:
 
 REASONS: dict[str, tuple[str, Reason]] = {
     "mma": ("products on tensor cores", by(*TENSOR_CORES)),
-    "depthwise": ("a channel's products share nothing", by("depthwise", "depthwise_toeplitz")),
+    "apart": ("a channel's products share nothing", by("depthwise", "depthwise_toeplitz")),
     "stem": ("three channels are read as they are", by("stem")),
     "few rows": ("one read of the weight is all there is", by("small_m")),
     "narrow": ("no tile twice as wide as the output channels", lambda p, e: e.tile[1] < 2 * max(p.k, 32)),
@@ -42,70 +42,40 @@ REASONS: dict[str, tuple[str, Reason]] = {
 }
 
 
-def layer(c: int, size: int, k: int, filter_size: int = 1, **options: Any) -> Callable[[int], ConvProblem]:
-    options = {"padding": filter_size // 2, "act": "relu", **options}
-    return lambda batch: ConvProblem(batch, c, size, size, k, filter_size, filter_size, **options)
-
-
-ADDED = {"residual": "add_act"}
-LAYERS: dict[str, tuple[Callable[[int], ConvProblem], dict[int, str]]] = {
-    "resnet50 stem": (
-        layer(3, 224, 64, 7, stride=2),
-        {1: "stem, busy", 32: "stem, memory", 128: "stem, memory"},
-    ),
-    "resnet50 conv2 reduce": (
-        layer(64, 56, 64),
-        {1: "mma, narrow", 32: "narrow, memory", 128: "narrow, memory"},
-    ),
-    "resnet50 conv2 3x3": (layer(64, 56, 64, 3), {1: "mma", 32: "mma, narrow", 128: "mma, narrow"}),
-    "resnet50 conv2 expand": (layer(64, 56, 256, **ADDED), {1: "busy", 32: "memory", 128: "memory, whole"}),
-    "resnet50 conv2 next": (layer(256, 56, 64), {1: "whole", 32: "narrow, memory", 128: "narrow, memory"}),
-    "resnet50 conv3 3x3": (layer(128, 28, 128, 3), {1: "busy", 32: "mma, whole", 128: "large, whole"}),
-    "resnet50 conv3 shortcut": (
-        layer(256, 56, 512, stride=2, padding=0, **ADDED),
-        {1: "busy, whole", 32: "large", 128: "large, memory"},
-    ),
-    "resnet50 conv4 3x3": (layer(256, 14, 256, 3), {1: "split, busy", 32: "large", 128: "large, whole"}),
-    "resnet50 conv4 expand": (
-        layer(256, 14, 1024, **ADDED),
-        {1: "whole", 32: "memory", 128: "large, memory"},
-    ),
-    "resnet50 conv5 3x3": (layer(512, 7, 512, 3), {1: "split, busy", 32: "large, split", 128: "large"}),
-    "resnet50 conv5 reduce": (layer(2048, 7, 512), {1: "split, busy", 32: "large", 128: "large, busy"}),
-    "resnet50 conv5 expand": (layer(512, 7, 2048, **ADDED), {1: "mma", 32: "large", 128: "large, busy"}),
-    "mobilenet_v2 expand": (
-        layer(16, 112, 96),
-        {1: "mma, busy", 32: "narrow, memory", 128: "narrow, memory"},
-    ),
-    "mobilenet_v2 project": (
-        layer(144, 56, 24),
-        {1: "mma, whole", 32: "narrow, memory", 128: "narrow, memory"},
-    ),
-    "mobilenet_v2 depthwise": (
-        layer(144, 56, 144, 3, groups=144),
-        {1: "depthwise", 32: "depthwise, memory", 128: "depthwise, memory"},
-    ),
-    "mobilenet_v2 strided depthwise": (
-        layer(96, 112, 96, 3, groups=96, stride=2),
-        {1: "depthwise", 32: "depthwise, memory", 128: "depthwise, memory"},
-    ),
-    "mobilenet_v2 last expand": (layer(160, 7, 960), {1: "busy, whole", 32: "mma, busy", 128: "whole, busy"}),
-    "efficientnet_b0 5x5": (
-        layer(672, 14, 672, 5, groups=672),
-        {1: "depthwise", 32: "depthwise, busy", 128: "depthwise, busy"},
-    ),
-    "efficientnet_b0 squeeze": (layer(672, 1, 28), {1: "few rows", 32: "few rows", 128: "few rows, busy"}),
-    "efficientnet_b0 excite": (layer(28, 1, 672), {1: "whole", 32: "whole", 128: "whole"}),
-    "efficientnet_b0 last project": (layer(1152, 7, 320), {1: "busy", 32: "mma", 128: "narrow, busy"}),
-}
+LAYERS = table("""
+resnet50 stem                | 1x3x224x224 64x7x7 stride 2, pad 3 | stem, busy; stem, memory; stem, memory
+resnet50 conv2 reduce        | 1x64x56x56 64x1x1         | mma, narrow; narrow, memory; narrow, memory
+resnet50 conv2 3x3           | 1x64x56x56 64x3x3 pad 1   | mma; mma, narrow; mma, narrow
+resnet50 conv2 expand +      | 1x64x56x56 256x1x1        | busy; memory; memory, whole
+resnet50 conv2 next          | 1x256x56x56 64x1x1        | whole; narrow, memory; narrow, memory
+resnet50 conv3 3x3           | 1x128x28x28 128x3x3 pad 1 | busy; mma, whole; large, whole
+resnet50 conv3 shortcut +    | 1x256x56x56 512x1x1 stride 2 | busy, whole; large; large, memory
+resnet50 conv4 3x3           | 1x256x14x14 256x3x3 pad 1 | split, busy; large; large, whole
+resnet50 conv4 expand +      | 1x256x14x14 1024x1x1      | whole; memory; large, memory
+resnet50 conv5 3x3           | 1x512x7x7 512x3x3 pad 1   | split, busy; large, split; large
+resnet50 conv5 reduce        | 1x2048x7x7 512x1x1        | split, busy; large; large, busy
+resnet50 conv5 expand +      | 1x512x7x7 2048x1x1        | mma; large; large, busy
+mobilenet_v2 expand          | 1x16x112x112 96x1x1       | mma, busy; narrow, memory; narrow, memory
+mobilenet_v2 project         | 1x144x56x56 24x1x1        | mma, whole; narrow, memory; narrow, memory
+mobilenet_v2 depthwise       | 1x144x56x56 144x3x3 pad 1, groups 144 | apart; apart, memory; apart, memory
+mobilenet_v2 strided | 1x96x112x112 96x3x3 stride 2, pad 1, groups 96 | apart; apart, memory; apart, memory
+mobilenet_v2 last expand     | 1x160x7x7 960x1x1         | busy, whole; mma, busy; whole, busy
+efficientnet_b0 5x5          | 1x672x14x14 672x5x5 pad 2, groups 672 | apart; apart, busy; apart, busy
+efficientnet_b0 squeeze      | 1x672x1x1 28x1x1          | few rows; few rows; few rows, busy
+efficientnet_b0 excite       | 1x28x1x1 672x1x1          | whole; whole; whole
+efficientnet_b0 last project | 1x1152x7x7 320x1x1        | busy; mma; narrow, busy
+""")
+"""Layers, those with a plus before a sum, and reasons for batches of 1, of 32 and of 128."""
 
 
 @pytest.mark.parametrize("batch", [1, 32, 128])
-@pytest.mark.parametrize("name", LAYERS)
-def test_the_choice_has_its_reasons(name: str, batch: int) -> None:
-    make, wanted = LAYERS[name]
-    problem = make(batch)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_the_choice_has_its_reasons(layer: ConvShape, batch: int) -> None:
+    added = {"residual": "add_act"} if layer.name.endswith("+") else {}
+    sizes = (batch, *layer.x_size[1:], layer.k, layer.r, layer.s)
+    problem = ConvProblem(*sizes, **layer.options(), act="relu", **added)
     plan = explain(problem, device="H100")
-    for reason in wanted[batch].split(", "):
+    wanted = layer.reason.split("; ")[[1, 32, 128].index(batch)]
+    for reason in wanted.split(", "):
         words, holds = REASONS[reason]
         assert holds(problem, plan), f"{words}: {plan}"
