@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.conftest import Backend
 from tests.families import Family
 from tests.reference import (
+    TENSORS,
     Problem,
     Wanted,
     difference,
@@ -108,6 +109,13 @@ def pixels_read(shape: ConvShape) -> list[tuple[int, int]]:
 def without_zeros(weight: Tensor) -> Tensor:
     """Weights that times infinity are infinite."""
     return torch.where(weight == 0, torch.ones_like(weight), weight)
+
+
+def memory_of(problem: Problem) -> list[Tensor]:
+    """A copy of what the operands' storages hold, bit for bit."""
+    tensors = (getattr(problem, name) for name in TENSORS)
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
+    return [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s).clone() for s in storages]
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -15,14 +15,7 @@ from torch import Tensor
 import fused_cna
 from fused_cna.plan import DEFAULT_DEVICE
 from tests.layouts import moved
-from tests.reference import (
-    Problem,
-    difference,
-    error_bound,
-    expected_exactly,
-    expected_rounded,
-    relative_error,
-)
+from tests.reference import Problem, expected_exactly, relative_error
 from tests.sass import (
     SHARED_BYTES_PER_MULTIPROCESSOR,
     Compiled,
@@ -96,21 +89,6 @@ class Backend:
     def eager_error(self, problem: Problem) -> float:
         """The eager three-step's error, where the error bound leans on it."""
         return 0.0
-
-    def check_exact(self, problem: Problem) -> None:
-        """Runs an integer-valued problem and asserts the formula rounded once, value by value."""
-        wrong = difference(self.run(self.place(problem)).cpu(), expected_rounded(problem))
-        assert not wrong, wrong
-
-    def check_error(self, problem: Problem) -> None:
-        """Runs a problem and asserts that its error is within the bound."""
-        placed = self.place(problem)
-        actual = self.run(placed)
-        expected = expected_exactly(problem)
-        assert actual.dtype == problem.x.dtype
-        error = relative_error(actual, expected)
-        bound = error_bound(problem.x.dtype, self.eager_error(placed))
-        assert error <= bound, f"relative error {error:.3g} exceeds {bound:.3g}"
 
 
 class Simulator(Backend):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_cna
-from tests.conformance import Subject, pixels_read, random_case, without_zeros
+from tests.conformance import Subject, memory_of, pixels_read, random_case, without_zeros
 from tests.conftest import Backend, Simulator
 from tests.families import FAMILIES, HALVES, Family, laid_out
 from tests.layouts import (
@@ -60,32 +60,22 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def each(dtypes: Sequence[torch.dtype] = DTYPES) -> pytest.MarkDecorator:
-    """Each family and each of its dtypes."""
-    made = [
-        pytest.param(family, dtype, id=f"{family}-{name_of(dtype)}")
-        for family in FAMILIES
-        for dtype in family.dtypes
-        if dtype in dtypes
-    ]
-    return pytest.mark.parametrize(("family", "dtype"), made)
-
-
-def each_shape(
-    shapes: Callable[[Family, torch.dtype], Iterable[ConvShape]], dtypes: Sequence[torch.dtype] = DTYPES
+def each(
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    shapes: Callable[[Family, torch.dtype], Iterable[ConvShape]] | None = None,
 ) -> pytest.MarkDecorator:
-    """Each family, each of its dtypes and of its shapes."""
+    """Each family and each of its dtypes, with each of some shapes where these are given."""
     made = [
-        pytest.param(family, dtype, shape, id=f"{family}-{name_of(dtype)}-{shape}")
+        pytest.param(family, dtype, *shape, id="-".join(map(str, (family, name_of(dtype), *shape))))
         for family in FAMILIES
         for dtype in family.dtypes
         if dtype in dtypes
-        for shape in shapes(family, dtype)
+        for shape in ([()] if shapes is None else [(shape,) for shape in shapes(family, dtype)])
     ]
-    return pytest.mark.parametrize(("family", "dtype", "shape"), made)
+    return pytest.mark.parametrize(("family", "dtype", "shape")[: 2 + (shapes is not None)], made)
 
 
-each_told_shape = each_shape(lambda family, dtype: family.told())
+each_told_shape = each(shapes=lambda family, dtype: family.told())
 
 each_own_shape = pytest.mark.parametrize(
     ("family", "shape"),
@@ -98,7 +88,7 @@ each_own_shape = pytest.mark.parametrize(
 """Each family and each of its shapes; the test chooses a dtype."""
 
 
-@each_shape(lambda family, dtype: [*family.shapes, *family.shared(dtype)])
+@each(shapes=lambda family, dtype: [*family.shapes, *family.shared(dtype)])
 def test_integers_are_exact(kernels: Backend, family: Family, dtype: torch.dtype, shape: ConvShape) -> None:
     """On a family's own shapes every instantiation, on those that it shares with others two of the plans."""
     subject = Subject(kernels, family, shape, dtype)
@@ -118,7 +108,7 @@ def test_integers_are_exact(kernels: Backend, family: Family, dtype: torch.dtype
         subject.check(given, plans, expected)
 
 
-@each_shape(lambda family, dtype: family.measured())
+@each(shapes=lambda family, dtype: family.measured())
 def test_random_inputs_stay_within_the_error_bound(
     kernels: Backend, family: Family, dtype: torch.dtype, shape: ConvShape
 ) -> None:
@@ -216,7 +206,7 @@ def test_operands_in_any_layout(kernels: Backend, family: Family, dtype: torch.d
 
 
 def check_layouts(subject: Subject, shape: ConvShape, dtype: torch.dtype, layout: Layout) -> None:
-    """Operands one after the other in the layout, and all of them."""
+    """Operands one after the other in the layout, and all of them; they are only read."""
     problem = laid_out(integer_problem(shape, dtype, Wanted("relu", residual_order="add_act")), channels_last)
     assert problem.residual is not None
     for given in (
@@ -225,11 +215,14 @@ def check_layouts(subject: Subject, shape: ConvShape, dtype: torch.dtype, layout
         problem.replace(residual=layout(problem.residual)),
         problem.map(lambda tensor: layout(tensor) if tensor.dim() == 4 else vector_every_third(tensor)),
     ):
-        subject.check(given, [subject.chance.choice(subject.one_of_each(given))])
+        placed = subject.kernels.place(given)
+        before = memory_of(placed)
+        subject.check(placed, [subject.chance.choice(subject.one_of_each(placed))])
+        assert all(map(torch.equal, memory_of(placed), before)), "an operand was written"
 
 
 @pytest.mark.parametrize("residual_order", ["add_act", "act_add"])
-@each_shape(lambda family, dtype: family.told()[:2])
+@each(shapes=lambda family, dtype: family.told()[:2])
 def test_every_instantiation_adds_a_residual_in_any_layout(
     kernels: Backend, family: Family, dtype: torch.dtype, shape: ConvShape, residual_order: str
 ) -> None:
@@ -256,7 +249,7 @@ def test_strides_of_single_elements_are_not_read(kernels: Backend, family: Famil
         subject.check(given, [subject.chance.choice(subject.one_of_each(given))], expected)
 
 
-@each_shape(lambda family, dtype: family.nonempty())
+@each(shapes=lambda family, dtype: family.nonempty())
 def test_what_is_not_finite_in_x_reaches_the_outputs_that_read_it_and_no_others(
     kernels: Backend, family: Family, dtype: torch.dtype, shape: ConvShape
 ) -> None:
@@ -336,7 +329,7 @@ def test_sanitizers_accept_it(family: Family, shape: ConvShape) -> None:
     assert torch.equal(subject.run(given, plan, out=out, sanitized=True), expected), plan
 
 
-@each_shape(lambda family, dtype: family.told() if family.allow_tf32 else (), [torch.float32])
+@each([torch.float32], lambda family, dtype: family.told() if family.allow_tf32 else ())
 def test_tf32_rounds_operands_once_and_nothing_else(
     family: Family, dtype: torch.dtype, shape: ConvShape
 ) -> None:

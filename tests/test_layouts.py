@@ -9,53 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conformance import Subject
 from tests.conftest import Backend
-from tests.layouts import (
-    LAYOUTS,
-    Layout,
-    channels_last,
-    sliced,
-    vector_every_third,
-)
+from tests.families import BY_NAME
+from tests.layouts import LAYOUTS, Layout, channels_last, sliced
 from tests.locks import locked
 from tests.reference import Problem, Wanted, integer_problem
 from tests.shapes import ConvShape, shape_named
 from tests.simt.build import ROOT
-
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 
 
 def make(kernels: Backend, shape: ConvShape, dtype: torch.dtype = torch.float32) -> Problem:
     return kernels.place(integer_problem(shape, dtype, Wanted("relu", residual_order="add_act")))
 
 
-def test_vectors_with_strides(kernels: Backend) -> None:
+def check(kernels: Backend, problem: Problem) -> None:
+    """Runs what the plan chooses."""
+    Subject(kernels, BY_NAME["chosen"]).check(problem, [""])
+
+
+def test_vectors_that_are_expanded(kernels: Backend) -> None:
     problem = make(kernels, shape_named("groups_odd"))
-    kernels.check_exact(
-        problem.map(lambda tensor: vector_every_third(tensor) if tensor.dim() == 1 else tensor)
-    )
-    kernels.check_exact(
-        problem.map(lambda tensor: tensor[:1].expand(tensor.shape) if tensor.dim() == 1 else tensor)
-    )
-
-
-@layouts
-def test_inputs_are_only_read(kernels: Backend, layout: Layout) -> None:
-    problem = make(kernels, shape_named("groups_narrow"))
-    problem = problem.map(lambda tensor: layout(tensor) if tensor.dim() == 4 else tensor)
-    storages: list[Tensor] = []
-
-    def remember(tensor: Tensor) -> Tensor:
-        storages.append(
-            torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
-        )
-        return tensor
-
-    problem.map(remember)
-    before = [storage.clone() for storage in storages]
-    kernels.run(problem)
-    for storage, old in zip(storages, before, strict=True):
-        assert torch.equal(storage.view(torch.int32), old.view(torch.int32))
+    check(kernels, problem.map(lambda t: t[:1].expand(t.shape) if t.dim() == 1 else t))
 
 
 class Expanse:
@@ -120,7 +95,7 @@ def test_offsets_beyond_32_bits(
     tensor = getattr(problem, operand)
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
     assert reach >= 2**31
-    kernels.check_exact(problem.replace(**{operand: expanse.view_of(tensor, strides)}))
+    check(kernels, problem.replace(**{operand: expanse.view_of(tensor, strides)}))
 
 
 @pytest.mark.parametrize("weight_layout", LAYOUTS, ids=lambda layout: layout.__name__)
