@@ -12,26 +12,25 @@ from itertools import cycle, product
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.conformance import Subject, without_zeros
 from tests.conftest import Simulator
-from tests.families import BY_NAME, FAMILIES, HALVES, Family, family_shape, laid_out
+from tests.families import BY_NAME, FAMILIES, HALVES, family_shape, laid_out
 from tests.layouts import (
-    Layout,
     channels_last,
     contiguous,
     misaligned_channels_last,
     odd_unit_strides,
     sliced_channels_last,
+    taps_apart,
 )
 from tests.reference import ACTIVATIONS, DTYPES, NORM_PARTS, Problem, Wanted, integer_problem, random_problem
 from tests.shapes import shape_named, table
 from tests.simt import binding, conv_norm_act, list_plans
 from tests.simt.conv import _geometry
+from tests.test_depthwise_kernels import with_value
 from tests.test_family_plans import PARTLY_REFUSED, REFUSED
-from tests.test_float32_kernels import TAILS
-from tests.test_grouped_kernel import spread
+from tests.test_gemm_kernels import TAILS
 from tests.test_stem_kernel import ALMOST_UNITS, CHUNKED, MANY_TILES, strided_problem
 
 BEYOND_INT = 2**31
@@ -64,19 +63,14 @@ def listed(x: tuple[int, ...], weight: tuple[int, ...], **options: object) -> li
 
 def every_family() -> None:
     orders = cycle((None, "add_act", "act_add"))
-    layouts: tuple[Layout, ...] = (channels_last, contiguous, misaligned_channels_last)
     for family in FAMILIES:
-        for dtype in family.dtypes:
-            for shape in family.nonempty():
-                problem = integer_problem(shape, dtype, Wanted("relu", residual_order=next(orders)))
-                for layout in layouts:
-                    run_plans(family, laid_out(problem, layout), every=layout == channels_last)
-
-
-def run_plans(family: Family, problem: Problem, every: bool) -> None:
-    runs = Subject(Simulator(), family, problem.x.shape)
-    plans = runs.plans(problem)
-    runs.check(problem, runs.one_of_each(problem) if every else plans[:1])
+        for dtype, shape in product(family.dtypes, family.nonempty()):
+            runs = Subject(Simulator(), family, shape, dtype)
+            problem = integer_problem(shape, dtype, Wanted("relu", residual_order=next(orders)))
+            for layout in (channels_last, contiguous, misaligned_channels_last):
+                given = laid_out(problem, layout)
+                plans = runs.one_of_each(given) if layout == channels_last else runs.plans(given)[:1]
+                runs.check(given, plans)
 
 
 def every_epilogue() -> None:
@@ -128,15 +122,9 @@ def every_layout() -> None:
             subject("grouped").check(problem.replace(weight=layout(problem.weight)), ["grouped"])
     for shape in BY_NAME["grouped"].shapes:
         problem = dense(integer_problem(shape, torch.float16))
-        subject("grouped").check(problem.replace(weight=spread(problem.weight)), ["grouped"])
+        subject("grouped").check(problem.replace(weight=taps_apart(problem.weight)), ["grouped"])
     for name in ALMOST_UNITS:
         subject("stem").check(strided_problem(name, torch.float16), ["stem"])
-
-
-def with_value(problem: Problem, operand: str, at: tuple[int, ...], value: float = math.inf) -> Problem:
-    tensor: Tensor = getattr(problem, operand).clone()
-    tensor[at] = value
-    return problem.replace(**{operand: tensor})
 
 
 def every_sum_that_is_not_finite() -> None:
@@ -144,17 +132,14 @@ def every_sum_that_is_not_finite() -> None:
     compensated = subject("implicit_gemm_tf32x3")
     strided, dilated = (family_shape("implicit_gemm_tf32x3", name) for name in ("strided", "accesses_of_8"))
     for shape, at in ((TAILS, (0, 3, 2, 2)), (strided, (0, 150, 3, 3)), (dilated, (0, 33, 7, 6))):
-        problem = dense(integer_problem(shape, torch.float32, Wanted(norm="none")))
-        problem = problem.replace(weight=without_zeros(problem.weight))
         for operand, place in (("x", at), ("weight", (7, 3, 0, 0))):
-            infinite = with_value(problem, operand, place)
-            compensated.check_not_finite(infinite, compensated.one_of_each(infinite))
-    for shape in BY_NAME["depthwise_toeplitz"].shapes:
-        for dtype in HALVES:
-            problem = dense(integer_problem(shape, dtype))
+            problem = dense(integer_problem(shape, torch.float32, Wanted(norm="none")))
             problem = problem.replace(weight=without_zeros(problem.weight))
-            infinite = with_value(problem, "x", (-1, shape.c // 2, 0, 0))
-            subject("depthwise_toeplitz").check_not_finite(infinite, ["depthwise_toeplitz"])
+            getattr(problem, operand)[place] = math.inf
+            compensated.check_not_finite(problem, compensated.one_of_each(problem))
+    for shape, dtype in product(BY_NAME["depthwise_toeplitz"].shapes, HALVES):
+        infinite = with_value(shape.name, dtype, math.inf, (0, 0))
+        subject("depthwise_toeplitz").check_not_finite(infinite, ["depthwise_toeplitz"])
 
 
 def every_plan_of_another_device() -> None:

@@ -152,8 +152,6 @@ def of_depthwise(dtype: torch.dtype) -> set[str]:
     return accesses | {"any filter by value"}
 
 
-STEM_TILES = ("256x64", "256x32", "128x64", "128x32", "64x64", "64x32")
-
 IMPLICIT_GEMM: dict[str, Any] = {"shapes": (*GEMM, *AHEAD), "instantiation": without_launch}
 
 FAMILIES = (
@@ -261,7 +259,7 @@ FAMILIES = (
         ("vgg", "four_channels", "mobile", "alexnet"),
         takes=lambda shape, dtype: shape.groups == 1 and shape.c <= 4,
         instantiation=lambda plan: words(1)(plan).split()[0].rpartition("x")[0],
-        instantiations=lambda dtype: set(STEM_TILES),
+        instantiations=lambda dtype: {"256x64", "256x32", "128x64", "128x32", "64x64", "64x32"},
         error=tf32_bound,
         least_outputs=500,
         formats=(contiguous, channels_last),

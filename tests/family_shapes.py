@@ -35,6 +35,7 @@ deep           | 3x2080x1x1 3x1x1               | K = 3: every warp of a block o
 one_chunk      | 5x8x1x1 70x1x1                 | a single 16-bit chunk: teams of one lane
 row_tiles      | 19x72x1x1 40x1x1               | rows in three tiles of 8, the last with 3
 pixels         | 1x64x4x4 24x1x1                | 16 pixels of one image
+most_pixels    | 4x16x8x8 9x1x1                 | as many pixels as it takes
 strided_pixels | 2x32x5x3 24x1x1 stride 2       | 1x1 that skips pixels
 chunks_of_8    | 2x20x1x1 33x1x1                | 8-byte loads in 16-bit types, half a chunk at the end
 chunks_of_4    | 9x38x1x1 18x1x1                | 4-byte loads in 16-bit types, with a tail

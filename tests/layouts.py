@@ -88,6 +88,13 @@ def aligned_channel_slice(tensor: Tensor) -> Tensor:
     return channel_slice(tensor, 16, 8 + -tensor.shape[1] % 8)
 
 
+def taps_apart(weight: Tensor) -> Tensor:
+    """A weight as some taps of larger filters: dense channels, and gaps between the taps."""
+    k, c, r, s = weight.shape
+    larger = _poisoned(weight, (k, r + 2, 2 * s, c)).permute(0, 3, 1, 2)
+    return larger[:, :, 1:-1, ::2].copy_(weight)
+
+
 LAYOUTS: tuple[Layout, ...] = (
     contiguous,
     channels_last,
@@ -107,6 +114,11 @@ def odd_unit_strides(tensor: Tensor, stride: int) -> Tensor:
     """Gives each dimension of size 1 the stride `stride`, which nothing may read."""
     strides = [stride if size == 1 else old for size, old in zip(tensor.shape, tensor.stride(), strict=True)]
     return tensor.as_strided(tensor.shape, strides)
+
+
+def far_unit_strides(tensor: Tensor) -> Tensor:
+    """A copy that would lie far outside its memory if dimensions of size 1 were stepped along."""
+    return odd_unit_strides(tensor.clone(), 2**40)
 
 
 def vector_every_third(vector: Tensor) -> Tensor:

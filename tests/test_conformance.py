@@ -22,9 +22,11 @@ from tests.layouts import (
     channels_last,
     contiguous,
     every_second_pixel_aligned,
+    far_unit_strides,
     misaligned_channels_last,
     odd_unit_strides,
     sliced_channels_last,
+    taps_apart,
     vector_every_third,
 )
 from tests.reference import (
@@ -48,7 +50,7 @@ from tests.shapes import SHAPES, ConvShape
 RESIDUAL_ORDERS = (None, "add_act", "act_add")
 
 TARGETS = (
-    *(channel_slice, aligned_channel_slice, every_second_pixel_aligned),
+    *(channel_slice, aligned_channel_slice, every_second_pixel_aligned, far_unit_strides),
     *(layout for layout in LAYOUTS if "expanded" not in layout.__name__),
 )
 """Memory that `out` may lie in: in most with elements around or between that nothing may write."""
@@ -212,6 +214,7 @@ def check_layouts(subject: Subject, shape: ConvShape, dtype: torch.dtype, layout
     for given in (
         problem.replace(x=layout(problem.x)),
         problem.replace(weight=layout(problem.weight)),
+        problem.replace(weight=taps_apart(problem.weight), x=layout(problem.x)),
         problem.replace(residual=layout(problem.residual)),
         problem.map(lambda tensor: layout(tensor) if tensor.dim() == 4 else vector_every_third(tensor)),
     ):

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fused_cna import ConvNormAct, ConvProblem, explain
-from tests.reference import DTYPES
+from tests.families import BY_NAME, family_shape, laid_out
+from tests.layouts import channels_last, taps_apart
+from tests.reference import DTYPES, integer_problem
 from tests.shapes import ConvShape, table
 from tests.test_plan import DEVICES, real_layers
 
@@ -68,6 +70,7 @@ small_m            | 257x64x1x1 64x1x1                            | output pixel
 implicit_gemm_fp32 | 32x256x14x14 256x3x3 pad 1                   | float16
 implicit_gemm_tf32x3 | 32x256x14x14 256x3x3 pad 1                   | float16
 implicit_gemm_tf32x3 float32 | 32x32x56x56 64x1x1                           | 32 products
+implicit_gemm_sm80 | 8x27x28x28 64x3x3                            | 27 channels
 stem               | 8x4x28x28 8x3x3 groups 2                     | 2 groups, at most 1 groups
 stem               | 8x5x28x28 8x3x3                              | 5 channels, at most 4 channels
 stem               | 1x3x8x3000 8x1x2500                          | shared memory
@@ -84,6 +87,8 @@ depthwise          | 8x27x28x28 27x3x3 pad 1, groups 27     | 27 channels allow 
 depthwise_toeplitz | 1073741824x256x1x1 256x7x7 pad 3, groups 256 | 2147483648 blocks, at most 2147483647
 grouped            | 8x48x28x28 64x3x3 pad 1, groups 4            | 12 channels
 grouped            | 8x64x28x28 64x3x3 pad 1, groups 8            | 8 output channels
+implicit_gemm_sm80 | 1x64x40x40 64x33x3                           | 32x32
+implicit_gemm_sm80 | 8x20x28x28 64x3x3                            | takes 16
 """)
 """The same of problems that others of its plans take."""
 
@@ -120,6 +125,8 @@ wide float16       | 8x256x28x28 64x3x3 pad 1           | kernel grouped, access
 22 of bfloat16     | 8x22x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 4
 wide float32       | 8x256x28x28 64x3x3 pad 1           | kernel implicit_gemm_sm80, access_bytes 16
 22 of float32      | 8x22x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 8
+odd channels       | 8x27x28x28 64x3x3                  | kernel direct
+many filter rows   | 1x64x40x40 64x33x3                 | kernel implicit_gemm_sm80, rows plain
 21 of float32      | 8x21x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 4
 96 float16         | 8x96x28x28 96x3x3 pad 1, groups 96 | name depthwise 147x48x9 3x3 stride 1 16-byte
 72 float16         | 8x72x28x28 72x3x3 pad 1, groups 72 | name depthwise 175x40x9 3x3 stride 1 16-byte
@@ -158,15 +165,8 @@ def test_float32_that_is_to_be_exact_is_not_rounded(problem: ConvProblem, kernel
         assert exact.kernel == without
         if kernel != without:
             assert all("tf32" in c["illegal"] for c in exact.candidates if c["kernel"] == kernel)
-
-
-def test_tensor_cores_that_are_no_faster_are_left() -> None:
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        # whose tensor cores are no faster
         assert explain(having(WIDE, dtype=FLOAT32), device="L4").kernel == "implicit_gemm_fp32"
-
-
-def test_small_m_is_legal_up_to_its_limit() -> None:
-    assert fastest(layer(256, 64, 1, 64), "small_m")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -272,6 +272,13 @@ def test_no_grouped_layer_of_real_networks_is_left_to_direct() -> None:
     narrow = [p for p in kernels if p.c // p.groups < 24 and p.r > 1]
     assert len(narrow) > 60
     assert {kernels[p] for p in narrow} == {"grouped"}
+
+
+def test_grouped_reads_taps_that_lie_apart_without_a_copy() -> None:
+    problem = laid_out(integer_problem(family_shape("grouped", "of_8"), torch.float16), channels_last)
+    plans = BY_NAME["grouped"].plans(problem.replace(weight=taps_apart(problem.weight)))
+    assert plans
+    assert not any("copy" in plan for plan in plans)
 
 
 def test_the_rectangle_suits_the_image() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fused_cna
 from fused_cna import ConvNormAct
 from tests.conftest import Backend, needs_gpu
-from tests.layouts import LAYOUTS, Layout, Surroundings, channels_last, odd_unit_strides
+from tests.layouts import LAYOUTS, Layout, Surroundings, channels_last
 from tests.reference import (
     DTYPES,
     Problem,
@@ -93,19 +93,6 @@ def test_channel_slices(run: Run, shape: ConvShape) -> None:
     surroundings = Surroundings(out)
     assert torch.equal(run(problem, out), expected)
     assert surroundings.are_untouched()
-
-
-@pytest.mark.parametrize("stride", [0, 1, 7, 2**40])
-@pytest.mark.parametrize("name", ["one_pixel", "one_row", "one_filter", "all_ones"])
-def test_strides_of_size_one_dimensions_are_ignored(kernels: Backend, name: str, stride: int) -> None:
-    problem = kernels.place(
-        integer_problem(shape_named(name), torch.float32, Wanted(residual_order="add_act"))
-    )
-    assert problem.residual is not None
-    out = odd_unit_strides(torch.zeros_like(problem.residual), stride)
-    assert stride in out.stride()
-    kernels.run(problem, out=out)
-    assert torch.equal(out.cpu(), expected_rounded(problem))
 
 
 def dense_block(kernels: Backend, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
