@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 
-from tests.machine_code import COPIES, Code, Graph, count, graph_of, positions
+from tests.machine_code import COPIES, LOADS, Code, Graph, count, graph_of, positions
 
-LOADS = r"LDG\..*"
 WIDE_LOADS = r"LDG\.E.*\.128.*"
 WIDE_COPIES = r"LDGSTS\.E.*\.128.*"
 WIDE_STORES = r"STG\.E.*\.128.*"
-COMMIT = "LDGDEPBAR"
 WAITS = r"DEPBAR\..*"
-
-TURNS_TO_WAIT = 16
-"""A load that so many turns do not wait for is waited for nowhere."""
 
 
 def before_the_first_load(code: Code) -> tuple[int, int]:
@@ -43,13 +37,13 @@ def epilogue_turns(code: Code) -> tuple[Code, Code]:
     stores = positions(code, WIDE_STORES)
     for store in stores:
         # A turn that stores several rows is one in which all of them exist.
-        every = [[{other}] for other in stores if other != store]
+        every = [{other} for other in stores if other != store]
         rest = every if _shortest_walk(graph, store, {store}, every) else []
         plain = _shorter(plain, _shortest_walk(graph, store, {store}, rest))
-        loading = _shorter(loading, _shortest_walk(graph, store, {store}, [*rest, [loads]]))
-        asked = [[{copy}] for copy in copies if _shortest_walk(graph, store, {store}, [[{copy}]])]
+        loading = _shorter(loading, _shortest_walk(graph, store, {store}, [*rest, loads]))
+        asked = [{copy} for copy in copies if _shortest_walk(graph, store, {store}, [{copy}])]
         if asked:
-            copying = _shorter(copying, _shortest_walk(graph, store, {store}, [*rest, *asked, [waits]]))
+            copying = _shorter(copying, _shortest_walk(graph, store, {store}, [*rest, *asked, waits]))
     return tuple(code[i] for i in plain), tuple(code[i] for i in copying or loading)
 
 
@@ -57,61 +51,30 @@ def instructions_per_output(turn: Code, value_bytes: int) -> float:
     return len(turn) * value_bytes / (16 * count(turn, WIDE_STORES))
 
 
-def shared_loads(turn: Code) -> Counter[int]:
-    """How many loads from shared memory a turn has, by their bits."""
-    widths = [re.search(r"\d+$", each.opcode) for each in turn if each.opcode.partition(".")[0] == "LDS"]
-    return Counter(int(width[0]) if width else 32 for width in widths)
-
-
-def residual_loads_under_way(turn: Code) -> int | None:
-    """How many 16-byte loads of the residual a thread has started when it first waits for one of them.
-
-    Copies to shared memory are waited for in groups: those that a wait leaves under way, and the one that it
-    is for. A load into registers is waited for by its barrier. None where the turn waits for nothing.
-    """
-    if groups := count(turn, COMMIT):
-        left = [each.leaves for each in turn if each.leaves is not None]
-        return (min(left) + 1) * count(turn, WIDE_COPIES) // groups if left else None
-    first = positions(turn, WIDE_LOADS)[0]
-    barrier, under_way = turn[first].barrier, 1
-    for each in (turn[first + 1 :] + turn[: first + 1]) * TURNS_TO_WAIT:
-        if barrier is not None and each.waits >> barrier & 1:
-            return under_way
-        under_way += count([each], WIDE_LOADS)
-    return None
-
-
 def _shorter(one: list[int], other: list[int]) -> list[int]:
     """The shorter of two walks; an empty one is none."""
     return min((one, other), key=lambda walk: len(walk) or float("inf"))
 
 
-def _shortest_walk(
-    graph: Graph, start: int, ends: set[int], past: Sequence[Sequence[set[int]]] = ()
-) -> list[int]:
+def _shortest_walk(graph: Graph, start: int, ends: set[int], past: Sequence[set[int]] = ()) -> list[int]:
     """The nodes after ``start`` on the shortest walk to one of the ends; empty where there is none.
 
-    On the way it passes, for each sequence of sets in ``past``, a node of each set in that order.
+    On the way it passes a node of each set in ``past``.
     """
-    marked = {node for sets in past for nodes in sets for node in nodes}
-    first = (start, (0,) * len(past))
-    everything = tuple(map(len, past))
-    before: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
+    marks = {
+        node: sum(1 << i for i, nodes in enumerate(past) if node in nodes) for node in set().union(*past)
+    }
+    first, everything = (start, 0), (1 << len(past)) - 1
+    before: dict[tuple[int, int], tuple[int, int]] = {}
     waiting = deque([first])
     while waiting:
         place = waiting.popleft()
         for node in graph[place[0]]:
-            passed = place[1]
-            if node in marked:
-                passed = tuple(
-                    done + (done < len(sets) and node in sets[done])
-                    for done, sets in zip(passed, past, strict=True)
-                )
-            reached = (node, passed)
+            reached = node, place[1] | marks.get(node, 0)
             if reached in before:
                 continue
             before[reached] = place
-            if node in ends and passed == everything:
+            if node in ends and reached[1] == everything:
                 walk = [node]
                 while place != first:
                     walk.append(place[0])

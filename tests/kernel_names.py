@@ -1,13 +1,23 @@
-"""What the mangled name of a kernel says of its instantiation: family, dtype, tile, access."""
+"""The kernels that must be compiled, from the plan's tiles, and those that are, from their mangled names."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from typing_extensions import Self
 
+from fused_cna.plan import planner
+from tests.machine_code import CUDA_CORES, TENSOR_CORES
+
 DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+PLAIN, MASKED, POINTWISE = range(3)
+ADDRESSING = ("plain", "masked", "pointwise")
+"""How an implicit GEMM finds the rows of its left matrix."""
 
 _LENGTH = re.compile(r"\d+")
 _DTYPE = re.compile(r"I(f|6__half|13__nv_bfloat16)")
@@ -21,6 +31,110 @@ _GEMM_OF_ARITHMETIC = {
     "CudaCores": "implicit_gemm_fp32",
 }
 
+Fields = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The kernels of one name.
+
+    Attributes:
+        products: the opcodes of its products.
+        tile: the fields of a tile, as the plan lists them and as the template arguments begin.
+        label: a tile in words, of ``Instantiation.fields``.
+        rest: the other template arguments; ``_variants`` says their values.
+        blocks: what the launch bounds promise where no tile says it.
+    """
+
+    products: str
+    tile: str = ""
+    label: str = ""
+    rest: str = ""
+    blocks: int = 1
+
+    @property
+    def arguments(self) -> list[str]:
+        return f"{self.tile} {self.rest}".split()
+
+
+def _gemm(products: str) -> Family:
+    tile = "m n k_bytes stages warps_m warps_n blocks narrow any_filter"
+    return Family(products, tile, "{m}x{n}x{k}", "access_bytes addressing")
+
+
+FAMILIES = {
+    "implicit_gemm_sm80": _gemm(TENSOR_CORES),
+    "implicit_gemm_tf32x3": _gemm(TENSOR_CORES),
+    "implicit_gemm_fp32": _gemm(CUDA_CORES),
+    "stem": Family(TENSOR_CORES, "m n warps blocks", "{m}x{n}x{k}"),
+    "grouped": Family(TENSOR_CORES, "reader column_blocks blocks", "64x8x{column_blocks} by {reader}"),
+    "depthwise": Family(
+        CUDA_CORES, "filter stride blocks by_value", "{filter}x{filter} stride {stride}", "access_bytes"
+    ),
+    "depthwise_toeplitz": Family(TENSOR_CORES, "filter_rows", "{filter_rows} rows", blocks=3),
+    "small_m": Family(
+        CUDA_CORES, "rows channels unroll", "{rows}x{channels}x{unroll}", "access_bytes is_pointwise", 3
+    ),
+    "direct": Family(CUDA_CORES, "m n k", "{m}x{n}x{k}", blocks=3),
+    "split_k": Family(r"FADD\b.*"),
+}
+"""Every kernel of csrc/kernels. The plan lists no tiles of split_k, which only adds up."""
+
+
+def _variants(family: str, tile: Fields, value_bytes: int) -> Iterable[tuple[int, ...]]:
+    """The arguments after those of a tile that a family's launcher may ask for."""
+    if family.startswith("implicit_gemm"):
+        narrow = [(8, MASKED), (4, MASKED)] if tile["narrow"] else []
+        return [(16, MASKED), (16, POINTWISE), *narrow, *([(4, PLAIN)] if tile["any_filter"] else [])]
+    if family == "depthwise":
+        return [(0,)] if tile["by_value"] else [(16,), (4,)]
+    if family == "small_m":
+        return [(16, 1), *((width, 0) for width in (16, 8, 4, 2) if width >= value_bytes)]
+    return [()]
+
+
+@dataclass(frozen=True)
+class Instantiation:
+    """Of a family's template: dtype, and the other arguments as numbers."""
+
+    family: str
+    dtype: str
+    arguments: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        """What a mangled name says.
+
+        Raises:
+            ValueError: the family is unknown, or its template has other arguments.
+        """
+        family, dtype, rows = family_of(name), _DTYPE.search(name), _ROWS.search(name)
+        arguments = [int(number) for number in _NUMBER.findall(name)]
+        if rows:
+            arguments.append(ADDRESSING.index(rows[1].lower()))
+        known = FAMILIES.get(family)
+        if known is None or dtype is None or len(arguments) != len(known.arguments):
+            raise ValueError(f"unknown, or mangled in another way than expected: {name}")
+        return cls(family, DTYPES[dtype[1]], tuple(arguments))
+
+    @cached_property
+    def fields(self) -> Fields:
+        """The arguments by name, the blocks, the values of 16 bytes, and ``k`` of a step."""
+        family, value_bytes = FAMILIES[self.family], VALUE_BYTES[self.dtype]
+        named = dict(zip(family.arguments, self.arguments, strict=True))
+        k = named.get("k_bytes", 32) // value_bytes
+        return {"blocks": family.blocks, "values": 16 // value_bytes, "k": k, **named}
+
+    @property
+    def tile(self) -> str:
+        return FAMILIES[self.family].label.format(**self.fields)
+
+    @property
+    def rows(self) -> str:
+        if "addressing" in self.fields:
+            return ADDRESSING[self.fields["addressing"]]
+        return "pointwise" if self.fields.get("is_pointwise") else ""
+
 
 def family_of(name: str) -> str:
     """The kernel as the plan calls it: its function, or which of the implicit GEMMs."""
@@ -32,183 +146,20 @@ def family_of(name: str) -> str:
     return _GEMM_OF_ARITHMETIC[arithmetic[1]] if arithmetic else function
 
 
-def dtype_of(name: str) -> str:
-    match = _DTYPE.search(name)
-    assert match is not None, f"the names are mangled in another way than expected: {name}"
-    return DTYPES[match[1]]
-
-
-def numbers_of(name: str) -> list[int]:
-    """The integers, booleans and enumerators among the template arguments, in order."""
-    return [int(number) for number in _NUMBER.findall(name)]
-
-
 @dataclass(frozen=True)
-class Instantiation:
-    """Each kind also has ``threads``, of a block, and ``blocks``, that its launch bounds promise."""
+class Block:
+    """Its threads, and its dynamic shared memory where the tile alone decides it."""
 
-    dtype: str
-
-    @property
-    def value_bytes(self) -> int:
-        return 4 if self.dtype == "float32" else 2
-
-    @property
-    def values(self) -> int:
-        """Of 16 bytes."""
-        return 16 // self.value_bytes
-
-    @classmethod
-    def of(cls, name: str) -> Self:
-        """What a mangled name says."""
-        return cls(dtype_of(name), *numbers_of(name))
+    threads: int
+    shared_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class GemmKernel(Instantiation):
-    m: int
-    n: int
-    k_bytes: int
-    stages: int
-    warps_m: int
-    warps_n: int
-    blocks: int
-    access_bytes: int
-    rows: str
-
-    @classmethod
-    def of(cls, name: str) -> Self:
-        rows = _ROWS.search(name)
-        assert rows is not None, f"the names are mangled in another way than expected: {name}"
-        *tile, access_bytes = numbers_of(name)
-        return cls(dtype_of(name), *tile[:7], access_bytes, rows[1].lower())
-
-    @property
-    def tile(self) -> str:
-        """As the plan prints it."""
-        return f"{self.m}x{self.n}x{self.k_bytes // self.value_bytes}"
-
-    @property
-    def threads(self) -> int:
-        return self.warps_m * self.warps_n * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """GemmTile::shared_bytes of csrc/tiles.h, and what the kernel may add to it for alignment."""
-        return self.stages * (self.m + self.n) * self.k_bytes + self.m * 16 + self.n * 12 + 128
-
-
-@dataclass(frozen=True)
-class SmallMKernel(Instantiation):
-    rows: int
-    channels: int
-    unroll: int
-    access_bytes: int
-    is_pointwise: bool
-    threads = 128
-    blocks = 3
-
-    @property
-    def chunks(self) -> int:
-        """SmallMTile::unroll_of of csrc/tiles.h: of every row and filter, in a step of one lane."""
-        return 1 if self.access_bytes <= 4 else self.unroll
-
-    @property
-    def tile(self) -> str:
-        return f"{self.rows}x{self.channels}x{self.chunks}"
-
-
-@dataclass(frozen=True)
-class GroupedKernel(Instantiation):
-    """``reader`` is the number of a GroupReader."""
-
-    reader: int
-    column_blocks: int
-    blocks: int
-    threads = 256
-
-    @property
-    def tile(self) -> str:
-        return f"64x{self.column_blocks * 8} {('chunks', 'words')[self.reader]}"
-
-
-@dataclass(frozen=True)
-class DepthwiseKernel(Instantiation):
-    """A filter of 0 is any."""
-
-    filter: int
-    stride: int
-    blocks: int
-    by_value: bool
-    access_bytes: int
-    threads = 128
-
-    @property
-    def tile(self) -> str:
-        return f"{self.filter}x{self.filter} stride {self.stride}" if self.filter else "any"
-
-    @property
-    def shared_bytes(self) -> int:
-        """DepthwiseTile::shared_bytes of csrc/tiles.h."""
-        taps = self.filter**2 or 32
-        return 7 * self.values * 128 * 4 + taps * (8 * self.values + 4) * 4 + 8 * self.values * 12
-
-
-@dataclass(frozen=True)
-class ToeplitzKernel(Instantiation):
-    filter_rows: int
-    threads = 256
-    blocks = 3
-
-
-@dataclass(frozen=True)
-class StemKernel(Instantiation):
-    m: int
-    n: int
-    warps: int
-    blocks: int
-
-    @property
-    def threads(self) -> int:
-        return self.warps * 32
-
-    @property
-    def tile(self) -> str:
-        """As the plan prints it."""
-        return f"{self.m}x{self.n}x{8 if self.dtype == 'float32' else 16}"
-
-
-@dataclass(frozen=True)
-class DirectKernel(Instantiation):
-    m: int
-    n: int
-    k: int
-    thread_m: int
-    thread_n: int
-    threads = 256
-    blocks = 3
-
-    @property
-    def tile(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}"
-
-
-@dataclass(frozen=True)
-class SplitKKernel(Instantiation):
-    threads = 128
-    blocks = 1
-
-
-KINDS: dict[str, type[Instantiation]] = {
-    "implicit_gemm_sm80": GemmKernel,
-    "implicit_gemm_tf32x3": GemmKernel,
-    "implicit_gemm_fp32": GemmKernel,
-    "stem": StemKernel,
-    "grouped": GroupedKernel,
-    "depthwise": DepthwiseKernel,
-    "depthwise_toeplitz": ToeplitzKernel,
-    "small_m": SmallMKernel,
-    "direct": DirectKernel,
-    "split_k": SplitKKernel,
-}
-"""Every kernel of csrc/kernels, by family."""
+def planned(family: str) -> dict[Instantiation, Block]:
+    """What must be instantiated of a family: for every tile of the plan all that its launcher may ask for."""
+    fields, found = FAMILIES[family].tile.split(), {}
+    for dtype, value_bytes in VALUE_BYTES.items():
+        for row in [[128]] if family == "split_k" else planner().tiles(family, dtype):
+            tile, block = row[: len(fields)], Block(*row[len(fields) :])
+            for rest in _variants(family, dict(zip(fields, tile, strict=True)), value_bytes):
+                found[Instantiation(family, dtype, (*tile, *rest))] = block
+    return found

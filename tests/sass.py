@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 
-from tests.cubin import SYSTEM_SHARED_BYTES, Resources, Section, read_resources, read_sections
-from tests.kernel_names import family_of
+from tests.cubin import most_threads, read_sections
+from tests.kernel_names import Instantiation, family_of
 from tests.machine_code import Code, count, parse_section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,22 @@ EXTENSIONS_KEPT = 3
 
 REGISTERS_PER_MULTIPROCESSOR = 65536
 THREADS_PER_MULTIPROCESSOR = 2048
+SYSTEM_SHARED_BYTES = 1024
+"""What the system takes of shared memory for each block. On 9.0 a cubin counts it too."""
 SHARED_BYTES_PER_MULTIPROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
+
+
+_USAGE = re.compile(r"Function (\w+):\n *REG:(\d+) STACK:(\d+) SHARED:(\d+) ")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Registers a thread, threads a block, bytes of local memory a thread, bytes of static shared memory."""
+
+    registers: int
+    threads: int
+    stack_bytes: int = 0
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,10 @@ class CompiledKernel:
     @cached_property
     def code(self) -> Code:
         return self.read_code()
+
+    @cached_property
+    def made(self) -> Instantiation:
+        return Instantiation.of(self.name)
 
     def count(self, pattern: str) -> int:
         """How many instructions have an opcode, modifiers included, that ``pattern`` matches as a whole."""
@@ -91,10 +110,14 @@ def read_extension(extension: Path, cache_folder: Path = CACHE) -> dict[str, Com
 
 def read_cubin(cubin: Path, architecture: str) -> list[CompiledKernel]:
     """Every kernel in a cubin. Instructions are read when they are asked for."""
-    return [
-        CompiledKernel(name, architecture, resources, partial(_read_code, cubin, name))
-        for name, resources in read_resources(cubin.read_bytes()).items()
-    ]
+    sections, found = read_sections(cubin.read_bytes()), []
+    reserved = SYSTEM_SHARED_BYTES if ".nv.shared.reserved.0" in sections else 0
+    for name, *usage in _USAGE.findall(_output("cuobjdump", "-res-usage", str(cubin))):
+        registers, stack_bytes, shared_bytes = map(int, usage)
+        threads = most_threads(sections[f".nv.info.{name}"])
+        resources = Resources(registers, threads, stack_bytes, max(shared_bytes - reserved, 0))
+        found.append(CompiledKernel(name, architecture, resources, partial(_read_code, cubin, name)))
+    return found
 
 
 def extract_cubins(extension: Path, cache_folder: Path) -> Path:
@@ -122,12 +145,7 @@ def extract_cubins(extension: Path, cache_folder: Path) -> Path:
 
 
 def _read_code(cubin: Path, name: str) -> Code:
-    return parse_section(_list_sections(cubin)[name], _read_sections(cubin)[f".text.{name}"].data)
-
-
-@cache
-def _read_sections(cubin: Path) -> dict[str, Section]:
-    return read_sections(cubin.read_bytes())
+    return parse_section(_list_sections(cubin)[name])
 
 
 @cache

@@ -1,8 +1,7 @@
-"""What reads the built extension: cubins, listings, and the loops in a kernel's instructions."""
+"""What reads the built extension: cubins, names, listings, loops and epilogues, on made-up kernels mostly."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,16 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.cubin import read_sections
-from tests.kernel_names import KINDS, GemmKernel, GroupedKernel, SplitKKernel, family_of
-from tests.machine_code import (
-    TENSOR_CORES,
-    Code,
-    Instruction,
-    count,
-    innermost_loop,
-    main_loop,
-    parse_section,
-)
+from tests.epilogue_code import before_the_first_load, epilogue_turns, instructions_per_output
+from tests.kernel_names import Instantiation
+from tests.machine_code import TENSOR_CORES, Code, Instruction, count, main_loop, parse_section, share
 from tests.sass import extract_cubins, find_extension, read_cubin, why_unreadable
 
 LISTING = """\
@@ -35,22 +27,19 @@ _Z1av,"ax",@progbits
         /*0070*/                   DEPBAR.LE SB0, 0x1 ;
         /*0080*/                   EXIT ;
 """
-NO_BARRIERS, SETS_BARRIER_5, WAITS_FOR_BARRIER_5 = 0x000FC80000000000, 0x000F64000C1E1D00, 0x120FE40000004100
-"""Upper halves of instructions as nvdisasm -hex prints them."""
 
 
 def test_instructions_are_read_from_the_listing() -> None:
-    upper_halves = [NO_BARRIERS] * 5 + [SETS_BARRIER_5, WAITS_FOR_BARRIER_5] + [NO_BARRIERS] * 2
-    code = parse_section(LISTING, b"".join(bytes(8) + half.to_bytes(8, "little") for half in upper_halves))
+    code = parse_section(LISTING)
     assert code == (
         Instruction("LDC"),
         Instruction("BRA", is_conditional=True, targets=(5,)),
         Instruction("UIADD3", is_conditional=True),
         Instruction("CALL.REL.NOINC", is_conditional=True, targets=(5,)),
         Instruction("CALL.REL.NOINC"),
-        Instruction("LDG.E.128.CONSTANT", is_conditional=True, barrier=5),
-        Instruction("HADD2.F32", is_conditional=True, waits=1 << 5),
-        Instruction("DEPBAR.LE", leaves=1),
+        Instruction("LDG.E.128.CONSTANT", is_conditional=True),
+        Instruction("HADD2.F32", is_conditional=True),
+        Instruction("DEPBAR.LE"),
         Instruction("EXIT"),
     )
     assert count(code, r"(LDG|LDC)\b.*") == 2
@@ -58,69 +47,115 @@ def test_instructions_are_read_from_the_listing() -> None:
 
 
 GEMM = (
-    "_ZN9fused_cna7kernels13implicit_gemm13implicit_gemmINS1_18ImplicitGemmTraitsI6__halfXtlNS_8GemmTileELi128E"
-    "Li32ELi64ELi6ELi4ELi1ELi3ELb1ELb0EEELi8ENS1_11TensorCoresEEENS1_10MaskedRowsEEEvNS1_16ImplicitGemmArgsE"
+    "_ZN9fused_cna13implicit_gemm13implicit_gemmINS0_6TraitsI6__halfXtlNS0_4TileELi128ELi32ELi64ELi6ELi4ELi1ELi3ELb1"
+    "ELb0EEELi8ENS0_11TensorCoresEEENS0_10MaskedRowsEEEvNS0_4ArgsE"
 )
 GROUPED = (
-    "_ZN9fused_cna7kernels7grouped7groupedINS1_13GroupedTraitsI13__nv_bfloat16XtlNS_11GroupedTileELNS_11GroupReader"
-    "E1ELi2ELi3EEEEEEEvNS1_11GroupedArgsE"
+    "_ZN9fused_cna7grouped7groupedINS0_6TraitsI13__nv_bfloat16XtlNS0_4TileELNS0_6ReaderE1ELi1ELi4EEEEEEEvv"
 )
-SPLIT_K = "_ZN9fused_cna7kernels7split_k7split_kIfEEvNS1_10SplitKArgsE"
+SPLIT_K = "_ZN9fused_cna13implicit_gemm7split_kIfEEvNS0_10SplitKArgsE"
 
 
 def test_an_instantiation_is_read_from_its_name() -> None:
-    families = {name: family_of(name) for name in (GEMM, GROUPED, SPLIT_K)}
-    assert list(families.values()) == ["implicit_gemm_sm80", "grouped", "split_k"]
-    gemm, grouped, split_k = (KINDS[family].of(name) for name, family in families.items())
-    assert gemm == GemmKernel("float16", 128, 32, 64, 6, 4, 1, 3, 8, "masked")
-    assert (gemm.tile, gemm.threads, gemm.shared_bytes) == ("128x32x32", 128, 64000)
-    assert grouped == GroupedKernel("bfloat16", 1, 2, 3)
-    assert split_k == SplitKKernel("float32")
+    gemm, grouped, split_k = map(Instantiation.of, (GEMM, GROUPED, SPLIT_K))
+    assert gemm == Instantiation("implicit_gemm_sm80", "float16", (128, 32, 64, 6, 4, 1, 3, 1, 0, 8, 1))
+    assert (gemm.tile, gemm.rows, gemm.fields["access_bytes"]) == ("128x32x32", "masked", 8)
+    assert grouped == Instantiation("grouped", "bfloat16", (1, 1, 4))
+    assert split_k == Instantiation("split_k", "float32", ())
+
+
+@pytest.mark.parametrize("name", [GEMM.replace("Li8E", ""), GROUPED.replace("grouped", "shuffle"), "_Z1av"])
+def test_a_name_of_another_kind_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown, or mangled"):
+        Instantiation.of(name)
 
 
 def straight(text: str) -> Code:
-    """Instructions by their opcodes.
-
-    "BRA>3" jumps to number 3, "?BRA>3" where its predicate says so. "LDG+5" releases barrier 5, "FADD-5"
-    waits for it, and "DEPBAR=3" leaves 3 groups of copies under way.
-    """
+    """Instructions by their opcodes; "BRA>3" jumps to number 3, "?BRA>3" where its predicate says so."""
     code = []
     for word in text.split():
-        opcode, sign, number = re.split(r"([>+=-]|$)", word.lstrip("?"), maxsplit=1)
-        fields = {
-            "": {},
-            ">": {"targets": (int(number or 0),)},
-            "+": {"barrier": int(number or 0)},
-            "-": {"waits": 1 << int(number or 0)},
-            "=": {"leaves": int(number or 0)},
-        }
-        code.append(Instruction(opcode, word.startswith("?"), **fields[sign]))
+        opcode, _, target = word.lstrip("?").partition(">")
+        code.append(Instruction(opcode, word.startswith("?"), (int(target),) if target else ()))
     return tuple(code)
+
+
+def opcodes(code: Code) -> str:
+    return " ".join(each.opcode for each in code)
 
 
 def test_a_loop_is_found_with_what_it_branches_out_to() -> None:
     #                    0   1     2   3      4     5    6      7    8      9      10
     code = straight("MOV BRA>5 LDG LDGSTS BRA>8 LDSM ?BRA>2 IADD HMMA.1 ?BRA>5 EXIT")
-    loop = main_loop(code)
-    assert " ".join(i.opcode for i in loop.all) == "LDG LDGSTS BRA LDSM BRA IADD HMMA.1 BRA"
-    assert " ".join(i.opcode for i in loop.every_turn) == "LDSM BRA HMMA.1 BRA"
-    assert loop.share(TENSOR_CORES) == 1 / 8
-    assert loop.families()["BRA"] == 3
+    loop = main_loop(code, TENSOR_CORES)
+    assert opcodes(loop) == "LDG LDGSTS BRA LDSM BRA IADD HMMA.1 BRA"
+    assert share(loop, TENSOR_CORES) == 1 / 8
 
 
 def test_the_loop_with_the_most_products_is_the_main_loop() -> None:
     code = straight("HMMA.1 ?BRA>0 MOV HMMA.1 HMMA.1 ?BRA>3 HMMA.1 HMMA.1 HMMA.1 STG.E ?BRA>6 EXIT")
-    assert len(main_loop(code).all) == 3
+    assert len(main_loop(code, TENSOR_CORES)) == 3
     with pytest.raises(ValueError, match="no loop has"):
-        main_loop(straight("HMMA.1 LDG ?BRA>1 EXIT"))
+        main_loop(straight("HMMA.1 LDG ?BRA>1 EXIT"), TENSOR_CORES)
 
 
-def test_the_innermost_loop_with_the_most_matches_is_found() -> None:
-    #                    0   1   2     3   4   5   6       7       8   9
-    code = straight("MOV LDG IADD LDG LDG LDS ?BRA>3 ?BRA>1 LDG ?BRA>8")
-    assert " ".join(i.opcode for i in innermost_loop(code, "LDG")) == "LDG LDG LDS BRA"
-    with pytest.raises(ValueError, match="no innermost loop has"):
-        innermost_loop(code, "IADD")
+def test_of_nested_loops_the_innermost_with_all_products_is_the_main_loop() -> None:
+    #                    0   1    2   3    4    5    6       7    8       9    10      11
+    code = straight("MOV BAR LDS FFMA LDS FFMA ?BRA>4 FADD ?BRA>3 LDG ?BRA>1 EXIT")
+    assert opcodes(main_loop(code, "BAR")) == "BAR LDS FFMA LDS FFMA BRA FADD BRA LDG BRA"
+    assert opcodes(main_loop(code, "FADD")) == "FFMA LDS FFMA BRA FADD BRA"
+    assert opcodes(main_loop(code, "LDS|FADD")) == opcodes(main_loop(code, "BAR"))
+    assert opcodes(main_loop(straight("STG.E LDS FFMA ?BRA>1 ?BRA>0 EXIT"), "FFMA")) == "LDS FFMA BRA"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        # a loop over a table, which a thread without a share in it jumps over, and a load for it
+        ("S2R ?BRA>6 LDG.E MOV STS ?BRA>2 LDGSTS.E EXIT", (2, 6)),
+        ("S2R MOV LDG.E LDG.E STG.E EXIT", (2, 2)),
+        # the shortest path leads to another copy than the first in the code
+        ("S2R ?BRA>5 MOV MOV LDGSTS.E LDGSTS.E EXIT", (2, 4)),
+    ],
+)
+def test_instructions_before_the_first_load(code: str, expected: tuple[int, int]) -> None:
+    assert before_the_first_load(straight(code)) == expected
+
+
+LOADING = straight("MOV LDS.128 LDS ?BRA>6 LDG.E.128 FADD ?BRA>9 STG.E.128 BRA>1 STG.E.U16 BRA>1")
+"""A loop that loads the residual where there is one, and stores value by value where it must."""
+
+SKIPPING = straight("LDS.128 ?LDG.E.128 FADD STG.E.128 ?BRA>0 EXIT")
+"""A loop with a load that a predicate skips."""
+
+BRANCHING = straight(
+    "LDS.128 ?BRA>5 LDS.128 LDS.128 LDS.128 ?BRA>10 DEPBAR.LE LDS.128 HADD2 MOV "
+    "?BRA>15 LDGSTS.E.BYPASS.128 ?BRA>14 LDGSTS.E.BYPASS.128 LDGDEPBAR "
+    "?BRA>17 STG.E.128 ?BRA>19 STG.E.128 ?BRA>0 EXIT"
+)
+"""Branches around new folds, the residual of this turn's two rows, copies for a later one, and each store."""
+
+
+@pytest.mark.parametrize(
+    ("code", "plain", "added"),
+    [
+        (LOADING, "BRA LDS.128 LDS BRA BRA STG.E.128", "BRA LDS.128 LDS BRA LDG.E.128 FADD BRA STG.E.128"),
+        (SKIPPING, "BRA LDS.128 LDG.E.128 FADD STG.E.128", "BRA LDS.128 LDG.E.128 FADD STG.E.128"),
+        (
+            BRANCHING,
+            "BRA STG.E.128 BRA LDS.128 BRA BRA BRA BRA STG.E.128",
+            "BRA STG.E.128 BRA LDS.128 BRA BRA DEPBAR.LE LDS.128 HADD2 MOV "
+            "BRA LDGSTS.E.BYPASS.128 BRA LDGSTS.E.BYPASS.128 LDGDEPBAR BRA STG.E.128",
+        ),
+        (straight("LDS.128 STG.E.U16 ?BRA>0 STG.E.128 EXIT"), "", ""),
+    ],
+)
+def test_a_turn_of_the_epilogue(code: Code, plain: str, added: str) -> None:
+    assert [opcodes(turn) for turn in epilogue_turns(code)] == [plain, added]
+
+
+def test_a_turn_is_measured_by_what_it_stores() -> None:
+    assert instructions_per_output(epilogue_turns(LOADING)[0], value_bytes=2) == 6 / 8
+    assert instructions_per_output(straight("LDS STG.E.128 STG.E.128"), value_bytes=4) == 3 / 8
 
 
 SPILLS = """\
