@@ -15,21 +15,12 @@ from tests.machine_code import CUDA_CORES, TENSOR_CORES
 DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-PLAIN, MASKED, POINTWISE = range(3)
 ADDRESSING = ("plain", "masked", "pointwise")
 """How an implicit GEMM finds the rows of its left matrix."""
 
-_LENGTH = re.compile(r"\d+")
 _DTYPE = re.compile(r"I(f|6__half|13__nv_bfloat16)")
 _NUMBER = re.compile(r"L(?:[ib]|N\w*?\d+[A-Za-z]+E)(\d+)E")
-_ARITHMETIC = re.compile(r"\d([A-Z][A-Za-z]+Cores)E")
 _ROWS = re.compile(r"\d([A-Z][a-z]+)Rows")
-
-_GEMM_OF_ARITHMETIC = {
-    "TensorCores": "implicit_gemm_sm80",
-    "CompensatedTensorCores": "implicit_gemm_tf32x3",
-    "CudaCores": "implicit_gemm_fp32",
-}
 
 Fields = dict[str, int]
 
@@ -44,6 +35,7 @@ class Family:
         label: a tile in words, of ``Instantiation.fields``.
         rest: the other template arguments; ``_variants`` says their values.
         blocks: what the launch bounds promise where no tile says it.
+        mark: what only its mangled names hold; else the function.
     """
 
     products: str
@@ -51,21 +43,22 @@ class Family:
     label: str = ""
     rest: str = ""
     blocks: int = 1
+    mark: str = ""
 
     @property
     def arguments(self) -> list[str]:
         return f"{self.tile} {self.rest}".split()
 
 
-def _gemm(products: str) -> Family:
+def _gemm(products: str, mark: str) -> Family:
     tile = "m n k_bytes stages warps_m warps_n blocks narrow any_filter"
-    return Family(products, tile, "{m}x{n}x{k}", "access_bytes addressing")
+    return Family(products, tile, "{m}x{n}x{k}", "access_bytes addressing", mark=mark)
 
 
 FAMILIES = {
-    "implicit_gemm_sm80": _gemm(TENSOR_CORES),
-    "implicit_gemm_tf32x3": _gemm(TENSOR_CORES),
-    "implicit_gemm_fp32": _gemm(CUDA_CORES),
+    "implicit_gemm_sm80": _gemm(TENSOR_CORES, "11TensorCores"),
+    "implicit_gemm_tf32x3": _gemm(TENSOR_CORES, "22CompensatedTensorCores"),
+    "implicit_gemm_fp32": _gemm(CUDA_CORES, "9CudaCores"),
     "stem": Family(TENSOR_CORES, "m n warps blocks", "{m}x{n}x{k}"),
     "grouped": Family(TENSOR_CORES, "reader column_blocks blocks", "64x8x{column_blocks} by {reader}"),
     "depthwise": Family(
@@ -84,8 +77,9 @@ FAMILIES = {
 def _variants(family: str, tile: Fields, value_bytes: int) -> Iterable[tuple[int, ...]]:
     """The arguments after those of a tile that a family's launcher may ask for."""
     if family.startswith("implicit_gemm"):
-        narrow = [(8, MASKED), (4, MASKED)] if tile["narrow"] else []
-        return [(16, MASKED), (16, POINTWISE), *narrow, *([(4, PLAIN)] if tile["any_filter"] else [])]
+        found = [(16, "masked"), (16, "pointwise")]
+        found += [(8, "masked"), (4, "masked")] * tile["narrow"] + [(4, "plain")] * tile["any_filter"]
+        return [(width, ADDRESSING.index(rows)) for width, rows in found]
     if family == "depthwise":
         return [(0,)] if tile["by_value"] else [(16,), (4,)]
     if family == "small_m":
@@ -108,14 +102,15 @@ class Instantiation:
         Raises:
             ValueError: the family is unknown, or its template has other arguments.
         """
-        family, dtype, rows = family_of(name), _DTYPE.search(name), _ROWS.search(name)
+        dtype, rows = _DTYPE.search(name), _ROWS.search(name)
         arguments = [int(number) for number in _NUMBER.findall(name)]
         if rows:
             arguments.append(ADDRESSING.index(rows[1].lower()))
-        known = FAMILIES.get(family)
-        if known is None or dtype is None or len(arguments) != len(known.arguments):
-            raise ValueError(f"unknown, or mangled in another way than expected: {name}")
-        return cls(family, DTYPES[dtype[1]], tuple(arguments))
+        for family, kind in FAMILIES.items():
+            is_it = dtype and (kind.mark or f"{len(family)}{family}I") in name
+            if is_it and len(arguments) == len(kind.arguments):
+                return cls(family, DTYPES[dtype[1]], tuple(arguments))
+        raise ValueError(f"unknown, or mangled in another way than expected: {name}")
 
     @cached_property
     def fields(self) -> Fields:
@@ -136,30 +131,15 @@ class Instantiation:
         return "pointwise" if self.fields.get("is_pointwise") else ""
 
 
-def family_of(name: str) -> str:
-    """The kernel as the plan calls it: its function, or which of the implicit GEMMs."""
-    function, at = "", len("_ZN")
-    while length := _LENGTH.match(name, at):
-        at = length.end() + int(length[0])
-        function = name[length.end() : at]
-    arithmetic = _ARITHMETIC.search(name)
-    return _GEMM_OF_ARITHMETIC[arithmetic[1]] if arithmetic else function
+def planned(family: str) -> dict[Instantiation, list[int]]:
+    """What must be instantiated of a family: for every tile of the plan all that its launcher may ask for.
 
-
-@dataclass(frozen=True)
-class Block:
-    """Its threads, and its dynamic shared memory where the tile alone decides it."""
-
-    threads: int
-    shared_bytes: int = 0
-
-
-def planned(family: str) -> dict[Instantiation, Block]:
-    """What must be instantiated of a family: for every tile of the plan all that its launcher may ask for."""
+    With the threads of a block and, where the tile alone decides it, its shared memory.
+    """
     fields, found = FAMILIES[family].tile.split(), {}
     for dtype, value_bytes in VALUE_BYTES.items():
         for row in [[128]] if family == "split_k" else planner().tiles(family, dtype):
-            tile, block = row[: len(fields)], Block(*row[len(fields) :])
-            for rest in _variants(family, dict(zip(fields, tile, strict=True)), value_bytes):
-                found[Instantiation(family, dtype, (*tile, *rest))] = block
+            tile = dict(zip(fields, row, strict=False))
+            for rest in _variants(family, tile, value_bytes):
+                found[Instantiation(family, dtype, (*tile.values(), *rest))] = row[len(fields) :]
     return found

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from tests.epilogue_code import before_the_first_load, epilogue_turns, instructions_per_output
+from tests.epilogue_code import epilogue_turns, instructions_per_output
 from tests.kernel_names import FAMILIES, VALUE_BYTES, planned
-from tests.machine_code import Code, count, main_loop, share
+from tests.machine_code import COPIES, LOADS, count, positions, share
 from tests.sass import (
     SHARED_BYTES_PER_MULTIPROCESSOR,
     Compiled,
@@ -37,8 +37,7 @@ Products (HMMA, FFMA of the CUDA cores, or split_k's FADD) and others are the in
 main loop issues, those that a predicate skips and those of the copies among them; share is that of the
 products among them all.
 
-To first load: instructions before the first cp.async, or before the first load where there is none, on the
-shortest path, taken by a thread that has no share in the tables; after the +, how many more lie before it.
+To first load: instructions that lie before the first cp.async, or before the first load where there is none.
 An output: instructions of the shortest turn of the epilogue's loop that stores 16 bytes, for each value in
 them; its activation is the identity. With residual: of the shortest that loads 16 bytes of one as well."""
 
@@ -52,45 +51,40 @@ def row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
     """A kernel, as compiled for each architecture: under KERNEL, MAIN_LOOP and ENDS."""
     made = kernels[0].made
     access = made.fields.get("access_bytes", 0)
-    block = planned(made.family).get(made)
-    shared = block.shared_bytes if block else 0
-    loops = [main_loop(kernel.code, FAMILIES[made.family].products) for kernel in kernels]
-    products = [count(loop, FAMILIES[made.family].products) for loop in loops]
+    shared = sum(planned(made.family).get(made, [])[1:])
+    loops = [kernel.main_loop for kernel in kernels]
+    products = [count(loop, kernels[0].products) for loop in loops]
     return (
         made.family,
         made.tile,
         made.dtype,
         made.rows,
         f"{access} bytes" if access else "",
-        str(kernels[0].resources.threads),
-        pair(kernel.resources.registers for kernel in kernels),
+        str(kernels[0].threads),
+        pair(kernel.registers for kernel in kernels),
         f"{shared / 1024:.1f}" if shared else "",
         pair(resident_blocks(kernel, shared) for kernel in kernels) if shared else "",
         pair(products),
         pair(len(loop) - number for loop, number in zip(loops, products, strict=True)),
-        pair(f"{share(loop, FAMILIES[made.family].products):.0%}" for loop in loops),
-        *map(
-            pair, zip(*(end_cells(kernel.code, VALUE_BYTES[made.dtype]) for kernel in kernels), strict=True)
-        ),
+        pair(f"{share(loop, kernels[0].products):.0%}" for loop in loops),
+        *map(pair, zip(*map(end_cells, kernels), strict=True)),
     )
 
 
-def end_cells(code: Code, value_bytes: int) -> tuple[str, ...]:
+def end_cells(kernel: CompiledKernel) -> tuple[str, ...]:
     """What lies before the first load, and a turn of the epilogue."""
-    path, position = before_the_first_load(code)
-    turns = epilogue_turns(code)
-    return (
-        f"{path}+{position - path}",
-        *(f"{instructions_per_output(turn, value_bytes):.1f}" if turn else "" for turn in turns),
+    first = min(positions(kernel.code, COPIES) or positions(kernel.code, LOADS))
+    value_bytes = VALUE_BYTES[kernel.made.dtype]
+    turns = epilogue_turns(kernel.code)
+    return str(first), *(
+        f"{instructions_per_output(turn, value_bytes):.1f}" if turn else "" for turn in turns
     )
 
 
 def rows(by_architecture: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
     """Every kernel, by family and as its file instantiates them."""
     for family in FAMILIES:
-        by_name = [
-            {kernel.name: kernel for kernel in compiled.get(family, [])} for compiled in by_architecture
-        ]
+        by_name = [{each.name: each for each in compiled.get(family, [])} for compiled in by_architecture]
         for name in reversed(by_name[0]):
             yield row([found[name] for found in by_name])
 

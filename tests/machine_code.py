@@ -56,21 +56,19 @@ Graph = list[list[int]]
 
 def parse_section(listing: str) -> Code:
     """The instructions of a kernel in order: its section of what ``nvdisasm -c`` prints."""
-    found: list[re.Match[str]] = []
+    lines: list[re.Match[str]] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
         if label := _LABEL.match(line):
-            labels[label[1]] = len(found)
+            labels[label[1]] = len(lines)
         elif instruction := _INSTRUCTION.match(line):
-            found.append(instruction)
-    return tuple(_make_instruction(match, labels) for match in found)
-
-
-def _make_instruction(match: re.Match[str], labels: dict[str, int]) -> Instruction:
-    negation, predicate, opcode, operands = match.groups()
-    is_conditional = predicate is not None and not (negation == "@" and predicate in ("PT", "UPT"))
-    names = _TARGET.findall(operands) if opcode.partition(".")[0] in _JUMPS else []
-    return Instruction(opcode, is_conditional, tuple(labels[name] for name in names))
+            lines.append(instruction)
+    found = []
+    for negation, predicate, opcode, operands in (line.groups() for line in lines):
+        is_conditional = predicate is not None and not (negation == "@" and predicate in ("PT", "UPT"))
+        names = _TARGET.findall(operands) if opcode.partition(".")[0] in _JUMPS else []
+        found.append(Instruction(opcode, is_conditional, tuple(labels[name] for name in names)))
+    return tuple(found)
 
 
 def count(code: Iterable[Instruction], pattern: str) -> int:
@@ -81,7 +79,7 @@ def count(code: Iterable[Instruction], pattern: str) -> int:
 
 
 def share(code: Code, pattern: str) -> float:
-    """Of the instructions those that ``pattern`` matches. A skipped one is issued all the same, and counts."""
+    """Of the instructions those that ``pattern`` matches. Skipped ones are issued all the same, and count."""
     return count(code, pattern) / len(code)
 
 

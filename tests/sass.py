@@ -11,16 +11,16 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 
-from tests.cubin import most_threads, read_sections
-from tests.kernel_names import Instantiation, family_of
-from tests.machine_code import Code, count, parse_section
+from tests.kernel_names import FAMILIES, Instantiation
+from tests.locks import locked
+from tests.machine_code import Code, count, main_loop, parse_section
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "sass"
@@ -32,27 +32,21 @@ SYSTEM_SHARED_BYTES = 1024
 """What the system takes of shared memory for each block. On 9.0 a cubin counts it too."""
 SHARED_BYTES_PER_MULTIPROCESSOR = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024}
 
-
+# in .nv.info: the attribute with the block's sides, and the format of attributes that say their size
+_MAX_THREADS, _SIZED = 0x05, 0x04
 _USAGE = re.compile(r"Function (\w+):\n *REG:(\d+) STACK:(\d+) SHARED:(\d+) ")
 
 
 @dataclass(frozen=True)
-class Resources:
-    """Registers a thread, threads a block, bytes of local memory a thread, bytes of static shared memory."""
-
-    registers: int
-    threads: int
-    stack_bytes: int = 0
-    shared_bytes: int = 0
-
-
-@dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel, by mangled name, for one architecture."""
+    """One kernel for one architecture, and what a thread or a block takes; shared memory is static."""
 
     name: str
     architecture: str
-    resources: Resources
+    registers: int
+    threads: int
+    stack_bytes: int
+    shared_bytes: int
     read_code: Callable[[], Code] = field(compare=False, repr=False)
 
     @cached_property
@@ -62,6 +56,14 @@ class CompiledKernel:
     @cached_property
     def made(self) -> Instantiation:
         return Instantiation.of(self.name)
+
+    @property
+    def products(self) -> str:
+        return FAMILIES[self.made.family].products
+
+    @cached_property
+    def main_loop(self) -> Code:
+        return main_loop(self.code, self.products)
 
     def count(self, pattern: str) -> int:
         """How many instructions have an opcode, modifiers included, that ``pattern`` matches as a whole."""
@@ -104,43 +106,66 @@ def read_extension(extension: Path, cache_folder: Path = CACHE) -> dict[str, Com
     for cubin in sorted(extract_cubins(extension, cache_folder).glob("*.cubin")):
         architecture = cubin.stem.rpartition(".")[2]
         for kernel in read_cubin(cubin, architecture):
-            found.setdefault(architecture, {}).setdefault(family_of(kernel.name), []).append(kernel)
+            found.setdefault(architecture, {}).setdefault(kernel.made.family, []).append(kernel)
     return found
 
 
 def read_cubin(cubin: Path, architecture: str) -> list[CompiledKernel]:
     """Every kernel in a cubin. Instructions are read when they are asked for."""
-    sections, found = read_sections(cubin.read_bytes()), []
+    sections, found = _read_sections(cubin.read_bytes()), []
     reserved = SYSTEM_SHARED_BYTES if ".nv.shared.reserved.0" in sections else 0
     for name, *usage in _USAGE.findall(_output("cuobjdump", "-res-usage", str(cubin))):
         registers, stack_bytes, shared_bytes = map(int, usage)
-        threads = most_threads(sections[f".nv.info.{name}"])
-        resources = Resources(registers, threads, stack_bytes, max(shared_bytes - reserved, 0))
-        found.append(CompiledKernel(name, architecture, resources, partial(_read_code, cubin, name)))
+        threads, static = _most_threads(sections[f".nv.info.{name}"]), max(shared_bytes - reserved, 0)
+        read_code = partial(_read_code, cubin, name)
+        found.append(CompiledKernel(name, architecture, registers, threads, stack_bytes, static, read_code))
     return found
+
+
+def _read_sections(elf: bytes) -> dict[str, bytes]:
+    """The sections of a cubin, a 64-bit ELF file, by name."""
+    (start,) = struct.unpack_from("<Q", elf, 40)
+    size, number, names = struct.unpack_from("<HHH", elf, 58)
+    headers = [struct.unpack_from("<IIQQQQ", elf, start + i * size) for i in range(number)]
+    first_name = headers[names][4]
+    found = {}
+    for name, _, _, _, offset, length in headers:
+        at = first_name + name
+        found[elf[at : elf.index(b"\0", at)].decode()] = elf[offset : offset + length]
+    return found
+
+
+def _most_threads(info: bytes) -> int:
+    """The threads of a block that a kernel's section ``.nv.info`` promises.
+
+    Raises:
+        ValueError: the kernel has no ``__launch_bounds__``.
+    """
+    at = 0
+    while at < len(info):
+        form, code, size = struct.unpack_from("<BBH", info, at)
+        if (form, code) == (_SIZED, _MAX_THREADS):
+            x, y, z = struct.unpack_from("<III", info, at + 4)
+            return x * y * z
+        at += 4 + (size if form == _SIZED else 0)
+    raise ValueError("a kernel has no __launch_bounds__")
 
 
 def extract_cubins(extension: Path, cache_folder: Path) -> Path:
     """The folder of an extension's cubins, each named by its kernel file and architecture."""
     folder = cache_folder / hashlib.blake2b(extension.read_bytes(), digest_size=8).hexdigest()
-    if folder.exists():
-        return folder
-    cache_folder.mkdir(parents=True, exist_ok=True)
-    listed = _output("cuobjdump", "-lelf", str(extension)).splitlines()
-    with tempfile.TemporaryDirectory(dir=cache_folder) as temporary:
-        result = Path(temporary, "cubins")
-        result.mkdir()
-        _output("cuobjdump", "-xelf", "all", str(extension), cwd=result)
-        if lost := len(listed) - len(list(result.iterdir())):
-            raise RuntimeError(f"{lost} kernel files have the name of another, and are lost: {listed}")
-        try:
-            result.rename(folder)
-        except OSError:
-            if folder.exists():
-                return folder  # another process was faster, with the same result
-            raise
-    for old in sorted(cache_folder.glob("[0-9a-f]*"), key=os.path.getmtime)[:-EXTENSIONS_KEPT]:
-        shutil.rmtree(old)
+    with locked(cache_folder / "lock"):
+        if not folder.exists():
+            listed = _output("cuobjdump", "-lelf", str(extension)).splitlines()
+            new = cache_folder / "new"
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            _output("cuobjdump", "-xelf", "all", str(extension), cwd=new)
+            if lost := len(listed) - len(list(new.iterdir())):
+                raise RuntimeError(f"{lost} kernel files have the name of another, and are lost: {listed}")
+            new.rename(folder)
+            for old in sorted(cache_folder.glob("[0-9a-f]*"), key=os.path.getmtime)[:-EXTENSIONS_KEPT]:
+                shutil.rmtree(old)
     return folder
 
 
@@ -152,10 +177,11 @@ def _read_code(cubin: Path, name: str) -> Code:
 def _list_sections(cubin: Path) -> dict[str, str]:
     """What nvdisasm prints of each kernel. Functions that it calls, not inlined, count as part of it."""
     listing = cubin.with_suffix(".sass")
-    if not listing.exists():
-        with tempfile.NamedTemporaryFile("w", dir=cubin.parent, suffix=".part", delete=False) as part:
-            part.write(_output("nvdisasm", "-c", str(cubin)))
-        os.replace(part.name, listing)
+    with locked(cubin.with_suffix(".lock")):
+        if not listing.exists():
+            part = cubin.with_suffix(".part")
+            part.write_text(_output("nvdisasm", "-c", str(cubin)))
+            part.rename(listing)
     sections = re.split(r"^\s*\.section\s+\.text\.", listing.read_text(), flags=re.MULTILINE)[1:]
     return {section[: section.index(",")]: section for section in sections}
 
@@ -168,14 +194,14 @@ def _output(tool: str, *arguments: str, cwd: Path | None = None) -> str:
 
 def registers_of_a_block(kernel: CompiledKernel) -> int:
     """Registers are given out to a warp in units of 256."""
-    return -(-kernel.resources.registers * 32 // 256) * 256 * (kernel.resources.threads // 32)
+    return -(-kernel.registers * 32 // 256) * 256 * (kernel.threads // 32)
 
 
 def resident_blocks(kernel: CompiledKernel, shared_bytes: int) -> int:
     """How many blocks a multiprocessor holds at once, each with so much dynamic shared memory."""
-    shared = shared_bytes + kernel.resources.shared_bytes + SYSTEM_SHARED_BYTES
+    shared = shared_bytes + kernel.shared_bytes + SYSTEM_SHARED_BYTES
     return min(
         REGISTERS_PER_MULTIPROCESSOR // registers_of_a_block(kernel),
-        THREADS_PER_MULTIPROCESSOR // kernel.resources.threads,
+        THREADS_PER_MULTIPROCESSOR // kernel.threads,
         SHARED_BYTES_PER_MULTIPROCESSOR[kernel.architecture] // shared,
     )

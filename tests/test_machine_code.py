@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cubin import read_sections
-from tests.epilogue_code import before_the_first_load, epilogue_turns, instructions_per_output
+from tests.epilogue_code import epilogue_turns, instructions_per_output
 from tests.kernel_names import Instantiation
 from tests.machine_code import TENSOR_CORES, Code, Instruction, count, main_loop, parse_section, share
-from tests.sass import extract_cubins, find_extension, read_cubin, why_unreadable
+from tests.sass import read_cubin, why_unreadable
 
 LISTING = """\
 _Z1av,"ax",@progbits
@@ -107,20 +106,6 @@ def test_of_nested_loops_the_innermost_with_all_products_is_the_main_loop() -> N
     assert opcodes(main_loop(straight("STG.E LDS FFMA ?BRA>1 ?BRA>0 EXIT"), "FFMA")) == "LDS FFMA BRA"
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        # a loop over a table, which a thread without a share in it jumps over, and a load for it
-        ("S2R ?BRA>6 LDG.E MOV STS ?BRA>2 LDGSTS.E EXIT", (2, 6)),
-        ("S2R MOV LDG.E LDG.E STG.E EXIT", (2, 2)),
-        # the shortest path leads to another copy than the first in the code
-        ("S2R ?BRA>5 MOV MOV LDGSTS.E LDGSTS.E EXIT", (2, 4)),
-    ],
-)
-def test_instructions_before_the_first_load(code: str, expected: tuple[int, int]) -> None:
-    assert before_the_first_load(straight(code)) == expected
-
-
 LOADING = straight("MOV LDS.128 LDS ?BRA>6 LDG.E.128 FADD ?BRA>9 STG.E.128 BRA>1 STG.E.U16 BRA>1")
 """A loop that loads the residual where there is one, and stores value by value where it must."""
 
@@ -183,26 +168,7 @@ def test_a_spilling_kernel_is_seen(tmp_path: Path, architecture: str) -> None:
     source.write_text(SPILLS)
     subprocess.run(["nvcc", "-cubin", f"-arch={architecture}", source, "-o", cubin], check=True)
     (kernel,) = read_cubin(cubin, architecture)
-    assert (kernel.resources.registers, kernel.resources.threads) == (32, 1024)
-    assert kernel.resources.stack_bytes > 0
-    assert kernel.resources.shared_bytes == 4096
+    assert (kernel.registers, kernel.threads) == (32, 1024)
+    assert kernel.stack_bytes > 0
+    assert kernel.shared_bytes == 4096
     assert kernel.count(r"(LDL|STL)\b.*") > 0
-
-
-def test_cubins_are_extracted_once_for_a_content(tmp_path: Path) -> None:
-    extension = find_extension()
-    if reason := why_unreadable(extension):
-        pytest.skip(reason)
-    assert extension is not None
-    folder = extract_cubins(extension, tmp_path)
-    marked = folder / "marked"
-    marked.touch()
-    assert extract_cubins(extension, tmp_path) == folder
-    assert marked.exists()
-    assert all(file.read_bytes()[:4] == b"\x7fELF" for file in folder.glob("*.cubin"))
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name], "something temporary was left behind"
-
-
-def test_another_file_is_no_cubin() -> None:
-    with pytest.raises(ValueError, match="no 64-bit ELF"):
-        read_sections(b"#!/bin/sh\n")
