@@ -97,11 +97,7 @@ class Instantiation:
 
     @classmethod
     def of(cls, name: str) -> Self:
-        """What a mangled name says.
-
-        Raises:
-            ValueError: the family is unknown, or its template has other arguments.
-        """
+        """What a mangled name says. A ValueError where the family is unknown, or has other arguments."""
         dtype, rows = _DTYPE.search(name), _ROWS.search(name)
         arguments = [int(number) for number in _NUMBER.findall(name)]
         if rows:
@@ -132,10 +128,7 @@ class Instantiation:
 
 
 def planned(family: str) -> dict[Instantiation, list[int]]:
-    """What must be instantiated of a family: for every tile of the plan all that its launcher may ask for.
-
-    With the threads of a block and, where the tile alone decides it, its shared memory.
-    """
+    """What a launcher may ask for: threads of a block and, where the tile decides it, shared memory."""
     fields, found = FAMILIES[family].tile.split(), {}
     for dtype, value_bytes in VALUE_BYTES.items():
         for row in [[128]] if family == "split_k" else planner().tiles(family, dtype):

@@ -31,13 +31,7 @@ LOADS = r"LDG\b.*"
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction.
-
-    Attributes:
-        opcode: with its modifiers.
-        is_conditional: whether a predicate may skip it.
-        targets: where it may jump, as indices into the kernel's instructions.
-    """
+    """Its opcode with modifiers, whether a predicate may skip it, and where it may jump, by number."""
 
     opcode: str
     is_conditional: bool = False

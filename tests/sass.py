@@ -22,8 +22,7 @@ from tests.kernel_names import FAMILIES, Instantiation
 from tests.locks import locked
 from tests.machine_code import Code, count, main_loop, parse_section
 
-ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / "build" / "sass"
+CACHE = Path(__file__).resolve().parents[1] / "build" / "sass"
 EXTENSIONS_KEPT = 3
 
 REGISTERS_PER_MULTIPROCESSOR = 65536
@@ -117,8 +116,8 @@ def read_cubin(cubin: Path, architecture: str) -> list[CompiledKernel]:
     for name, *usage in _USAGE.findall(_output("cuobjdump", "-res-usage", str(cubin))):
         registers, stack_bytes, shared_bytes = map(int, usage)
         threads, static = _most_threads(sections[f".nv.info.{name}"]), max(shared_bytes - reserved, 0)
-        read_code = partial(_read_code, cubin, name)
-        found.append(CompiledKernel(name, architecture, registers, threads, stack_bytes, static, read_code))
+        read = partial(lambda name: parse_section(_list_sections(cubin)[name]), name)
+        found.append(CompiledKernel(name, architecture, registers, threads, stack_bytes, static, read))
     return found
 
 
@@ -136,11 +135,7 @@ def _read_sections(elf: bytes) -> dict[str, bytes]:
 
 
 def _most_threads(info: bytes) -> int:
-    """The threads of a block that a kernel's section ``.nv.info`` promises.
-
-    Raises:
-        ValueError: the kernel has no ``__launch_bounds__``.
-    """
+    """The threads of a block that a kernel's section ``.nv.info`` promises."""
     at = 0
     while at < len(info):
         form, code, size = struct.unpack_from("<BBH", info, at)
@@ -167,10 +162,6 @@ def extract_cubins(extension: Path, cache_folder: Path) -> Path:
             for old in sorted(cache_folder.glob("[0-9a-f]*"), key=os.path.getmtime)[:-EXTENSIONS_KEPT]:
                 shutil.rmtree(old)
     return folder
-
-
-def _read_code(cubin: Path, name: str) -> Code:
-    return parse_section(_list_sections(cubin)[name])
 
 
 @cache
