@@ -81,14 +81,20 @@ struct Packed {
         return to_float(value);
     }
 
-    // The i-th 16 bytes.
-    __device__ __forceinline__ void set_vector(int i, const Vector16& vector) { memcpy(words + i * 4, &vector, 16); }
+    // The i-th 16 bytes. By value and word by word: of a memcpy through memory the compiler makes accesses of single bytes.
+    __device__ __forceinline__ void set_vector(int i, Vector16 vector) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words[i * 4 + j] = vector.words[j];
+    }
+    __device__ __forceinline__ Vector16 vector(int i) const {
+        return {words[i * 4], words[i * 4 + 1], words[i * 4 + 2], words[i * 4 + 3]};
+    }
 
     // To 16-byte aligned memory.
     __device__ __forceinline__ void store(T* destination) const {
         static_assert(Count % per_vector == 0, "a vector access moves whole 16-byte pieces");
 #pragma unroll
-        for (int i = 0; i < Count / per_vector; ++i) memcpy(reinterpret_cast<Vector16*>(destination) + i, words + i * 4, 16);
+        for (int i = 0; i < Count / per_vector; ++i) reinterpret_cast<Vector16*>(destination)[i] = vector(i);
     }
 };
 
