@@ -5,8 +5,8 @@
 #include <tuple>
 #include <type_traits>
 
-#include <simt/block.h>
 #include <args.h>
+#include <simt/block.h>
 #include <device/types.cuh>
 
 namespace fused_cna::device {

@@ -1,7 +1,3 @@
 #pragma once
 
-namespace simt {
-
-inline constexpr int warp_lanes = 32;
-
-}  // namespace simt
+namespace simt { inline constexpr int warp_lanes = 32; }  // namespace simt
