@@ -84,7 +84,7 @@ def every_epilogue() -> None:
                 problem = integer_problem(TAIL, dtype, Wanted(norm=norm, bias=bias, norm_dtype=dtype))
                 runs.check(problem, runs.plans(problem)[:1])
             problem = dense(integer_problem(pointwise, dtype, Wanted(residual_order="add_act")))
-            for layout in (channels_last, misaligned_channels_last):
+            for layout in (channels_last, misaligned_channels_last, contiguous):
                 runs.check(problem.replace(residual=layout(problem.residual)), runs.plans(problem)[:1])
         for act, act_params in ACTIVATIONS.items():
             for shape, dtype, scale in ((TAIL, torch.float32, 12), (pointwise, torch.float16, 1)):
@@ -161,6 +161,7 @@ def every_answer_of_the_plan() -> None:
     listed((33, 8, 1, 1), (8, 8, 1, 1))
     listed((1, BEYOND_INT - 2048, 1, 1), (1, BEYOND_INT - 2048, 1, 1))
     listed((1 << 30, 32, 1, 1), (32, 8, 1, 1), groups=4)
+    listed((1, 3, 1, 600_000), (8, 3, 1, 500_000))
     list_plans(HALF.float().expand(1, 3, 8, 8), HALF.float().expand(8, 3, 3, 3))
     # splits and large tiles
     listed((1, 2080, 2, 2), (8, 2080, 1, 1))

@@ -21,33 +21,48 @@ from typing import Any
 
 from tests.simt import build
 
-IN_SCOPE = ("csrc/kernels/", "csrc/plan/", "csrc/device/vector.cuh")
+IN_SCOPE = (
+    "csrc/kernels/",
+    "csrc/device/vector.cuh",
+    *(f"csrc/plan/{name}.cpp" for name in ("cost", "families", "layout", "plan")),
+)
 
-NO_SUCH_TILE = "only where a plan had a tile or rows that plan.cpp never makes"
-NO_SUCH_DTYPE = "the switch names every DType; the line behind it is for the compiler"
+NO_SUCH_TILE = "only where a plan had a tile or addressing that plan.cpp never makes"
+NO_SUCH_DTYPE = "the plan gives a kernel the dtypes that it has; the line behind them is for the compiler"
 NO_LAUNCH_ERROR = "the simulator launches whatever it is given; only a driver refuses"
 NO_OLD_DEVICE = "every named device is 8.0 or newer; tests of the operator meet older ones"
 EXCEPTIONS = "these ways clean up after an exception"
-OPS_ONLY = "called by torch/operator.cpp alone, which needs torch: tests/test_operator.py and the GPU tests"
+OPERATOR_ONLY = (
+    "called by torch/operator.cpp alone, which needs torch: tests/test_operator.py and the GPU tests"
+)
+PYTHON_ONLY = "called by plan/module.cpp alone: tests/test_compiled_kernels.py"
 INLINED = "the compiler's copies of an inlined function; one of them goes both ways"
 CLAMPS = "the switch names every Activation; those that clamp are asked for before it"
 FLOAT_NORMS = "the vectors of a float32 layer are float32"
 MULTI_LINE = "gcov counts this statement on its following lines, which were reached"
 
+TILES = {"list_tiles": PYTHON_ONLY}
+OLD_DEVICE = {"if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE}
+
 # By file, the text of a line, without the space around it, or the name of a function that nothing called.
 ARGUED: dict[str, dict[str, str]] = {
-    "csrc/kernels/activation.cuh": {
+    "csrc/kernels/common/activation.cuh": {
         "switch (activation.function) {": CLAMPS,
         "case Activation::identity:": CLAMPS,
         "case Activation::relu6: return;": CLAMPS,
     },
-    "csrc/kernels/activation_rows.cuh": {
-        "return position > first ? dilation.quotient(position - first - 1) + 1 : 0;": INLINED,
+    "csrc/kernels/common/dispatch.cuh": {
+        "switch (dtype) {": NO_SUCH_DTYPE,
+        "return no_instantiation;": NO_SUCH_DTYPE,
+        (
+            "(void)((index == static_cast<int>(I) && "
+            "(error = launch.template operator()<tiles[I]>(), true)) || ...);"
+        ): NO_SUCH_TILE,
     },
-    "csrc/kernels/epilogue.cuh": {
+    "csrc/kernels/common/epilogue.cuh": {
         "for (int i = 0; i < Rows * Width; ++i) values[i] += residual.value(i);": INLINED,
     },
-    "csrc/kernels/fold.cuh": {
+    "csrc/kernels/common/fold.cuh": {
         (
             "if (exists && vector && is_float32) value.wide = static_cast<const float*>(vector)[channel];"
         ): FLOAT_NORMS,
@@ -55,124 +70,91 @@ ARGUED: dict[str, dict[str, str]] = {
             "if (exists && vector && !is_float32) value.narrow = static_cast<const T*>(vector)[channel];"
         ): FLOAT_NORMS,
     },
-    "csrc/kernels/depthwise.cuh": {
+    "csrc/kernels/depthwise/plan.cpp": TILES
+    | {
         (
-            "finish_channels<Traits::values, 1, T>(sums, folds, {{{residual}}, "
-            "conv.residual_strides.c, valid},"
-        ): MULTI_LINE,
+            'text += tile.by_value ? " by value" : " " + std::to_string(plan.vector_bytes) + "-byte";'
+        ): EXCEPTIONS,
     },
-    "csrc/kernels/depthwise_toeplitz.cuh": {
-        (
-            "finish_channels<width, 1, T>(values, folds, {{{residual}}, conv.residual_strides.c, "
-            "share.channels},"
-        ): MULTI_LINE,
+    "csrc/kernels/depthwise_toeplitz/depthwise_toeplitz.cu": {"return no_instantiation;": NO_SUCH_DTYPE},
+    "csrc/kernels/depthwise_toeplitz/plan.cpp": TILES | OLD_DEVICE,
+    "csrc/kernels/direct/kernel.cuh": {
+        "typename Shared<T, Traits>::Output output(args, shared.places, shared.folds,": MULTI_LINE,
     },
-    "csrc/kernels/depthwise.cu": {
-        "switch (plan.tile_index) {": NO_SUCH_TILE,
-        'return "depthwise has no instantiation of this tile";': NO_SUCH_TILE,
-        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
-        'return "depthwise has no instantiation of this dtype";': NO_SUCH_DTYPE,
-    },
-    "csrc/kernels/depthwise_toeplitz.cu": {
-        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
-        "case DType::float32: break;": NO_SUCH_DTYPE,
-        'return "depthwise_toeplitz has no instantiation of this dtype";': NO_SUCH_DTYPE,
-    },
-    "csrc/kernels/direct.cu": {
-        (
-            "if (plan.tile_index == 2) return launch_tile<T, DirectTile<direct_tiles[2], 1, "
-            "1>>(args, plan, stream);"
-        ): NO_SUCH_TILE,
-        'return "direct has no instantiation of this tile";': NO_SUCH_TILE,
-        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
-        'return "direct has no instantiation of this dtype";': NO_SUCH_DTYPE,
-    },
-    "csrc/kernels/direct.cuh": {
-        "typename DirectShared<T, Traits>::Output output(args, shared.places, shared.folds,": MULTI_LINE,
-    },
-    "csrc/kernels/grouped.cu": {
-        "...);": NO_SUCH_TILE,
-        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
-        'return "grouped has no instantiation of this dtype";': NO_SUCH_DTYPE,
-    },
-    "csrc/plans/grouped.cpp": {
-        "parts = {*std::min_element(parts.begin(), parts.end(), needs_less)};": EXCEPTIONS,
+    "csrc/kernels/direct/plan.cpp": TILES,
+    "csrc/kernels/grouped/plan.cpp": TILES
+    | OLD_DEVICE
+    | {
         "const double cycles = std::max({": MULTI_LINE,
-        "if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE,
+        (
+            "if (std::ranges::none_of(found, &Candidate::is_supported)) "
+            "found = {*std::ranges::min_element(found, {}, needed)};"
+        ): EXCEPTIONS,
     },
-    "csrc/kernels/implicit_gemm_launch.cuh": {
+    "csrc/kernels/grouped/tile.h": {
+        "bool operator==(const Choice&) const = default;": "choices that are compared are of one tile",
+    },
+    "csrc/kernels/implicit_gemm/launch.cuh": {
         (
             "if (const char* error = device::launch<implicit_gemm<Traits, Rows>>(shape, "
             "stream, args)) return error;"
         ): NO_LAUNCH_ERROR,
         (
-            "if (plan.rows == Rows::masked) return launch_gemm<Wide, MaskedRows>(conv, plan, stream);"
+            "if (addressing == Addressing::masked) "
+            "return launch_kernel<Wide, MaskedRows>(conv, plan, stream);"
         ): NO_SUCH_TILE,
         (
-            "if (plan.rows == Rows::masked && plan.access_bytes == 4) return "
-            "launch_gemm<Quarter, MaskedRows>(conv, plan, stream);"
+            "if (is_masked && plan.vector_bytes == 4) "
+            "return launch_kernel<Quarter, MaskedRows>(conv, plan, stream);"
         ): NO_SUCH_TILE,
         (
-            "if (plan.rows == Rows::plain) return launch_gemm<Quarter, PlainRows>(conv, plan, stream);"
+            "if (addressing == Addressing::plain) "
+            "return launch_kernel<Quarter, PlainRows>(conv, plan, stream);"
         ): NO_SUCH_TILE,
         "return no_instantiation;": NO_SUCH_TILE,
-        "...);": NO_SUCH_TILE,
     },
-    "csrc/kernels/small_m.cu": {
-        (
-            "if (plan.tile_index == 2) return launch_tile<T, small_m_tiles[2]>(conv, plan, stream);"
-        ): NO_SUCH_TILE,
-        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
-        "return no_instantiation;": NO_SUCH_TILE,
-    },
-    "csrc/kernels/split_k.cu": {
-        "switch (problem.dtype) {": NO_SUCH_DTYPE,
-        'return "split_k has no instantiation of this dtype";': NO_SUCH_DTYPE,
-    },
-    "csrc/kernels/stem.cu": {
-        "...);": NO_SUCH_TILE,
-        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
-        'return "stem has no instantiation of this dtype";': NO_SUCH_DTYPE,
-    },
-    "csrc/plans/stem.cpp": {
-        "if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE,
-    },
-    "csrc/plans/implicit_gemm.cpp": {
+    "csrc/kernels/implicit_gemm/plan.cpp": TILES
+    | OLD_DEVICE
+    | {
         (
             "const double step = std::max({tile.m * tile.n * k / rate, (operand_bytes + "
             "fragment_bytes) / shared_bytes_per_cycle,"
         ): MULTI_LINE,
-        "if (!too_old(device).empty()) {": NO_OLD_DEVICE,
-        "candidate.illegal = too_old(device);": NO_OLD_DEVICE,
     },
-    "csrc/plan.cpp": {
+    "csrc/kernels/implicit_gemm/rows.cuh": {
+        "return position > first ? dilation.quotient(position - first - 1) + 1 : 0;": INLINED,
+    },
+    "csrc/kernels/small_m/plan.cpp": TILES,
+    "csrc/kernels/small_m/small_m.cu": {"return no_instantiation;": NO_SUCH_TILE},
+    "csrc/kernels/stem/plan.cpp": TILES
+    | OLD_DEVICE
+    | {
+        (
+            "Candidate candidate{.plan = {.kernel = Kernel::stem, .choice = Choice{.tile = index}, "
+            ".tile = {tile.m, tile.n, k}},"
+        ): MULTI_LINE,
+    },
+    "csrc/plan/families.cpp": {
         'if (device.compute_major >= 8) return "";': NO_OLD_DEVICE,
         (
             'return "it needs compute capability 8.0, the device has " + '
             'std::to_string(device.compute_major) + "." +'
         ): NO_OLD_DEVICE,
+        "std::to_string(device.compute_minor);": NO_OLD_DEVICE,
         (
             'return reach > limit ? with_numbers("it counts to", reach, " rows or columns", limit) : "";'
         ): EXCEPTIONS,
-        "is_plan_forced": OPS_ONLY,
-        "std::to_string(device.compute_minor);": NO_OLD_DEVICE,
+    },
+    "csrc/plan/plan.cpp": {
         (
-            'message += found == all.end() ? "; there are:" : ": " + found->illegal + "; legal are:";'
+            'message += found == all.end() ? "; there are:" : ": " + found->unsupported_reason + '
+            '"; legal are:";'
         ): EXCEPTIONS,
-        "choose_plan_without_memory": OPS_ONLY,
-        "switch (plan.kernel) {": "the switch names every Kernel; the line behind it is for the compiler",
-        "return name;": "the switch names every Kernel; the line behind it is for the compiler",
+        "choose_plan_without_memory": OPERATOR_ONLY,
         "find_exact_plan": "called by tuned.cpp alone: tests/test_plan_file.py",
-        "memoised_plan": OPS_ONLY,
-        "force_plan": OPS_ONLY,
-    },
-    "csrc/plans/depthwise_toeplitz.cpp": {
-        "if (!too_old(device).empty()) return too_old(device);": NO_OLD_DEVICE,
-    },
-    "csrc/run.cpp": {
-        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
-        'return "implicit_gemm_sm80 has no instantiation of this dtype";': NO_SUCH_DTYPE,
-        "switch (plan.kernel) {": "the switch names every Kernel",
+        "force_plan": OPERATOR_ONLY,
+        "is_plan_forced": OPERATOR_ONLY,
+        "memoised_plan": OPERATOR_ONLY,
     },
 }
 
