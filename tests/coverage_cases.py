@@ -19,6 +19,7 @@ from tests.families import BY_NAME, FAMILIES, HALVES, family_shape, laid_out
 from tests.layouts import (
     channels_last,
     contiguous,
+    every_second_pixel_aligned,
     misaligned_channels_last,
     odd_unit_strides,
     sliced_channels_last,
@@ -84,7 +85,8 @@ def every_epilogue() -> None:
                 problem = integer_problem(TAIL, dtype, Wanted(norm=norm, bias=bias, norm_dtype=dtype))
                 runs.check(problem, runs.plans(problem)[:1])
             problem = dense(integer_problem(pointwise, dtype, Wanted(residual_order="add_act")))
-            for layout in (channels_last, misaligned_channels_last, contiguous):
+            layouts = (channels_last, misaligned_channels_last, every_second_pixel_aligned, contiguous)
+            for layout in layouts:
                 runs.check(problem.replace(residual=layout(problem.residual)), runs.plans(problem)[:1])
         for act, act_params in ACTIVATIONS.items():
             for shape, dtype, scale in ((TAIL, torch.float32, 12), (pointwise, torch.float16, 1)):

@@ -256,7 +256,7 @@ FAMILIES = (
     Family(
         "stem",
         STEMS,
-        ("vgg", "four_channels", "mobile", "alexnet"),
+        ("vgg", "mobile", "four_channels", "odd_width"),
         takes=lambda shape, dtype: shape.groups == 1 and shape.c <= 4,
         instantiation=lambda plan: words(1)(plan).split()[0].rpartition("x")[0],
         instantiations=lambda dtype: {"256x64", "256x32", "128x64", "128x32", "64x64", "64x32"},
