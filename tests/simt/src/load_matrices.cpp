@@ -4,11 +4,7 @@
 
 namespace simt {
 
-namespace {
-
-constexpr int matrices = 4, rows = 8, words_per_row = 4, row_bytes = 16;
-
-}  // namespace
+namespace { constexpr int matrices = 4, rows = 8, words_per_row = 4, row_bytes = 16; }  // namespace
 
 void load_matrices(const Lanes<LoadMatricesSlot>& lanes, const SharedMemory& shared, const Site& site) {
     for (int matrix = 0; matrix < matrices; ++matrix) {
