@@ -29,8 +29,8 @@ using at::Tensor;
 
 bool all_of(IntArrayRef values, auto condition) { return std::all_of(values.begin(), values.end(), condition); }
 
-bool is_like(const MaybeTensor& tensor, const Tensor& x) {
-    return !tensor || (tensor->device() == x.device() && tensor->scalar_type() == x.scalar_type());
+bool is_like(const Tensor& tensor, const Tensor& x) {
+    return tensor.device() == x.device() && tensor.scalar_type() == x.scalar_type();
 }
 
 bool is_vector(const MaybeTensor& vector, int64_t size) {
@@ -45,7 +45,8 @@ bool holds(int64_t size, int64_t padding, int64_t filter, int64_t dilation) {
 
 bool has_valid_geometry(const Inputs& in) {
     const auto is_positive = [](int64_t value) { return value > 0; };
-    if (in.x.dim() != 4 || in.weight.dim() != 4 || !is_like(in.weight, in.x) || !is_like(in.bias, in.x)) return false;
+    if (in.x.dim() != 4 || in.weight.dim() != 4 || !is_like(in.weight, in.x)) return false;
+    if (in.bias && !is_like(*in.bias, in.x)) return false;
     if (in.groups <= 0 || in.stride.size() != 2 || in.dilation.size() != 2) return false;
     if (in.padding.size() != 2 && in.padding.size() != 4) return false;
     if (!all_of(in.padding, [](int64_t value) { return value >= 0 && value <= INT32_MAX; })) return false;

@@ -82,12 +82,17 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     return "";
 }
 
-Candidate candidate_of(const ConvProblem& problem, const DeviceInfo& device, const Choice& choice) {
-    Candidate candidate{.plan = {.kernel = Kernel::depthwise_toeplitz, .choice = choice}};
-    Plan& plan = candidate.plan;
+// Everything that does not depend on the strips.
+Plan base_plan(const ConvProblem& problem, const Choice& choice) {
+    Plan plan{.kernel = Kernel::depthwise_toeplitz, .choice = choice};
     plan.convert_x = problem.x_pixel_vector_bytes < 4;
     plan.vector_bytes = (plan.convert_x ? problem.dense_pixel_vector_bytes() : problem.x_pixel_vector_bytes) == 16 ? 16 : 4;
-    if (choice.strips() == 0) return candidate;
+    return plan;
+}
+
+Candidate candidate_of(const ConvProblem& problem, const DeviceInfo& device, const Choice& choice) {
+    Candidate candidate{.plan = base_plan(problem, choice)};
+    Plan& plan = candidate.plan;
     plan.tile = {choice.strips() * strip_rows * strip_columns, slab_channels, rows_of_pass(choice) * 16};
     plan.blocks = ceil_div(problem.c, slab_channels) * ceil_div(problem.q(), choice.columns()) *
                   ceil_div(problem.p(), choice.rows()) * ceil_div(problem.n, choice.images);
@@ -115,7 +120,7 @@ void list_candidates(Kernel, const ConvProblem& problem, const DeviceInfo& devic
     // The pass that leaves fewer rows of zeros behind the filter's last.
     const int pass = padded_rows(filter_rows_of_pass[1]) <= padded_rows(filter_rows_of_pass[0]) ? 1 : 0;
     if (const std::string reason = unsupported_reason(problem, device); !reason.empty()) {
-        all.push_back({candidate_of(problem, device, {.pass = pass}).plan, reason});
+        all.push_back({base_plan(problem, {.pass = pass}), reason});
         return;
     }
     const int most_across = static_cast<int>(std::min<int64_t>(ceil_div(problem.q(), strip_columns), most_strips));

@@ -80,26 +80,18 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     return estimate;
 }
 
-// The ways of addressing that a problem's geometry and the tile's instantiations leave, the fastest first; the reason where
-// there is none.
-std::vector<Addressing> supported_addressing(const ConvProblem& problem, const Plan& plan, std::string& reason) {
-    constexpr int64_t widest_mask = 32;
-    const Tile& tile = tile_of(plan);
-    const bool narrow = plan.vector_bytes < 16;
+// A mask has one bit for each row of the filter, or each column, and 32 bits.
+bool fits_masks(const ConvProblem& problem) { return problem.r <= 32 && problem.s <= 32; }
+
+// The ways of addressing that a supported problem's geometry and the tile's instantiations leave, the fastest first.
+std::vector<Addressing> supported_addressing(const ConvProblem& problem, const Plan& plan) {
     const bool pointwise = problem.r == 1 && problem.s == 1 && problem.stride_h == 1 && problem.stride_w == 1 &&
                            problem.padded_h() == problem.h && problem.padded_w() == problem.w &&
                            (problem.x_pixels_even || plan.convert_x);
-    const bool masked = problem.r <= widest_mask && problem.s <= widest_mask;
-    if (narrow && !tile.takes_narrow_vectors) {
-        reason = "channels allow loads of " + std::to_string(plan.vector_bytes) + " bytes, this tile takes 16";
-    } else if (!masked && !tile.takes_any_filter) {
-        reason = "the filter is larger than 32x32, this tile has masked rows only";
-    }
     std::vector<Addressing> ways;
-    if (!reason.empty()) return ways;
-    if (pointwise && !narrow) ways.push_back(Addressing::pointwise);
-    if (masked) ways.push_back(Addressing::masked);
-    if (tile.takes_any_filter) ways.push_back(Addressing::plain);
+    if (pointwise && plan.vector_bytes == 16) ways.push_back(Addressing::pointwise);
+    if (fits_masks(problem)) ways.push_back(Addressing::masked);
+    if (tile_of(plan).takes_any_filter) ways.push_back(Addressing::plain);
     return ways;
 }
 
@@ -141,6 +133,12 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     if (const int64_t most = std::max(padded_rows, plan.blocks); most > int_limit) {
         return with_numbers("it needs", most, " rows or blocks", int_limit);
     }
+    if (plan.vector_bytes < 16 && !tile.takes_narrow_vectors) {
+        return "channels allow loads of " + std::to_string(plan.vector_bytes) + " bytes, this tile takes 16";
+    }
+    if (!fits_masks(problem) && !tile.takes_any_filter) {
+        return "the filter is larger than 32x32, this tile has masked rows only";
+    }
     return "";
 }
 
@@ -163,11 +161,11 @@ Plan base_of_tile(const ConvProblem& problem, Kernel kernel, int index) {
 void add_tile(const ConvProblem& problem, const DeviceInfo& device, Kernel kernel, int index, std::vector<Candidate>& all) {
     const Plan base = base_of_tile(problem, kernel, index);
     const Tile& tile = tile_of(base);
-    std::string reason = unsupported_reason(problem, device, base);
-    std::vector<Addressing> ways;
-    if (reason.empty()) ways = supported_addressing(problem, base, reason);
-    if (!reason.empty()) all.push_back({base, reason});
-    for (const Addressing addressing : ways) {
+    if (const std::string reason = unsupported_reason(problem, device, base); !reason.empty()) {
+        all.push_back({base, reason});
+        return;
+    }
+    for (const Addressing addressing : supported_addressing(problem, base)) {
         for (const int split : useful_splits(problem, base, device)) {
             Plan plan = base;
             auto& choice = std::get<Choice>(plan.choice);
