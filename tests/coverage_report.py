@@ -101,15 +101,15 @@ ARGUED: dict[str, dict[str, str]] = {
         ): NO_LAUNCH_ERROR,
         (
             "if (addressing == Addressing::masked) "
-            "return launch_kernel<Wide, MaskedRows>(conv, plan, stream);"
+            "return launch_kernel<Wide, gather::MaskedRows>(conv, plan, stream);"
         ): NO_SUCH_TILE,
         (
             "if (is_masked && plan.vector_bytes == 4) "
-            "return launch_kernel<Quarter, MaskedRows>(conv, plan, stream);"
+            "return launch_kernel<Quarter, gather::MaskedRows>(conv, plan, stream);"
         ): NO_SUCH_TILE,
         (
             "if (addressing == Addressing::plain) "
-            "return launch_kernel<Quarter, PlainRows>(conv, plan, stream);"
+            "return launch_kernel<Quarter, gather::PlainRows>(conv, plan, stream);"
         ): NO_SUCH_TILE,
         "return no_instantiation;": NO_SUCH_TILE,
     },
@@ -121,7 +121,7 @@ ARGUED: dict[str, dict[str, str]] = {
             "fragment_bytes) / shared_bytes_per_cycle,"
         ): MULTI_LINE,
     },
-    "csrc/kernels/implicit_gemm/rows.cuh": {
+    "csrc/kernels/common/gather_rows.cuh": {
         "return position > first ? dilation.quotient(position - first - 1) + 1 : 0;": INLINED,
     },
     "csrc/kernels/small_m/plan.cpp": TILES,

@@ -45,13 +45,15 @@ int64_t weight_vector_bytes(const ConvArgs& args) {
 
 }  // namespace
 
-std::optional<int64_t> pixel_step(const ConvArgs& args) {
-    const ConvProblem& problem = args.problem;
-    const Strides& strides = args.x_strides;
-    const int64_t step = problem.w > 1 ? strides.w : problem.h > 1 ? strides.h : strides.n;
-    const bool rows_even = problem.h == 1 || strides.h == problem.w * step;
-    const bool images_even = problem.n == 1 || strides.n == problem.h * problem.w * step;
+std::optional<int64_t> pixel_step(int64_t n, int64_t h, int64_t w, const Strides& strides) {
+    const int64_t step = w > 1 ? strides.w : h > 1 ? strides.h : strides.n;
+    const bool rows_even = h == 1 || strides.h == w * step;
+    const bool images_even = n == 1 || strides.n == h * w * step;
     return rows_even && images_even ? std::optional(step) : std::nullopt;
+}
+
+std::optional<int64_t> pixel_step(const ConvArgs& args) {
+    return pixel_step(args.problem.n, args.problem.h, args.problem.w, args.x_strides);
 }
 
 Strides as_strides(const std::array<int64_t, 4>& strides) { return {strides[0], strides[1], strides[2], strides[3]}; }

@@ -34,8 +34,9 @@ ConvArgs make_args(const OperatorCall& call);
 Strides as_strides(const std::array<int64_t, 4>& strides);
 FilterStrides as_filter_strides(const std::array<int64_t, 4>& strides);
 
-// The distance from each pixel of x to the next, in elements, if it is the same within a row, between rows and between
-// images.
+// The distance from each pixel of n images to the next, in elements, if it is the same within a row, between rows and
+// between images; the second of x.
+std::optional<int64_t> pixel_step(int64_t n, int64_t h, int64_t w, const Strides& strides);
 std::optional<int64_t> pixel_step(const ConvArgs& args);
 
 }  // namespace fused_cna

@@ -81,24 +81,33 @@ __device__ __forceinline__ void store_channels(const Channels<Rows, T>& destinat
     }
 }
 
-// Makes outputs of the accumulators of Rows pixels' neighbouring channels: fold, residual, activation.
-template <int Rows, int Width, class T>
+// Makes outputs of the accumulators of Rows pixels' neighbouring channels: fold, residual, activation, which is
+// activate(values).
+template <int Rows, int Width, class T, class Activate>
 __device__ __forceinline__ void finish_values(float (&values)[Rows * Width], const ChannelFold (&folds)[Width],
                                               bool has_residual, const device::Packed<Rows * Width, T>& residual,
-                                              const Epilogue& epilogue) {
+                                              ResidualOrder order, const Activate& activate) {
     const auto add_residual = [&] {
 #pragma unroll
         for (int i = 0; i < Rows * Width; ++i) values[i] += residual.value(i);
     };
-    const bool add_first = epilogue.residual_order == ResidualOrder::add_act;
+    const bool add_first = order == ResidualOrder::add_act;
 #pragma unroll
     for (int i = 0; i < Rows * Width; ++i) {
         const ChannelFold& fold = folds[i % Width];
         values[i] = fmaf(values[i] - fold.offset, fold.scale, fold.beta);
     }
     if (has_residual && add_first) add_residual();
-    activate(values, epilogue.activation);
+    activate(values);
     if (has_residual && !add_first) add_residual();
+}
+
+template <int Rows, int Width, class T>
+__device__ __forceinline__ void finish_values(float (&values)[Rows * Width], const ChannelFold (&folds)[Width],
+                                              bool has_residual, const device::Packed<Rows * Width, T>& residual,
+                                              const Epilogue& epilogue) {
+    finish_values<Rows, Width, T>(values, folds, has_residual, residual, epilogue.residual_order,
+                                  [&](float (&all)[Rows* Width]) { activate(all, epilogue.activation); });
 }
 
 // Where the residual of a pixel's channels, from `channel` on, lies; null where the layer has none.

@@ -6,7 +6,7 @@
 
 #include "kernels/common/output_pixel.cuh"
 
-namespace fused_cna::implicit_gemm {
+namespace fused_cna::gather {
 
 // A position in the reduction, which is walked with the channels of a tap fastest, then s, then r.
 struct Walk {
@@ -140,4 +140,4 @@ class PointwiseRows {
     int remaining_, step_;
 };
 
-}  // namespace fused_cna::implicit_gemm
+}  // namespace fused_cna::gather
