@@ -97,7 +97,7 @@ def test_the_device_and_tf32_decide_what_may_run() -> None:
     assert any(name.startswith("implicit_gemm_sm80 256x128x16") for name in plans(allow_tf32=True))
     # it does not fit the 99 KB of a block there
     assert not any(" 128x128x32" in name for name in plans(allow_tf32=True, device="L4"))
-    with pytest.raises(RuntimeError, match=r"no device is called TPU; there are A100, .*H100"):
+    with pytest.raises(RuntimeError, match=r"no device is called 'TPU'; known are A100, .*H100"):
         plans(device="TPU")
 
 

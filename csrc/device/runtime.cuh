@@ -18,6 +18,7 @@ struct LaunchShape {
     int64_t blocks;
     int threads;
     int64_t shared_bytes;
+    int cluster = 1;  // blocks of one; it divides the blocks
 };
 
 // Null, or the error in words. It is cleared in the runtime too, or the next check would blame another launch.
@@ -47,6 +48,13 @@ const char* start(void (*kernel)(P...), const LaunchShape& shape, Stream stream,
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
     config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
     config.stream = stream;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    if (shape.cluster > 1) {
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+    }
     return in_words(cudaLaunchKernelEx(&config, kernel, args...));
 }
 

@@ -6,7 +6,8 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -161,6 +162,28 @@ def run_conv_sanitized(call: ConvCall, memory: Sequence[tuple[int, int]]) -> byt
                 file.write(ctypes.string_at(address, size))
         _run_sanitized([str(program), str(case), str(result)])
         return result.read_bytes()
+
+
+@contextmanager
+def without_tensor_maps(target: str = CONV) -> Iterator[None]:
+    """As on a driver from before CUDA 12: within it there are no tensor maps."""
+    library = _load(target)
+    library.simt_refuse_tensor_maps(1)
+    try:
+        yield
+    finally:
+        library.simt_refuse_tensor_maps(0)
+
+
+@contextmanager
+def failing_encode(target: str = CONV) -> Iterator[None]:
+    """Within it the driver has tensor maps, but refuses to encode any."""
+    library = _load(target)
+    library.simt_fail_encoding(1)
+    try:
+        yield
+    finally:
+        library.simt_fail_encoding(0)
 
 
 def run_test_kernel(

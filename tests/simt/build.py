@@ -43,7 +43,7 @@ SANITIZED = Variant("sanitized", ("-O1", "-g1", *SANITIZE), (*SANITIZE, "-rdynam
 COVERAGE = Variant("coverage", ("-O0", "-g1", "--coverage"), ("-shared", "--coverage"))
 
 # Files that are worth another level of optimisation than their variant's.
-OPTIMISATION = {"multiply_add.cpp": ("-O3",)}
+OPTIMISATION = dict.fromkeys(("multiply_add.cpp", "multiply_matrices.cpp", "warpgroup.cpp"), ("-O3",))
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,12 @@ def targets() -> dict[str, Target]:
     # all of csrc/ that needs neither torch nor Python
     plan = [path for path in sorted((CSRC / "plan").glob("*.cpp")) if path.stem not in ("module", "python")]
     kernels = [*sorted((CSRC / "kernels").rglob("*.cpp")), *sorted((CSRC / "kernels").rglob("*.cu"))]
-    operator = [*plan, *kernels, host / "conv.cpp"]
-    tests = [*sorted((SIMT / "kernels").glob("*.cu")), host / "test_kernels.cpp"]
+    operator = [*plan, *kernels, host / "conv.cpp", host / "tensor_maps.cpp"]
+    tests = [
+        *sorted((SIMT / "kernels").glob("*.cu")),
+        host / "test_kernels.cpp",
+        host / "tensor_maps.cpp",
+    ]
     conv, own_kernels = (fastest, *core, *operator), (fastest, *core, *tests)
     return {
         "conv": Target("libsimt_conv.so", PLAIN, conv),
@@ -132,6 +136,8 @@ def _common_flags() -> tuple[str, ...]:
             "-Wextra",
             "-Wno-unknown-pragmas",
             "-Wno-missing-field-initializers",
+            # says that kernels which take a tensor map are called otherwise than by GCC 4.5
+            "-Wno-psabi",
         ),
         # contraction would round differently from one machine to the next; only an explicit fmaf may fuse
         "-ffp-contract=off",

@@ -1,4 +1,5 @@
 // Planted faults: each kernel breaks one rule, and the simulator must say so (tests/test_simt.py).
+#include <device/hopper.cuh>
 #include <device/launch.cuh>
 #include <device/ptx.cuh>
 

@@ -1,4 +1,5 @@
 // What the simulator offers, used rightly: each kernel's result is known (tests/test_simt.py).
+#include <device/hopper.cuh>
 #include <device/launch.cuh>
 #include <device/ptx.cuh>
 #include <device/types.cuh>

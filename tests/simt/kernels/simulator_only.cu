@@ -22,12 +22,12 @@ void late_copies(const float* input, float* output) {
     static const Landing landing;
     auto& copies = shared_storage<float[64]>();
     int me = thread_x();
-    simt::block.scheduler.later([=, &copies] {
+    simt::block().scheduler.later([=, &copies] {
         copies[me] = input[me];
-        if (me == 0) simt::block.scheduler.wake(0);
+        if (me == 0) simt::block().scheduler.wake(0);
     });
     output[me] = copies[me];
-    if (me == 0) simt::block.scheduler.park(landing, {"wait for a copy", std::source_location::current()});
+    if (me == 0) simt::block().scheduler.park(landing, {"wait for a copy", std::source_location::current()});
     sync_threads();
     output[64 + me] = copies[me];
     output[128 + me] = copies[0];

@@ -63,6 +63,8 @@ void AsyncCopies::land(const Copy& copy, int thread) const {
     } else {
         std::memset(copy.destination, 0, copy.bytes);
     }
+    // PTX ISA, "Async Proxy": only the bulk copies are performed in the async proxy.
+    proxy_.wrote(thread, copy.destination, copy.bytes);
 }
 
 void AsyncCopies::check_never_landed() const {

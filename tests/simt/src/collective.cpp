@@ -10,9 +10,9 @@ LaneGroup::LaneGroup(Scheduler& scheduler, std::string name, int first, int lane
 
 void LaneGroup::reset(int threads) {
     present_ = std::clamp(threads - first_, 0, lanes_);
+    if (arrived_ > 0) std::fill(operands_.begin(), operands_.end(), nullptr);
     arrived_ = 0;
-    exited_.clear();
-    std::fill(operands_.begin(), operands_.end(), nullptr);
+    exited_ = 0;
 }
 
 namespace {
@@ -43,14 +43,13 @@ void LaneGroup::check_complete(const Site& site) const {
     if (present_ < lanes_)
         fail(to_string(site) + " needs all " + std::to_string(lanes_) + " lanes, but " + name_ + " has only " +
              std::to_string(present_) + " threads");
-    if (!exited_.empty())
-        fail(to_string(site) + " needs all " + std::to_string(lanes_) + " lanes of " + name_ + ", but " +
-             list_of("thread", exited_) + " exited");
-}
-
-void LaneGroup::thread_exited(int thread) {
-    exited_.insert(std::lower_bound(exited_.begin(), exited_.end(), thread), thread);
-    if (arrived_ > 0) check_complete(site_);
+    if (exited_ == 0) return;
+    std::vector<int> exited;
+    for (int thread = first_; thread < first_ + present_; ++thread) {
+        if (scheduler_.thread(thread).state == Thread::State::exited) exited.push_back(thread);
+    }
+    fail(to_string(site) + " needs all " + std::to_string(lanes_) + " lanes of " + name_ + ", but " +
+         list_of("thread", exited) + " exited");
 }
 
 void LaneGroup::release() {

@@ -10,12 +10,14 @@
 #include <utility>
 
 #include <simt/block.h>
+#include <simt/cluster.h>
 
 namespace simt {
 
 namespace {
 
 std::mutex one_launch_at_a_time;
+Cluster cluster;  // the one that is running
 uint64_t launch_seed = 0;
 std::function<void()> next_event;
 
@@ -40,9 +42,9 @@ std::string kernel_name(const void* address) {
 }
 
 // Visits 0..count-1 in an order that looks arbitrary, without storing it: i -> (offset + i * step) mod count.
-class BlockOrder {
+class Order {
    public:
-    BlockOrder(int64_t count, Random& random) : count_(count), offset_(random.below(static_cast<uint32_t>(count))) {
+    Order(int64_t count, Random& random) : count_(count), offset_(random.below(static_cast<uint32_t>(count))) {
         do {
             step_ = 1 + random.below(static_cast<uint32_t>(count));
         } while (std::gcd(step_, count) != 1);
@@ -76,16 +78,20 @@ const char* launch(const LaunchRequest& request, const std::function<void()>& ke
         return "invalid configuration argument: the number of threads must be from 1 to 1024";
     if (request.shared_bytes < 0 || request.shared_bytes > shared_limit(request.kernel_address))
         return "invalid argument: dynamic shared memory beyond the kernel's limit, which is 232448 bytes (227 KB) at most";
+    if (request.cluster < 1 || request.cluster > max_cluster || request.blocks % request.cluster != 0)
+        return "invalid cluster size: a cluster must have from 1 to 8 blocks, and divide the number of blocks";
+    static_assert(max_cluster == 8);
     static_assert(max_blocks == 2147483647 && max_threads == 1024 && SharedMemory::limit_bytes == 232448);
 
     std::lock_guard lock(one_launch_at_a_time);
     Random random(launch_seed);
-    BlockOrder order(request.blocks, random);
-    for (int64_t i = 0; i < request.blocks; ++i) {
+    const int64_t clusters = request.blocks / request.cluster;
+    const Order order(clusters, random);
+    for (int64_t i = 0; i < clusters; ++i) {
         try {
-            block.run(order[i], request.blocks, request.threads, request.shared_bytes, random.next(), kernel);
+            cluster.run(order[i] * request.cluster, request, random, kernel);
         } catch (const SimulatorError& error) {
-            fail(kernel_name(request.kernel_address) + ", block " + std::to_string(order[i]) + " of " +
+            fail(kernel_name(request.kernel_address) + ", block " + std::to_string(block().index()) + " of " +
                  std::to_string(request.blocks) + ", seed " + std::to_string(launch_seed) + ": " + error.what());
         }
     }

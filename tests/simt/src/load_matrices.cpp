@@ -16,4 +16,18 @@ void load_matrices(const Lanes<LoadMatricesSlot>& lanes, const SharedMemory& sha
     }
 }
 
+void store_matrices(const Lanes<StoreMatricesSlot>& lanes, const SharedMemory& shared, AsyncProxy& proxy, const Site& site) {
+    for (int matrix = 0; matrix < matrices; ++matrix) {
+        for (int row = 0; row < rows; ++row) {
+            std::byte* first = shared.at(lanes[matrix * rows + row].row_address, row_bytes, site);
+            for (int i = 0; i < words_per_row; ++i) {
+                const StoreMatricesSlot& writer = lanes[row * words_per_row + i];
+                std::byte* place = first + i * sizeof(uint32_t);
+                std::memcpy(place, &writer.words[matrix], sizeof(uint32_t));
+                proxy.wrote(writer.thread, place, sizeof(uint32_t));
+            }
+        }
+    }
+}
+
 }  // namespace simt

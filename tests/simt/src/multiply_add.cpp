@@ -1,5 +1,3 @@
-#include <bit>
-
 #include <simt/multiply_add.h>
 
 namespace simt {
@@ -12,31 +10,6 @@ constexpr int m = 16, n = 8, max_k = 16, lane_count = 32;
 struct Operands {
     alignas(64) float a[m * max_k];  // [m, k]
     alignas(64) float b[max_k * n];  // [k, n]
-};
-
-// The values of one 32-bit word, as they follow each other along k.
-template <Operand type>
-struct Word;
-
-template <>
-struct Word<Operand::half> {
-    static constexpr int values = 2;
-    static float value(uint32_t word, int i) {
-        return static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(word >> 16 * i)));
-    }
-};
-
-template <>
-struct Word<Operand::bfloat16> {
-    static constexpr int values = 2;
-    static float value(uint32_t word, int i) { return std::bit_cast<float>(i == 0 ? word << 16 : word & 0xFFFF0000); }
-};
-
-template <>
-struct Word<Operand::tf32> {
-    static constexpr int values = 1;
-    static constexpr uint32_t ignored_bits = 0x1FFF;
-    static float value(uint32_t word, int) { return std::bit_cast<float>(word & ~ignored_bits); }
 };
 
 // PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "Matrix Fragments for mma.m16n8k8": both say the

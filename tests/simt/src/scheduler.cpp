@@ -1,31 +1,17 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <utility>
 
 #include <simt/scheduler.h>
 #include <simt/warp.h>
 
 namespace simt {
 
-void Scheduler::run(int threads, Body body, Body exited, uint64_t seed) {
-    start(threads, seed);
+void Scheduler::start(int threads, Body body, Body exited, uint64_t seed) {
     body_ = body;
     exited_ = exited;
-    constexpr uint32_t switches_per_effect = 16;
-    while (live_ > 0) {
-        if (!effects_.empty() && (ready_.empty() || random_.below(switches_per_effect) == 0)) {
-            land_an_effect();
-            continue;
-        }
-        if (ready_.empty()) fail(deadlock_report());
-        current_ = &take_ready();
-        current_->fiber.resume();
-        if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
-    }
-    while (!effects_.empty()) land_an_effect();
-}
-
-void Scheduler::start(int threads, uint64_t seed) {
+    failure_ = nullptr;
     while (static_cast<int>(threads_.size()) < threads)
         threads_.push_back(std::make_unique<Thread>(static_cast<int>(threads_.size())));
     random_ = Random(seed);
@@ -41,6 +27,22 @@ void Scheduler::start(int threads, uint64_t seed) {
         ready_.push_back(i);
     }
     random_.shuffle(ready_);
+}
+
+void Scheduler::step() {
+    constexpr uint32_t switches_per_effect = 16;
+    if (!effects_.empty() && (ready_.empty() || random_.below(switches_per_effect) == 0)) return land_an_effect();
+    current_ = &take_ready();
+    current_->fiber.resume();
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+}
+
+void Scheduler::run() {
+    while (live_ > 0 && can_step()) step();
+}
+
+void Scheduler::finish() {
+    while (!effects_.empty()) land_an_effect();
 }
 
 void Scheduler::enter(void* scheduler) {
@@ -85,8 +87,8 @@ void Scheduler::land_an_effect() {
     effect();
 }
 
-std::string Scheduler::deadlock_report() const {
-    std::string text = "deadlock: no thread can go on";
+std::string Scheduler::standing() const {
+    std::string text;
     std::set<const Waitable*> described;
     for (int i = 0; i < count_; ++i) {
         const Thread& t = *threads_[i];

@@ -76,7 +76,8 @@ std::byte* SharedMemory::at(uint32_t address, int bytes, const Site& site) const
 void SharedMemory::poison(std::byte* first, int64_t bytes) { std::memset(first, poison_byte, bytes); }
 
 bool SharedMemory::is_poison(const std::byte* first, int64_t bytes) {
-    return std::all_of(first, first + bytes, [](std::byte b) { return b == std::byte{poison_byte}; });
+    // all are poison if the first is, and each is as the one before
+    return bytes == 0 || (*first == std::byte{poison_byte} && std::memcmp(first, first + 1, bytes - 1) == 0);
 }
 
 }  // namespace simt

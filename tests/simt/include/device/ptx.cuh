@@ -18,18 +18,14 @@ namespace fused_cna::device {
 
 using Where = std::source_location;
 
-inline int thread_x() { return simt::block.thread(); }
-inline int64_t block_x() { return simt::block.index(); }
-inline int64_t grid_x() { return simt::block.grid(); }
+inline int thread_x() { return simt::block().thread(); }
+inline int64_t block_x() { return simt::block().index(); }
+inline int64_t grid_x() { return simt::block().grid(); }
 inline int lane() { return thread_x() % simt::warp_lanes; }
 inline int warp() { return thread_x() / simt::warp_lanes; }
 
 inline void sync_threads(Where where = Where::current()) {
-    simt::block.barriers.block().wait_for_block({"sync_threads", where});
-}
-
-inline void named_barrier(int id, int threads, Where where = Where::current()) {
-    simt::block.barriers.named(id).wait_for(threads, {"named_barrier", where});
+    simt::block().barriers.block().wait_for_block({"sync_threads", where});
 }
 
 // PTX ISA, "shfl.sync": every lane names a source lane, by the low five bits of its operand; the source is within the
@@ -44,7 +40,7 @@ T shuffle_from(const char* operation, T value, SourceLane source_lane, Where whe
         int source_lane;
     };
     Slot mine{value, value, source_lane(lane())};
-    simt::collective(simt::block.warp(), {operation, where}, mine, [](simt::Lanes<Slot> lanes) {
+    simt::collective(simt::block().warp(), {operation, where}, mine, [](simt::Lanes<Slot> lanes) {
         for (int i = 0; i < lanes.count(); ++i) lanes[i].result = lanes[lanes[i].source_lane].value;
     });
     return mine.result;
@@ -73,7 +69,7 @@ inline uint32_t ballot(bool predicate, Where where = Where::current()) {
         uint32_t result;
     };
     Slot mine{predicate, 0};
-    simt::collective(simt::block.warp(), {"ballot", where}, mine, [](simt::Lanes<Slot> lanes) {
+    simt::collective(simt::block().warp(), {"ballot", where}, mine, [](simt::Lanes<Slot> lanes) {
         uint32_t votes = 0;
         for (int i = 0; i < lanes.count(); ++i) votes |= uint32_t{lanes[i].predicate} << i;
         for (int i = 0; i < lanes.count(); ++i) lanes[i].result = votes;
@@ -89,7 +85,7 @@ inline float clamp(float x, float low, float high) {
 }
 
 inline uint32_t shared_address(const void* pointer, Where where = Where::current()) {
-    return simt::block.shared.address_of(pointer, {"shared_address", where});
+    return simt::block().shared.address_of(pointer, {"shared_address", where});
 }
 
 // PTX ISA, "prefetch": changes nothing. The address is to be one that may be read, as AddressSanitizer then checks.
@@ -98,22 +94,22 @@ inline void prefetch(const void* address) { (void)*static_cast<const volatile ch
 template <int Bytes>
 void copy_async(uint32_t destination, const void* source, bool valid, Where where = Where::current()) {
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
-    simt::block.copies.start(thread_x(), destination, source, Bytes, valid, {"copy_async", where});
+    simt::block().copies.start(thread_x(), destination, source, Bytes, valid, {"copy_async", where});
 }
 
-inline void commit_copies() { simt::block.copies.commit(thread_x()); }
+inline void commit_copies() { simt::block().copies.commit(thread_x()); }
 
 template <int Pending>
 void wait_copies() {
     static_assert(Pending >= 0);
-    simt::block.copies.wait(thread_x(), Pending);
+    simt::block().copies.wait(thread_x(), Pending);
 }
 
 inline void load_matrices(uint32_t row_address, uint32_t (&words)[4], Where where = Where::current()) {
     const simt::Site site{"load_matrices", where};
     simt::LoadMatricesSlot mine{row_address, words};
-    simt::collective(simt::block.warp(), site, mine, [&](simt::Lanes<simt::LoadMatricesSlot> lanes) {
-        simt::load_matrices(lanes, simt::block.shared, site);
+    simt::collective(simt::block().warp(), site, mine, [&](simt::Lanes<simt::LoadMatricesSlot> lanes) {
+        simt::load_matrices(lanes, simt::block().shared, site);
     });
 }
 
@@ -129,7 +125,7 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     static_assert(std::is_same_v<T, half> || std::is_same_v<T, bfloat16> || std::is_same_v<T, float>);
     using Slot = simt::MultiplyAddSlot<operand_of<T>>;
     Slot mine{d, a, b};
-    simt::collective(simt::block.warp(), {"multiply_add", where}, mine,
+    simt::collective(simt::block().warp(), {"multiply_add", where}, mine,
                      [](simt::Lanes<Slot> lanes) { simt::multiply_add(lanes); });
 }
 

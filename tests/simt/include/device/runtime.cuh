@@ -14,16 +14,17 @@ namespace fused_cna::device {
 template <class T>
 T& shared_storage() {
     static_assert(alignof(T) <= 1024, "dynamic shared memory is aligned to 1024 bytes");
-    if (static_cast<int64_t>(sizeof(T)) > simt::block.shared.bytes())
+    if (static_cast<int64_t>(sizeof(T)) > simt::block().shared.bytes())
         simt::fail("shared_storage of " + std::to_string(sizeof(T)) + " bytes, but the launch asked for " +
-                   std::to_string(simt::block.shared.bytes()));
-    return *reinterpret_cast<T*>(simt::block.shared.data());
+                   std::to_string(simt::block().shared.bytes()));
+    return *reinterpret_cast<T*>(simt::block().shared.data());
 }
 
 struct LaunchShape {
     int64_t blocks;
     int threads;
     int64_t shared_bytes;
+    int cluster = 1;  // blocks of one; it divides the blocks
 };
 
 // There is one device.
@@ -47,8 +48,9 @@ template <class... P, class... A>
 const char* start(void (*kernel)(P...), const LaunchShape& shape, Stream, const A&... args) {
     const std::tuple<std::remove_cv_t<P>...> parameters(args...);
     auto run_one_thread = [&] { std::apply(kernel, parameters); };
-    return simt::launch({shape.blocks, shape.threads, shape.shared_bytes, reinterpret_cast<const void*>(kernel)},
-                        run_one_thread);
+    return simt::launch(
+        {shape.blocks, shape.threads, shape.shared_bytes, shape.cluster, reinterpret_cast<const void*>(kernel)},
+        run_one_thread);
 }
 
 }  // namespace fused_cna::device

@@ -4,6 +4,7 @@
 #include <deque>
 #include <vector>
 
+#include <simt/async_proxy.h>
 #include <simt/shared_memory.h>
 
 namespace simt {
@@ -17,7 +18,7 @@ namespace simt {
 // One that no wait covers never lands; when the block ends it is dropped, unless its destination was written meanwhile.
 class AsyncCopies {
    public:
-    explicit AsyncCopies(SharedMemory& shared) : shared_(shared) {}
+    AsyncCopies(SharedMemory& shared, AsyncProxy& proxy) : shared_(shared), proxy_(proxy) {}
 
     void reset(int threads);
 
@@ -51,6 +52,7 @@ class AsyncCopies {
     void land(const Copy& copy, int thread) const;
 
     SharedMemory& shared_;
+    AsyncProxy& proxy_;
     std::vector<Queue> queues_;  // by thread
 };
 

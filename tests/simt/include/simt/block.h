@@ -4,11 +4,15 @@
 #include <vector>
 
 #include <simt/async_copy.h>
+#include <simt/async_proxy.h>
 #include <simt/barrier.h>
 #include <simt/collective.h>
+#include <simt/phase_barrier.h>
 #include <simt/scheduler.h>
 #include <simt/shared_memory.h>
+#include <simt/tensor_copies.h>
 #include <simt/warp.h>
+#include <simt/warpgroup.h>
 
 namespace simt {
 
@@ -17,44 +21,76 @@ namespace simt {
 inline constexpr int64_t max_blocks = 0x7FFFFFFF;
 inline constexpr int max_threads = 1024;
 
-// The block that is running: there is one at a time.
+// CUDA C++ Programming Guide, "Thread Block Clusters": eight blocks are supported as a portable cluster size.
+inline constexpr int max_cluster = 8;
+
+class Cluster;
+
+// What a block runs.
+struct BlockWork {
+    int64_t index;  // in the grid
+    int64_t grid;
+    int threads;
+    int64_t shared_bytes;
+    uint64_t seed;
+    const std::function<void()>* kernel;  // is called by every thread
+};
+
+// One block with all that it has to itself. Those of a cluster run at the same time; one of them is at work at any moment.
 class Block {
    public:
-    Block();
+    Block(Cluster& cluster, int rank);
 
-    int64_t index() const { return index_; }
-    int64_t grid() const { return grid_; }
+    int64_t index() const { return work_.index; }
+    int64_t grid() const { return work_.grid; }
     int thread() const { return scheduler.current().index; }
     LaneGroup& warp() { return warps_[thread() / warp_lanes]; }
+    Warpgroup& warpgroup() { return warpgroups[thread()]; }
+    Cluster& cluster() const { return cluster_; }
+    int rank() const { return rank_; }
 
-    void run(int64_t index, int64_t grid, int threads, int64_t shared_bytes, uint64_t seed,
-             const std::function<void()>& kernel);
+    void start(const BlockWork& work);
+    bool is_running() const { return scheduler.live() > 0; }
+    bool can_step() const { return scheduler.can_step(); }
+
+    // To be called while it is running and can: one step, or as many as there are until it has ended or cannot.
+    void step();
+    void run();
 
     Scheduler scheduler;
     Barriers barriers;
     SharedMemory shared;
+    AsyncProxy proxy;
     AsyncCopies copies;
+    PhaseBarriers phases;
+    Warpgroups warpgroups;
+    TensorCopies tensor_copies;
 
    private:
     static void run_thread();
     static void thread_exited();
+    void finish_if_ended();
 
-    int64_t index_ = 0;
-    int64_t grid_ = 0;
-    const std::function<void()>* kernel_ = nullptr;
+    Cluster& cluster_;
+    int rank_;
+    BlockWork work_{};
     std::vector<LaneGroup> warps_;
 };
 
-extern Block block;
+namespace detail { inline Block* block_at_work = nullptr; }  // namespace detail
+
+// The block whose thread is running.
+inline Block& block() { return *detail::block_at_work; }
 
 struct LaunchRequest {
     int64_t blocks;
     int threads;
     int64_t shared_bytes;
+    int cluster;                 // blocks of one
     const void* kernel_address;  // names the kernel in reports
 };
 
-// Runs `kernel` for every thread of every block, blocks in an order drawn from the seed. Returns what a launch returns:
+// Runs `kernel` for every thread of every block, clusters in an order drawn from the seed. Returns what a launch returns:
 // null, or the error in words for a shape that no device takes. Throws SimulatorError for what the kernel does wrong.
 const char* launch(const LaunchRequest& request, const std::function<void()>& kernel);
 

@@ -29,7 +29,12 @@ class LaneGroup final : public Waitable {
     // `threads`: how many threads the block has, which may leave the last group without all its lanes.
     void reset(int threads);
 
-    void thread_exited(int thread);
+    // To be called when a thread of the group has exited.
+    void thread_exited() {
+        ++exited_;
+        if (arrived_ > 0) check_complete(site_);
+    }
+
     std::string status() const override;
 
    private:
@@ -49,7 +54,7 @@ class LaneGroup final : public Waitable {
     int lanes_;
     int present_ = 0;
     int arrived_ = 0;
-    std::vector<int> exited_;
+    int exited_ = 0;
     Site site_{};
     const std::type_info* kind_ = nullptr;
     std::vector<void*> operands_;  // by lane, null until it arrives; they lie on the lanes' own stacks

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 
+#include <simt/async_proxy.h>
 #include <simt/collective.h>
 #include <simt/shared_memory.h>
 
@@ -15,5 +16,15 @@ struct LoadMatricesSlot {
 // bytes each, and lane l receives word l % 4 of row l / 4 of every matrix.
 // Reported: a row that is not 16-byte aligned or not inside shared memory.
 void load_matrices(const Lanes<LoadMatricesSlot>& lanes, const SharedMemory& shared, const Site& site);
+
+struct StoreMatricesSlot {
+    uint32_t row_address;
+    const uint32_t* words;
+    int thread;
+};
+
+// PTX ISA, "Warp-level matrix store instruction: stmatrix", .m8n8.x4.b16: the other way round. Each lane writes its own
+// words.
+void store_matrices(const Lanes<StoreMatricesSlot>& lanes, const SharedMemory& shared, AsyncProxy& proxy, const Site& site);
 
 }  // namespace simt

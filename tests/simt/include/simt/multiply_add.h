@@ -2,10 +2,9 @@
 #include <cstdint>
 
 #include <simt/collective.h>
+#include <simt/operand.h>
 
 namespace simt {
-
-enum class Operand { half, bfloat16, tf32 };
 
 // One lane's fragments of a tensor-core product.
 template <Operand type>

@@ -3,6 +3,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include <simt/fiber.h>
@@ -11,7 +12,7 @@
 
 namespace simt {
 
-// One thread of the running block.
+// One thread of a block.
 struct Thread {
     enum class State : uint8_t { ready, waiting, exited };
 
@@ -29,10 +30,24 @@ class Scheduler {
    public:
     using Body = void (*)();
 
-    // Runs `body` once per thread until all have exited; each thread calls `exited` when it has. Rethrows the first
-    // exception that a thread let out, and throws SimulatorError when no thread can go on; the other threads are then
-    // abandoned.
-    void run(int threads, Body body, Body exited, uint64_t seed);
+    // From now on step() runs `body` once per thread until all have exited; each thread calls `exited` when it has.
+    // Whatever ran here before is abandoned.
+    void start(int threads, Body body, Body exited, uint64_t seed);
+
+    // Where it is false but threads live, something from outside must wake one: otherwise it is a deadlock.
+    bool can_step() const { return !ready_.empty() || !effects_.empty(); }
+
+    // Runs a thread until it parks or exits, or lands an effect. Rethrows the exception that the thread let out.
+    void step();
+
+    // Steps until all threads have exited, or none can go on.
+    void run();
+
+    // Once all threads have exited: lands what effects are left.
+    void finish();
+
+    // What the threads wait for and where they stand, a line for each thing and each warp.
+    std::string standing() const;
 
     Thread& current() const { return *current_; }
     const Thread& thread(int index) const { return *threads_[index]; }
@@ -49,10 +64,8 @@ class Scheduler {
 
    private:
     static void enter(void* scheduler);
-    void start(int threads, uint64_t seed);
     Thread& take_ready();
     void land_an_effect();
-    std::string deadlock_report() const;
 
     std::vector<std::unique_ptr<Thread>> threads_;
     std::vector<int> ready_;

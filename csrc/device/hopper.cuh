@@ -1,0 +1,191 @@
+// What compute capability 9.0 alone has ("a" targets): one hardware feature per function. Addresses are those of
+// shared_address.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include <device/ptx.cuh>
+#include <device/tensor_map.cuh>
+#include <device/vector.cuh>
+
+namespace fused_cna::device {
+
+// Whether this compilation is for a target that has it. Others compile such a kernel to nothing.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool is_hopper = true;
+#else
+inline constexpr bool is_hopper = false;
+#endif
+
+// bar.sync: so many threads, whole warps, meet at one of barriers 1 to 15.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// setmaxnreg: gives up registers of every thread of the warpgroup, down to so many, or takes some that others gave up.
+template <int Registers>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// mbarrier: a phase is complete once it has its arrivals and the bytes that arrivals said to expect; then the next begins.
+// Lies in shared memory, and is made by one thread.
+struct PhaseBarrier {
+    uint64_t state;
+};
+
+__device__ __forceinline__ void init_barrier(PhaseBarrier& barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes new barriers known to bulk copies and to the cluster; other threads need a sync_threads more.
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void arrive(PhaseBarrier& barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(PhaseBarrier& barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// Waits until the phase of this parity is complete: 0 for the first, then 1, 0 and so on. The parity before the first is 1,
+// and is complete from the beginning.
+__device__ __forceinline__ void wait(PhaseBarrier& barrier, int parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra ready;\n"
+        "bra again;\n"
+        "ready:\n"
+        "}" ::"r"(shared_address(&barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// fence.proxy.async: what this thread wrote to shared memory is seen by bulk copies and products that start behind it.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// cp.async.bulk.tensor: one thread brings a whole box to shared memory, whose bytes then count at the barrier. The
+// coordinates of its first element begin with the dense dimension.
+__device__ __forceinline__ void load_tile(uint32_t destination, const TensorMap& map, PhaseBarrier& barrier, int x, int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            destination),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y)
+        : "memory");
+}
+__device__ __forceinline__ void load_tile(uint32_t destination, const TensorMap& map, PhaseBarrier& barrier, int x, int y,
+                                          int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+            "r"(destination),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+__device__ __forceinline__ void load_tile(uint32_t destination, const TensorMap& map, PhaseBarrier& barrier, int x, int y,
+                                          int z, int t) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y), "r"(z), "r"(t)
+        : "memory");
+}
+
+// The same by an im2col map: its channels from c on, of its pixels from (w, h, n) on, each moved by the offsets.
+__device__ __forceinline__ void load_im2col(uint32_t destination, const TensorMap& map, PhaseBarrier& barrier, int c, int w,
+                                            int h, int n, int offset_w, int offset_h) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(destination),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(c), "r"(w), "r"(h), "r"(n), "h"(static_cast<uint16_t>(offset_w)),
+        "h"(static_cast<uint16_t>(offset_h))
+        : "memory");
+}
+
+// One thread writes a whole box from shared memory, but for what lies outside of the tensor.
+__device__ __forceinline__ void store_tile(const TensorMap& map, uint32_t source, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+                 "r"(source), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+
+// Closes the group of this thread's stores since the last one.
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until all but this thread's latest Pending groups have read shared memory, which may then be overwritten.
+template <int Pending>
+__device__ __forceinline__ void wait_stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
+
+// Shared memory by its address, in the generic proxy.
+__device__ __forceinline__ Vector16 load_shared(uint32_t address) {
+    Vector16 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, const Vector16& v) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.words[0]), "r"(v.words[1]),
+                 "r"(v.words[2]), "r"(v.words[3])
+                 : "memory");
+}
+__device__ __forceinline__ void load_shared(uint32_t address, uint32_t (&words)[2]) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&words)[2]) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(words[0]), "r"(words[1]) : "memory");
+}
+
+// stmatrix.x4: the other way round from load_matrices.
+__device__ __forceinline__ void store_matrices(uint32_t row_address, const uint32_t (&words)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
+// A cluster: neighbouring blocks that run at the same time and read each other's shared memory.
+__device__ __forceinline__ int cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+}
+
+// Every thread of the cluster that has not exited; what each wrote before is seen by all behind it.
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// 16 bytes of the shared memory of a block of the cluster, by their address in this block's.
+__device__ __forceinline__ Vector16 load_cluster(uint32_t address, int rank) {
+    uint32_t remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    Vector16 v;
+    asm volatile("ld.shared::cluster.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "r"(remote)
+                 : "memory");
+    return v;
+}
+
+}  // namespace fused_cna::device

@@ -1,0 +1,89 @@
+#include <simt/cluster.h>
+
+#include <string>
+
+namespace simt {
+
+void ClusterBarrier::wait(const Site& site) {
+    Block& mine = block();
+    if (arrived_.empty()) site_ = site;
+    arrived_.emplace_back(&mine, mine.thread());
+    if (static_cast<int>(arrived_.size()) < cluster_.live_threads()) {
+        mine.scheduler.park(*this, site);
+    } else {
+        release(&mine);
+    }
+}
+
+void ClusterBarrier::thread_exited() {
+    if (!arrived_.empty() && static_cast<int>(arrived_.size()) >= cluster_.live_threads()) release(nullptr);
+}
+
+void ClusterBarrier::release(const Block* running) {
+    for (const auto& [block, thread] : arrived_) {
+        if (block != running || thread != running->thread()) block->scheduler.wake(thread);
+    }
+    arrived_.clear();
+}
+
+std::string ClusterBarrier::status() const {
+    return "the cluster's barrier at " + to_string(site_) + ": " + std::to_string(arrived_.size()) + " of " +
+           std::to_string(cluster_.live_threads()) + " threads arrived";
+}
+
+void Cluster::run(int64_t first, const LaunchRequest& request, Random& random, const std::function<void()>& kernel) {
+    size_ = request.cluster;
+    while (static_cast<int>(blocks_.size()) < size_)
+        blocks_.push_back(std::make_unique<Block>(*this, static_cast<int>(blocks_.size())));
+    barrier.reset();
+    for (int rank = 0; rank < size_; ++rank) {
+        block(rank).start({first + rank, request.blocks, request.threads, request.shared_bytes, random.next(), &kernel});
+    }
+    if (size_ > 1) return interleave(Random(random.next()));
+    block(0).run();
+    check_progress(!block(0).is_running());
+}
+
+void Cluster::interleave(Random random) {
+    // Usually any block may be next. Now and then one runs on as far as it can, so that it gets far ahead of the others.
+    const bool one_ahead = random.below(4) == 0;
+    int rank = 0;
+    while (live_threads() > 0) {
+        std::vector<int> able;
+        for (int i = 0; i < size_; ++i) {
+            if (block(i).is_running() && block(i).can_step()) able.push_back(i);
+        }
+        check_progress(!able.empty());
+        const bool stay = one_ahead && block(rank).is_running() && block(rank).can_step();
+        if (!stay) rank = able[random.below(static_cast<uint32_t>(able.size()))];
+        block(rank).step();
+    }
+}
+
+int Cluster::live_threads() const {
+    int live = 0;
+    for (int rank = 0; rank < size_; ++rank) live += block(rank).scheduler.live();
+    return live;
+}
+
+void Cluster::check_progress(bool can_step) const {
+    if (can_step) return;
+    std::string text = "deadlock: no thread can go on";
+    for (int rank = 0; rank < size_; ++rank) {
+        if (size_ > 1) text += "\n  block " + std::to_string(rank) + " of the cluster:";
+        text += block(rank).scheduler.standing();
+    }
+    fail(text);
+}
+
+const std::byte* Cluster::at(int rank, uint32_t address, int bytes, const Site& site) const {
+    if (rank < 0 || rank >= size_)
+        fail(to_string(site) + " of block " + std::to_string(rank) + " of a cluster of " + std::to_string(size_));
+    const Block& owner = block(rank);
+    if (!owner.is_running())
+        fail(to_string(site) + " of block " + std::to_string(rank) +
+             " of the cluster, all of whose threads have exited: its shared memory is gone");
+    return owner.shared.at(address, bytes, site);
+}
+
+}  // namespace simt
