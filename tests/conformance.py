@@ -33,7 +33,7 @@ class Subject:
         self.chance = random.Random(" ".join(map(str, seed)))
 
     def plans(self, problem: Problem) -> list[str]:
-        plans = self.family.plans(problem, self.kernels.planned_for)
+        plans = self.family.plans(problem, self.kernels.planned_for(self.family.device))
         assert plans, "no plan takes it"
         return plans
 
@@ -42,6 +42,7 @@ class Subject:
 
     def run(self, problem: Problem, plan: str, **extra: object) -> Tensor:
         placed = self.kernels.place(problem)
+        extra = {**self.kernels.on(self.family.device), **extra}
         return self.kernels.run(placed, plan=plan, allow_tf32=self.family.allow_tf32, **extra).cpu()
 
     def check(

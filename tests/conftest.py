@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import hypothesis
 import pytest
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 import fused_cna
-from fused_cna.plan import DEFAULT_DEVICE
 from tests.layouts import moved
 from tests.reference import Problem, expected_exactly, relative_error
 from tests.sass import (
@@ -68,8 +66,6 @@ class Backend:
     """One way to run a problem; problems are built on the CPU and moved to `device` by `place`."""
 
     device = "cpu"
-    planned_for: Any = DEFAULT_DEVICE
-    """Whose plans it runs, for `tests.plans.plan_names`."""
 
     def place(self, problem: Problem) -> Problem:
         return problem.map(lambda tensor: moved(tensor, self.device))
@@ -84,6 +80,14 @@ class Backend:
 
     def thread_order(self, seed: int) -> dict[str, object]:
         """What to pass to `run` to have threads run in another order, where that can be chosen."""
+        return {}
+
+    def planned_for(self, device: str) -> str | None:
+        """Whose plans it runs where those of a device are wanted, for `tests.plans.plan_names`."""
+        return device
+
+    def on(self, device: str) -> dict[str, object]:
+        """What to pass to `run` for the plans of that device, where they can be chosen."""
         return {}
 
     def eager_error(self, problem: Problem) -> float:
@@ -102,12 +106,17 @@ class Simulator(Backend):
     def thread_order(self, seed: int) -> dict[str, object]:
         return {"seed": seed}
 
+    def on(self, device: str) -> dict[str, object]:
+        return {"device": device}
+
 
 class Gpu(Backend):
     """The CUDA kernels on the GPU."""
 
     device = "cuda"
-    planned_for = None
+
+    def planned_for(self, device: str) -> str | None:
+        return None
 
     def run(self, problem: Problem, *, plan: str = "", allow_tf32: bool = False, **extra: object) -> Tensor:
         with fused_cna.forced_plan(plan), convolutions_in_float32(allow_tf32):

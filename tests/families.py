@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from tests.family_shapes import AHEAD, DEPTHWISE, FEW_PIXELS, GEMM, GROUPED, ODD, STEMS, TOEPLITZ
+from fused_cna.plan import DEFAULT_DEVICE
+from tests.family_shapes import AHEAD, DEPTHWISE, FEW_PIXELS, GEMM, GROUPED, HOPPER, ODD, STEMS, TOEPLITZ
 from tests.layouts import Layout, channels_last, contiguous
 from tests.plans import plan_names
 from tests.reference import DTYPES, Problem, Wanted, error_bound, integer_problem
@@ -63,6 +64,8 @@ class Family:
     formats: tuple[Layout, ...] = (channels_last,)
     """Layouts of x and weight that the kernel reads without a copy."""
     allow_tf32: bool = False
+    device: str = DEFAULT_DEVICE
+    """Whose plans are simulated."""
 
     def __str__(self) -> str:
         return self.name
@@ -138,6 +141,37 @@ def of_sm80(dtype: torch.dtype) -> set[str]:
     return of_gemm(wide, "128x64x32 128x32x32 64x64x32")
 
 
+def takes_hopper(shape: ConvShape, dtype: torch.dtype) -> bool:
+    """Its groups are wide, or there is but one."""
+    return is_even(shape, dtype) and (shape.groups == 1 or shape.c // shape.groups >= 64)
+
+
+def of_hopper(dtype: torch.dtype) -> set[str]:
+    """Its tiles with what may bring x; narrow accesses and filters of any size are gathered."""
+    wide = "256x128 cooperative, 128x256 cooperative, 128x128 pingpong, 64x256 pingpong"
+    tiles = "128x192 cooperative, 128x128 cooperative, 64x128 pingpong, 64x64 pingpong, 64x128 single"
+    narrow = "128x64 pingpong, 128x32 pingpong, 64x64 single"
+    k = 128 // dtype.itemsize
+    every = [
+        tile.replace(" ", f"x{k} ")
+        for tile in f"{tiles}, {narrow}, {wide if dtype.itemsize == 2 else ''}".split(", ")
+        if tile
+    ]
+    fetches = {f"{tile} {fetch} 16-byte" for tile in every for fetch in ("tiled", "im2col", "gather")}
+    gathers = {f"{tile.replace(' ', f'x{k} ')} gather" for tile in narrow.split(", ")}
+    return (
+        {each for each in fetches if not each.startswith("256x") or "gather" not in each}
+        | {f"{tile} {access}-byte" for tile in gathers for access in (8, 4)}
+        | {f"64x64x{k} single gather plain 4-byte"}
+    )
+
+
+def without_split(plan: str) -> str:
+    """Of the Hopper kernel: the tile, the schedule, what brings x and the access."""
+    before, _, after = words(1)(plan).partition(" split ")
+    return f"{before} {after.split()[1]}"
+
+
 def of_small_m(dtype: torch.dtype) -> set[str]:
     """Rows of a tile, whether they are consecutive pixels, and the access."""
     accesses = [access for access in (16, 8, 4, 2) if access >= dtype.itemsize]
@@ -189,6 +223,18 @@ FAMILIES = (
         least_outputs=1000,
         allow_tf32=True,
         **IMPLICIT_GEMM,
+    ),
+    Family(
+        "implicit_gemm_sm90",
+        (*HOPPER, *AHEAD, *(shape for shape in GEMM if shape.groups == 1)),
+        telling=("rows_and_columns", "many_tiles", "long", "layer_14x14", "accesses_of_4", "wide_groups"),
+        takes=takes_hopper,
+        instantiation=without_split,
+        instantiations=of_hopper,
+        error=tf32_bound,
+        least_outputs=1000,
+        allow_tf32=True,
+        device="H100/3",
     ),
     Family(
         "implicit_gemm_tf32x3",

@@ -17,6 +17,25 @@ accesses_of_8    | 1x36x14x13 68x3x3 stride 1x2, pad 4x3, dilate 3x2 | channels 
 accesses_of_4    | 2x22x9x13 70x3x2 pad 1x0       | channels mod 2
 """)
 
+# For three multiprocessors: tiles in turn, what bulk copies and clusters have corners for.
+HOPPER = table("""
+many_tiles       | 3x72x15x14 200x1x1        | a plain product, several tiles to a block, tails all around
+rows_and_columns | 2x64x12x13 136x3x3 pad 1  | several tiles to a block, whole chunks of channels
+images_in_tile   | 9x64x5x5 40x3x3 pad 1     | many small images in a column of pixels
+strides          | 2x64x17x15 72x3x3 stride 2x3, pad 1x2 | im2col steps over pixels
+dilated          | 1x64x15x17 64x3x3 pad 2x3, dilate 2x3 | taps that lie apart
+four_pads        | 2x64x9x8 48x4x3 pad 1x2x0x3 | another pad on each side
+no_pads          | 1x64x11x12 64x5x2         | fewer outputs than inputs
+late_layer       | 1x512x7x7 96x3x3 pad 1    | 72 steps for one tile: clusters of every size
+wide_groups      | 2x128x7x6 176x3x3 pad 1, groups 2 | a group's channels are whole chunks, not its columns
+odd_groups       | 1x144x6x7 80x3x3 pad 1, groups 2 | the copy would read the next group's channels
+far_stride       | 2x64x19x10 64x1x1 stride 9x1 | a step that no map takes
+far_pad          | 1x64x4x3 64x1x1 pad 135x0x0x0, stride 8x1 | a corner that no map takes
+one_pixel        | 3x64x1x1 64x3x3 pad 1     | all but the middle tap is padding
+few_channels     | 1x8x9x12 40x3x3 pad 1     | most of a chunk lies behind the channels
+many_columns     | 2x64x9x7 580x1x1          | columns of tiles in two bands, the second narrower
+""")
+
 # Rows that end within a tile, and columns that end within eight channels or with them.
 AHEAD = table("""
 short | 2x32x13x11 72x1x1     | the residual is under way beside the operands

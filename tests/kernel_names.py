@@ -10,7 +10,7 @@ from functools import cached_property
 from typing_extensions import Self
 
 from fused_cna.plan import planner
-from tests.machine_code import CUDA_CORES, TENSOR_CORES
+from tests.machine_code import CUDA_CORES, TENSOR_CORES, WARPGROUP_TENSOR_CORES
 
 DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -36,6 +36,8 @@ class Family:
         rest: the other template arguments; ``_variants`` says their values.
         blocks: what the launch bounds promise where no tile says it.
         mark: what only its mangled names hold; else the function.
+        k_bytes: the bytes of a row in a step, where no tile says it.
+        architectures: those that it is for; for others it is compiled to nothing.
     """
 
     products: str
@@ -44,6 +46,8 @@ class Family:
     rest: str = ""
     blocks: int = 1
     mark: str = ""
+    k_bytes: int = 32
+    architectures: tuple[str, ...] = ("sm_80", "sm_90a")
 
     @property
     def arguments(self) -> list[str]:
@@ -59,6 +63,14 @@ FAMILIES = {
     "implicit_gemm_sm80": _gemm(TENSOR_CORES, "11TensorCores"),
     "implicit_gemm_tf32x3": _gemm(TENSOR_CORES, "22CompensatedTensorCores"),
     "implicit_gemm_fp32": _gemm(CUDA_CORES, "9CudaCores"),
+    "implicit_gemm_sm90": Family(
+        WARPGROUP_TENSOR_CORES,
+        "m n schedule narrow any_filter",
+        "{m}x{n}x{k} by {schedule}",
+        "access_bytes addressing",
+        k_bytes=128,
+        architectures=("sm_90a",),
+    ),
     "stem": Family(TENSOR_CORES, "m n warps blocks", "{m}x{n}x{k}"),
     "grouped": Family(TENSOR_CORES, "reader column_blocks blocks", "64x8x{column_blocks} by {reader}"),
     "depthwise": Family(
@@ -77,7 +89,7 @@ FAMILIES = {
 def _variants(family: str, tile: Fields, value_bytes: int) -> Iterable[tuple[int, ...]]:
     """The arguments after those of a tile that a family's launcher may ask for."""
     if family.startswith("implicit_gemm"):
-        found = [(16, "masked"), (16, "pointwise")]
+        found = [(16, "masked")] + [(16, "pointwise")] * (family != "implicit_gemm_sm90")
         found += [(8, "masked"), (4, "masked")] * tile["narrow"] + [(4, "plain")] * tile["any_filter"]
         return [(width, ADDRESSING.index(rows)) for width, rows in found]
     if family == "depthwise":
@@ -113,7 +125,7 @@ class Instantiation:
         """The arguments by name, the blocks, the values of 16 bytes, and ``k`` of a step."""
         family, value_bytes = FAMILIES[self.family], VALUE_BYTES[self.dtype]
         named = dict(zip(family.arguments, self.arguments, strict=True))
-        k = named.get("k_bytes", 32) // value_bytes
+        k = named.get("k_bytes", FAMILIES[self.family].k_bytes) // value_bytes
         return {"blocks": family.blocks, "values": 16 // value_bytes, "k": k, **named}
 
     @property

@@ -19,6 +19,9 @@ _ENDS = ("EXIT", "RET", "BRA", "BRX", "JMP", "JMX")
 TENSOR_CORES = r"HMMA\..*"
 """The opcodes of mma.sync, modifiers included."""
 
+WARPGROUP_TENSOR_CORES = r"HGMMA\..*"
+"""The opcodes of wgmma, modifiers included."""
+
 CUDA_CORES = r"FFMA\b.*"
 """The opcodes of fmaf."""
 

@@ -10,20 +10,44 @@ import pytest
 
 from tests.epilogue_code import WIDE_COPIES, WIDE_LOADS, WIDE_STORES, epilogue_turns
 from tests.kernel_names import FAMILIES, VALUE_BYTES, Fields, planned
-from tests.machine_code import COPIES, LOADS, TENSOR_CORES, count, positions, share
-from tests.sass import REGISTERS_PER_MULTIPROCESSOR, Compiled, registers_of_a_block, resident_blocks
+from tests.machine_code import COPIES, LOADS, TENSOR_CORES, WARPGROUP_TENSOR_CORES, count, positions, share
+from tests.sass import (
+    REGISTERS_PER_MULTIPROCESSOR,
+    Compiled,
+    CompiledKernel,
+    registers_of_a_block,
+    resident_blocks,
+)
 
 MMA = {
-    "float16": r"HMMA\.16816\.F32",
-    "bfloat16": r"HMMA\.16816\.F32\.BF16",
-    "float32": r"HMMA\.1688\.F32\.TF32",
+    TENSOR_CORES: {
+        "float16": r"HMMA\.16816\.F32",
+        "bfloat16": r"HMMA\.16816\.F32\.BF16",
+        "float32": r"HMMA\.1688\.F32\.TF32",
+    },
+    WARPGROUP_TENSOR_CORES: {
+        "float16": r"HGMMA\.64x{n}x16\.F32",
+        "bfloat16": r"HGMMA\.64x{n}x16\.F32\.BF16",
+        "float32": r"HGMMA\.64x{n}x8\.F32\.TF32",
+    },
 }
+"""Of the products on tensor cores by dtype, with the tile's columns where they say them."""
 
 BARRIERS = r"BAR\b.*"
 ACCESSES = r"(LDG|LDGSTS|STG|LD|ST|STS|ATOM\w*|RED|SHFL)\b.*"
 """Of memory, fragments read from shared memory left out, and of other threads' registers."""
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def kernels_of(compiled: Compiled, family: str) -> list[CompiledKernel]:
+    """A family's kernels; for a target that they are not for they are compiled to nothing."""
+    kernels = compiled[family]
+    if kernels[0].architecture not in FAMILIES[family].architectures:
+        for kernel in kernels:
+            assert {each.opcode for each in kernel.code} <= {"LDC", "MOV", "EXIT", "BRA", "NOP"}, kernel.name
+        pytest.skip(f"it is for {' and '.join(FAMILIES[family].architectures)} alone")
+    return kernels
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,8 @@ def small_m_chunks(f: Fields) -> int:
 
 MAIN_LOOPS = {
     "implicit_gemm_sm80": gemm(gemm_mma),
+    # of 64 rows and all columns each; a single warpgroup or two share the rows, or take turns
+    "implicit_gemm_sm90": MainLoop(lambda f: 4 * (f["m"] // 64) // (2 if f["schedule"] == 1 else 1)),
     "implicit_gemm_tf32x3": gemm(lambda f: 3 * gemm_mma(f)),
     "implicit_gemm_fp32": gemm(lambda f: f["m"] * f["n"] // gemm_threads(f) * f["k"]),
     "stem": MainLoop(lambda f: f["m"] // f["warps"] // 16 * (f["n"] // 8)),
@@ -121,12 +147,12 @@ def test_every_kernel_is_compiled(compiled: Compiled) -> None:
 
 @every_family
 def test_every_tile_is_compiled_as_the_plan_knows_it(compiled: Compiled, family: str) -> None:
-    assert Counter(kernel.made for kernel in compiled[family]) == Counter(planned(family).keys())
+    assert Counter(kernel.made for kernel in kernels_of(compiled, family)) == Counter(planned(family).keys())
 
 
 @every_family
 def test_nothing_is_kept_in_local_or_static_shared_memory(compiled: Compiled, family: str) -> None:
-    for kernel in compiled[family]:
+    for kernel in kernels_of(compiled, family):
         assert kernel.stack_bytes == 0, f"{kernel.name} spills"
         assert kernel.count(r"(LDL|STL)\b.*") == 0, f"{kernel.name} spills"
         assert kernel.shared_bytes == 0, f"{kernel.name}: no plan counts static shared memory"
@@ -137,7 +163,7 @@ def test_nothing_is_kept_in_local_or_static_shared_memory(compiled: Compiled, fa
 def test_the_promised_blocks_fit_a_multiprocessor(compiled: Compiled, family: str) -> None:
     """By their registers; by their shared memory those of depthwise, and one of the others."""
     blocks = planned(family)
-    for kernel in compiled[family]:
+    for kernel in kernels_of(compiled, family):
         promised = kernel.made.fields["blocks"]
         threads, *shared_bytes = blocks[kernel.made]
         assert kernel.threads == threads, kernel.name
@@ -150,29 +176,32 @@ def test_the_promised_blocks_fit_a_multiprocessor(compiled: Compiled, family: st
 @every_family
 def test_the_epilogue_takes_16_bytes_at_a_time(compiled: Compiled, family: str) -> None:
     """Residual and output, in one loop or in an only turn; not where a thread finishes fewer channels."""
-    for kernel in compiled[family]:
+    for kernel in kernels_of(compiled, family):
         assert kernel.count(r"(LDG|STG|LDS|STS)\..*[US]8\b.*") == 0, f"{kernel.name} takes a value in parts"
         if family == "small_m" or (family == "direct" and kernel.made.fields["n"] < 8):
             continue
         assert kernel.count(WIDE_STORES) >= 1, f"{kernel.name} stores no 16 bytes"
         assert kernel.count(f"{WIDE_LOADS}|{WIDE_COPIES}") >= 1, f"{kernel.name} loads no 16 bytes"
         plain, with_residual = epilogue_turns(kernel.code)
+        if family == "implicit_gemm_sm90":
+            continue  # its output goes by bulk copies where it can
         assert plain or "gemm" not in family, f"{kernel.name} has no loop that stores 16 bytes"
         assert with_residual or not plain, f"{kernel.name} has none that also loads 16 bytes of a residual"
 
 
 @every_family
 def test_products_are_made_where_they_should_be(compiled: Compiled, family: str) -> None:
-    for kernel in compiled[family]:
-        mma = MMA[kernel.made.dtype] if kernel.products == TENSOR_CORES else "none"
-        assert kernel.count(TENSOR_CORES) == kernel.count(mma), f"{kernel.name} has products of another kind"
+    for kernel in kernels_of(compiled, family):
+        mma = MMA.get(kernel.products, {}).get(kernel.made.dtype, "none").format(**kernel.made.fields)
+        on_tensor_cores = kernel.count(TENSOR_CORES) + kernel.count(WARPGROUP_TENSOR_CORES)
+        assert on_tensor_cores == kernel.count(mma), f"{kernel.name} has products of another kind"
         assert kernel.count(kernel.products) >= 1, f"{kernel.name} has no products"
 
 
 @pytest.mark.parametrize("family", MAIN_LOOPS)
 def test_a_turn_of_the_main_loop_is_what_the_tile_says(compiled: Compiled, family: str) -> None:
     promise = MAIN_LOOPS[family]
-    for kernel in compiled[family]:
+    for kernel in kernels_of(compiled, family):
         fields, loop = kernel.made.fields, kernel.main_loop
         assert count(loop, kernel.products) == promise.products(fields), kernel.name
         bytes_at_once = fields.get("access_bytes") or VALUE_BYTES[kernel.made.dtype]
@@ -189,7 +218,7 @@ def test_a_turn_of_the_main_loop_is_what_the_tile_says(compiled: Compiled, famil
 def test_products_have_their_share_of_the_main_loop(compiled: Compiled, family: str) -> None:
     """Of the instructions that a turn issues. An entry that no tile has is one too many."""
     minimums, found = MINIMUM_SHARES[family], set()
-    for kernel in compiled[family]:
+    for kernel in kernels_of(compiled, family):
         fields, arguments = kernel.made.fields, kernel.made.arguments
         if fields.get("access_bytes", 16) < 16 or not fields.get("is_pointwise", True):
             continue
@@ -200,6 +229,22 @@ def test_products_have_their_share_of_the_main_loop(compiled: Compiled, family: 
         actual = share(kernel.main_loop, kernel.products)
         assert actual >= minimum > 0, f"{kernel.name}: {actual:.3f} of {len(kernel.main_loop)}"
     assert found == minimums.keys()
+
+
+def test_products_of_warpgroups_run_while_their_threads_go_on(compiled: Compiled) -> None:
+    """A step starts its products at once and waits for those of the step before; a compiler that could not
+    see to that would wait for each. Operands and output go by bulk copies, registers change hands."""
+    for kernel in kernels_of(compiled, "implicit_gemm_sm90"):
+        loop = kernel.main_loop
+        assert count(loop, r"WARPGROUP\.ARRIVE\b.*") == 1, f"{kernel.name} serializes its products"
+        assert count(loop, r"WARPGROUP\.DEPBAR\b.*") == 1, f"{kernel.name} serializes its products"
+        assert len(loop) <= 200, f"{kernel.name}: {len(loop)} instructions for a step"
+        for opcode in (r"UTMALDG\.4D\.IM2COL", r"UTMALDG\.2D", r"UTMALDG\.3D", r"UTMASTG\.3D"):
+            assert kernel.count(opcode) >= 1, f"{kernel.name} has no {opcode}"
+        if VALUE_BYTES[kernel.made.dtype] == 2:
+            assert kernel.count(r"STSM\.16\.M88\.4\b.*") >= 1, kernel.name
+        assert (kernel.count(COPIES) > 0) == (kernel.made.fields["m"] < 256), f"{kernel.name}: its gather"
+        assert kernel.count(r"USETMAXREG\b.*") == (2 if kernel.threads > 256 else 0), kernel.name
 
 
 def test_operands_are_asked_for_ahead(compiled: Compiled) -> None:

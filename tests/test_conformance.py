@@ -306,7 +306,7 @@ def test_it_writes_where_it_is_told(kernels: Backend, family: Family, shape: Con
 
 def check_writes(subject: Subject, problem: Problem, plan: str, target: Layout, expected: Tensor) -> None:
     kernels, placed = subject.kernels, subject.kernels.place(problem)
-    extra = {"plan": plan, "allow_tf32": subject.family.allow_tf32}
+    extra = {"plan": plan, "allow_tf32": subject.family.allow_tf32, **kernels.on(subject.family.device)}
     for in_place in (False, True):
         out = target(placed.residual.clone() if in_place else torch.zeros_like(placed.residual))
         surroundings = Surroundings(out)
@@ -367,9 +367,7 @@ def test_plans_are_those_of_the_table(family: Family, dtype: torch.dtype) -> Non
     reached = set()
     for shape in (*SHAPES, *family.shapes):
         if shape.n > 0:
-            plans = family.plans(
-                laid_out(integer_problem(shape, dtype), channels_last), Simulator.planned_for
-            )
+            plans = family.plans(laid_out(integer_problem(shape, dtype), channels_last), family.device)
             reached |= {family.instantiation(plan) for plan in plans}
             assert bool(plans) == (shape in family.shapes or family.takes(shape, dtype)), shape
     assert reached == family.instantiations(dtype)

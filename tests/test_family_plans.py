@@ -48,6 +48,9 @@ def fastest(problem: ConvProblem, kernel: str, **options: Any) -> dict[str, Any]
 
 
 REFUSED = table("""
+implicit_gemm_sm90 | 8x128x28x28 64x3x3 groups 4                  | groups have 32 channels
+implicit_gemm_sm90 | 8x27x28x28 64x3x3                            | allow loads of 2 bytes
+implicit_gemm_sm90 | 67108864x64x32x1 64x1x1                      | rows or blocks
 depthwise          | 8x96x28x28 96x3x3 pad 1, groups 48           | one input channel a group, there are 2
 depthwise          | 8x96x28x2147481648 96x3x3 stride 300, pad 1, groups 96 | ends at row or column 21474
 depthwise          | 67108864x8x28x28 8x3x3 pad 1, groups 8       | strips or blocks
@@ -88,6 +91,16 @@ depthwise_toeplitz | 1073741824x256x1x1 256x7x7 pad 3, groups 256 | 2147483648 b
 grouped            | 8x48x28x28 64x3x3 pad 1, groups 4            | 12 channels
 grouped            | 8x64x28x28 64x3x3 pad 1, groups 8            | 8 output channels
 implicit_gemm_sm80 | 1x64x40x40 64x33x3                           | 32x32
+implicit_gemm_sm90 | 1x64x40x40 64x33x3                           | 32x32
+implicit_gemm_sm90 | 1x64x40x40 64x33x1                           | which only a gather takes
+implicit_gemm_sm90 | 8x20x28x28 64x3x3                            | a tensor map takes 16
+implicit_gemm_sm90 | 8x64x28x28 64x3x3                            | too few registers for a gather
+implicit_gemm_sm90 | 8x64x90x90 64x1x1 stride 9x1 | a stride is 9, a tensor map takes 1 to 8
+implicit_gemm_sm90 | 8x64x28x28 64x1x1 pad 129x0 | a corner is -129, a tensor map takes -128 to 127
+implicit_gemm_sm90 | 1x64x300x300 64x3x3 pad 0x128, dilate 1x128 | a tap's offset is 256, a tensor map
+implicit_gemm_sm90 | 1x64x300x300 64x3x3 dilate 1x100 | a corner is -200
+implicit_gemm_sm90 | 8x144x28x28 64x3x3 groups 2 | a group's 72 channels are no multiple of 64
+implicit_gemm_sm90 float32 | 8x64x28x28 64x3x3                    | fewer than 3 stages fit
 implicit_gemm_sm80 | 8x20x28x28 64x3x3                            | takes 16
 """)
 """The same of problems that others of its plans take."""
@@ -114,19 +127,19 @@ head over an image | 1x512x7x7 4096x7x7                 | kernel small_m, rows p
 deep reduction     | 1x3072x1x1 8x1x1                   | kernel small_m, lanes 128
 short reduction    | 1x8x1x1 32x1x1                     | kernel small_m, lanes 1
 nchw as it lies    | 1x64x4x4 128x1x1 | kernel small_m, access_bytes 2, convert_x False, convert_weight False
-wide layer         | 64x1024x1x1 1024x1x1               | kernel implicit_gemm_sm80
-wide head          | 64x2048x1x1 1000x1x1               | kernel implicit_gemm_sm80
-wide layer of 128  | 128x512x1x1 2048x1x1               | kernel implicit_gemm_sm80
-wide head of 32    | 32x2048x1x1 1000x1x1               | kernel implicit_gemm_sm80
-last block         | 1x512x7x7 512x3x3 pad 1            | kernel implicit_gemm_sm80
+wide layer         | 64x1024x1x1 1024x1x1               | kernel implicit_gemm_sm90
+wide head          | 64x2048x1x1 1000x1x1               | kernel implicit_gemm_sm90
+wide layer of 128  | 128x512x1x1 2048x1x1               | kernel implicit_gemm_sm90
+wide head of 32    | 32x2048x1x1 1000x1x1               | kernel implicit_gemm_sm90
+last block         | 1x512x7x7 512x3x3 pad 1            | kernel implicit_gemm_sm90
 nchw is copied | 8x96x28x28 96x3x3 pad 1, groups 96 | kernel depthwise, convert_x True, convert_weight False
-wide float16       | 8x256x28x28 64x3x3 pad 1           | kernel grouped, access_bytes 16
+wide float16       | 8x256x28x28 64x3x3 pad 1           | kernel implicit_gemm_sm90, access_bytes 16
 20 of float16      | 8x20x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 8
 22 of bfloat16     | 8x22x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 4
 wide float32       | 8x256x28x28 64x3x3 pad 1           | kernel implicit_gemm_sm80, access_bytes 16
 22 of float32      | 8x22x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 8
 odd channels       | 8x27x28x28 64x3x3                  | kernel direct
-many filter rows   | 1x64x40x40 64x33x3                 | kernel implicit_gemm_sm80, rows plain
+many filter rows   | 1x64x40x40 64x33x3                 | kernel implicit_gemm_sm90, rows gather
 21 of float32      | 8x21x28x28 64x3x3 pad 1            | kernel implicit_gemm_sm80, access_bytes 4
 96 float16         | 8x96x28x28 96x3x3 pad 1, groups 96 | name depthwise 147x48x9 3x3 stride 1 16-byte
 72 float16         | 8x72x28x28 72x3x3 pad 1, groups 72 | name depthwise 175x40x9 3x3 stride 1 16-byte
@@ -153,7 +166,7 @@ def test_the_choice(shape: ConvShape) -> None:
         (layer(8, 64, 28, 64, 3, padding=1, groups=8, dtype=FLOAT32), "grouped", "implicit_gemm_tf32x3"),
         (having(PATCHES, dtype=FLOAT32), "stem", "implicit_gemm_tf32x3"),
         (having(WIDE, dtype=FLOAT32), "implicit_gemm_sm80", "implicit_gemm_tf32x3"),
-        (layer(32, 32, 56, 64, dtype=FLOAT32), "implicit_gemm_sm80", "implicit_gemm_fp32"),
+        (layer(32, 32, 56, 64, dtype=FLOAT32), "implicit_gemm_sm90", "implicit_gemm_fp32"),
         (layer(8, 960, 1, 40, dtype=FLOAT32), "small_m", "small_m"),
     ],
 )

@@ -15,7 +15,8 @@ DEVICES = ("A100", "L4", "RTX 4090", "H100", "H200", "B200")
 LAYERS = Path(__file__).parents[1] / "bench" / "data" / "conv_layers.csv"
 RESNET = ConvProblem(256, 256, 14, 14, 256, 3, 3, padding=1)
 TENSOR_CORES = "implicit_gemm_sm80"
-ON_TENSOR_CORES = (TENSOR_CORES, "grouped")
+HOPPER = "implicit_gemm_sm90"
+ON_TENSOR_CORES = (TENSOR_CORES, HOPPER, "grouped")
 
 
 def illegal(problem: ConvProblem, name: str, **options: Any) -> str:
@@ -32,14 +33,15 @@ def illegal(problem: ConvProblem, name: str, **options: Any) -> str:
 @pytest.mark.parametrize("device", DEVICES)
 def test_tensor_cores_take_a_dense_layer_on_every_device(device: str) -> None:
     explanation = explain(RESNET, device=device)
-    assert explanation.kernel == TENSOR_CORES
+    expected = HOPPER if device in ("H100", "H200") else TENSOR_CORES
+    assert explanation.kernel == expected
     assert explanation.split_k == 1
     m, n, k = explanation.tile
     assert m * n * k > 0
     assert explanation.estimate_us > 0
     text = str(explanation)
     assert device in text
-    assert text.startswith(f"{TENSOR_CORES} {m}x{n}x{k}")
+    assert text.startswith(f"{expected} {m}x{n}x{k}")
     assert "runners-up" in text
     assert "direct" in {c["kernel"] for c in explanation.candidates}
 
@@ -68,10 +70,12 @@ def test_the_estimate_is_the_largest_part_and_the_overheads() -> None:
 
 
 def test_few_pixels_split_the_reduction_and_many_do_not() -> None:
-    late = explain(ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=1))
-    assert late.split_k > 1
-    assert late.candidates[0]["workspace_bytes"] > 0
-    assert explain(ConvProblem(128, 512, 7, 7, 512, 3, 3, padding=1)).split_k == 1
+    """By a second launch on an A100; within a cluster on an H100."""
+    for device, has_workspace in (("A100", True), ("H100", False)):
+        late = explain(ConvProblem(1, 512, 7, 7, 512, 3, 3, padding=1), device=device)
+        assert late.split_k > 1
+        assert (late.candidates[0]["workspace_bytes"] > 0) == has_workspace
+        assert explain(ConvProblem(128, 512, 7, 7, 512, 3, 3, padding=1), device=device).split_k == 1
 
 
 def test_no_split_is_empty() -> None:
@@ -84,9 +88,10 @@ def test_no_split_is_empty() -> None:
 
 
 def test_pointwise_layers_take_the_plain_gemm() -> None:
-    assert explain(ConvProblem(32, 256, 56, 56, 64, 1, 1)).candidates[0]["rows"] == "pointwise"
-    assert explain(ConvProblem(32, 256, 56, 56, 64, 1, 1, stride=2)).candidates[0]["rows"] == "masked"
-    assert explain(ConvProblem(32, 256, 56, 56, 64, 1, 1, padding=1)).candidates[0]["rows"] == "masked"
+    for device, plain, others in (("A100", "pointwise", "masked"), ("H100", "tiled", "im2col")):
+        for options, rows in (({}, plain), ({"stride": 2}, others), ({"padding": 1}, others)):
+            problem = ConvProblem(32, 256, 56, 56, 64, 1, 1, **options)
+            assert explain(problem, device=device).candidates[0]["rows"] == rows
     assert explain(ConvProblem(32, 256, 1, 1, 64, 1, 1)).candidates[0]["rows"] == "pointwise"
 
 

@@ -10,7 +10,7 @@ from fused_cna import ConvProblem, Explanation, explain
 from tests.shapes import ConvShape, table
 
 MULTIPROCESSORS = 132
-TENSOR_CORES = ("implicit_gemm_sm80", "grouped")
+TENSOR_CORES = ("implicit_gemm_sm80", "implicit_gemm_sm90", "grouped")
 
 Reason = Callable[[ConvProblem, Explanation], bool]
 
@@ -30,8 +30,11 @@ REASONS: dict[str, tuple[str, Reason]] = {
         lambda p, e: min(e.tile[:2]) >= 128,
     ),
     "busy": (
-        "a block for most multiprocessors",
-        lambda p, e: e.candidates[0]["blocks"] >= 0.7 * MULTIPROCESSORS,
+        "a block for most multiprocessors, or clusters as large as they get",
+        lambda p, e: (
+            e.candidates[0]["blocks"] >= 0.7 * MULTIPROCESSORS
+            or (e.kernel == "implicit_gemm_sm90" and e.split_k == 8)
+        ),
     ),
     "split": ("pixels are too few to fill the device, the reduction is long", lambda p, e: e.split_k > 1),
     "whole": ("a second launch would buy nothing", lambda p, e: e.split_k == 1),
@@ -63,7 +66,7 @@ mobilenet_v2 last expand     | 1x160x7x7 960x1x1         | busy, whole; mma, bus
 efficientnet_b0 5x5          | 1x672x14x14 672x5x5 pad 2, groups 672 | apart; apart, busy; apart, busy
 efficientnet_b0 squeeze      | 1x672x1x1 28x1x1          | few rows; few rows; few rows, busy
 efficientnet_b0 excite       | 1x28x1x1 672x1x1          | whole; whole; whole
-efficientnet_b0 last project | 1x1152x7x7 320x1x1        | busy; mma; narrow, busy
+efficientnet_b0 last project | 1x1152x7x7 320x1x1        | split; mma; narrow, busy
 """)
 """Layers, those with a plus before a sum, and reasons for batches of 1, of 32 and of 128."""
 

@@ -54,7 +54,7 @@ def test_sources_keep_to_their_layer(path: Path) -> None:
 BELOW = {
     "problem.h": (),
     "args.h": ("problem.h",),
-    "device": ("args.h", "device/"),
+    "device": ("problem.h", "args.h", "device/"),
     "plan": ("problem.h", "args.h", "plan/", "kernels/*/tile.h", "kernels/*/layout.h"),
     "torch": ("problem.h", "args.h", "plan/", "torch/", "kernels/run.h"),
     "kernels/run": ("args.h", "plan/plan.h", "kernels/run.h"),

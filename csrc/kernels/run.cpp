@@ -14,6 +14,10 @@ namespace depthwise_toeplitz { Launch launch; }
 namespace direct { Launch launch; }
 namespace grouped { Launch launch; }
 namespace implicit_gemm { Launch launch_sm80, launch_tf32x3, launch_fp32; }
+namespace implicit_gemm_sm90 {
+Launch launch;
+bool has_tensor_maps();
+}  // namespace implicit_gemm_sm90
 namespace small_m { Launch launch; }
 namespace stem { Launch launch; }
 
@@ -32,6 +36,7 @@ constexpr Row launchers[] = {
     {Kernel::implicit_gemm_fp32, implicit_gemm::launch_fp32},
     {Kernel::implicit_gemm_sm80, implicit_gemm::launch_sm80},
     {Kernel::implicit_gemm_tf32x3, implicit_gemm::launch_tf32x3},
+    {Kernel::implicit_gemm_sm90, implicit_gemm_sm90::launch},
     {Kernel::small_m, small_m::launch},
     {Kernel::stem, stem::launch},
 };
@@ -48,5 +53,7 @@ void run(const ConvArgs& args, const Plan& plan, Stream stream) {
                                  to_string(args.problem) + ")");
     }
 }
+
+bool has_tensor_maps() { return implicit_gemm_sm90::has_tensor_maps(); }
 
 }  // namespace fused_cna

@@ -11,4 +11,7 @@ namespace fused_cna {
 // Throws std::runtime_error with the problem, the plan and the cause where the launch fails.
 void run(const ConvArgs& args, const Plan& plan, Stream stream);
 
+// Whether the driver encodes tensor maps, which some plans for compute capability 9.0 want.
+bool has_tensor_maps();
+
 }  // namespace fused_cna

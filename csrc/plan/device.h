@@ -17,6 +17,7 @@ struct DeviceInfo {
     double clock_ghz = 0;                                         // the highest
     double bandwidth_gbs = 0;                                     // device memory, datasheet
     bool is_geforce = false;
+    bool has_tensor_maps = true;  // whether the driver encodes them, for compute capability 9.0
 
     auto operator<=>(const DeviceInfo&) const = default;
 };
@@ -24,10 +25,11 @@ struct DeviceInfo {
 // As for_each_problem_field.
 template <class Device, class Visit>
 constexpr void for_each_device_field(Device& device, const Visit& visit) {
-    auto& [major, minor, multiprocessors, shared_per_multiprocessor, shared_per_block, clock, bandwidth, geforce] = device;
+    auto& [major, minor, multiprocessors, shared_per_multiprocessor, shared_per_block, clock, bandwidth, geforce, maps] =
+        device;
     visit_fields(visit, "compute_major", major, "compute_minor", minor, "multiprocessors", multiprocessors,
                  "shared_per_multiprocessor", shared_per_multiprocessor, "shared_per_block", shared_per_block, "clock_ghz",
-                 clock, "bandwidth_gbs", bandwidth, "is_geforce", geforce);
+                 clock, "bandwidth_gbs", bandwidth, "is_geforce", geforce, "has_tensor_maps", maps);
 }
 
 // What all GPUs of a compute capability share.
@@ -80,5 +82,9 @@ inline constexpr std::array<NamedDevice, 6> named_devices{{
     {"H200", {9, 0, 132, 228 << 10, 227 << 10, 1.98, 4800}},
     {"B200", {10, 0, 148, 228 << 10, 227 << 10, 1.97, 8000}},
 }};
+
+// One of them by its name; "H100/16" is a part of it that has 16 multiprocessors, as MIG gives. Throws std::invalid_argument
+// where there is none.
+DeviceInfo find_device(std::string_view name);
 
 }  // namespace fused_cna

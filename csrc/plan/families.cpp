@@ -9,13 +9,17 @@ namespace depthwise_toeplitz { extern const Family family; }
 namespace direct { extern const Family family; }
 namespace grouped { extern const Family family; }
 namespace implicit_gemm { extern const Family sm80, tf32x3, fp32; }
+namespace implicit_gemm_sm90 { extern const Family family; }
 namespace small_m { extern const Family family; }
 namespace stem { extern const Family family; }
 
 std::span<const Family* const> families() {
     static constexpr const Family* all[] = {
-        &grouped::family,     &depthwise_toeplitz::family, &depthwise::family,   &stem::family,   &small_m::family,
-        &implicit_gemm::sm80, &implicit_gemm::tf32x3,      &implicit_gemm::fp32, &direct::family,
+        &grouped::family,     &depthwise_toeplitz::family,
+        &depthwise::family,   &stem::family,
+        &small_m::family,     &implicit_gemm_sm90::family,
+        &implicit_gemm::sm80, &implicit_gemm::tf32x3,
+        &implicit_gemm::fp32, &direct::family,
     };
     return all;
 }

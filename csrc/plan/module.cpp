@@ -19,15 +19,6 @@ namespace fused_cna {
 
 namespace {
 
-const DeviceInfo& find_device(const std::string& name) {
-    std::string known;
-    for (const NamedDevice& device : named_devices) {
-        if (device.name == name) return device.info;
-        known += (known.empty() ? "" : ", ") + std::string(device.name);
-    }
-    throw std::invalid_argument("no device is called '" + name + "'; known are " + known);
-}
-
 // A device by its name, or as device_as_dict gives it.
 DeviceInfo device_of(const py::object& device) {
     return py::isinstance<py::str>(device) ? find_device(device.cast<std::string>()) : device_from(device.cast<py::dict>());
@@ -70,11 +61,15 @@ py::dict as_dict(const Candidate& candidate) {
     result["kernel"] = kernel_name(plan.kernel);
     result["tile"] = py::make_tuple(plan.tile.m, plan.tile.n, plan.tile.k);
     const auto* gemm = std::get_if<implicit_gemm::Choice>(&plan.choice);
+    const auto* sm90 = std::get_if<implicit_gemm_sm90::Choice>(&plan.choice);
     const auto* small_m = std::get_if<small_m::Choice>(&plan.choice);
     const bool is_pointwise = small_m && small_m->is_pointwise;
-    result["stages"] = gemm ? gemm->stages : 1;
-    result["split_k"] = gemm ? gemm->split_k : 1;
-    result["rows"] = gemm ? addressing_name(gemm->addressing) : is_pointwise ? "pointwise" : "plain";
+    result["stages"] = gemm ? gemm->stages : sm90 ? sm90->stages : 1;
+    result["split_k"] = gemm ? gemm->split_k : sm90 ? sm90->split_k : 1;
+    result["rows"] = gemm           ? addressing_name(gemm->addressing)
+                     : sm90         ? fetch_name(sm90->fetch)
+                     : is_pointwise ? "pointwise"
+                                    : "plain";
     result["lanes"] = small_m ? small_m->lanes : 1;
     result["access_bytes"] = plan.vector_bytes;
     result["convert_x"] = plan.convert_x;

@@ -10,6 +10,7 @@
 #include "kernels/direct/tile.h"
 #include "kernels/grouped/tile.h"
 #include "kernels/implicit_gemm/tile.h"
+#include "kernels/implicit_gemm_sm90/tile.h"
 #include "kernels/small_m/tile.h"
 #include "kernels/stem/tile.h"
 #include "plan/device.h"
@@ -24,6 +25,7 @@ enum class Kernel : int32_t {
     implicit_gemm_sm80,
     implicit_gemm_tf32x3,
     implicit_gemm_fp32,
+    implicit_gemm_sm90,
     small_m,
     depthwise_toeplitz,
     grouped,
@@ -35,8 +37,8 @@ enum class Kernel : int32_t {
 const char* kernel_name(Kernel kernel);
 
 // What each family chooses for itself, among it the tile that its kernel is instantiated for.
-using Choice = std::variant<direct::Choice, implicit_gemm::Choice, small_m::Choice, depthwise_toeplitz::Choice,
-                            grouped::Choice, depthwise::Choice, stem::Choice>;
+using Choice = std::variant<direct::Choice, implicit_gemm::Choice, implicit_gemm_sm90::Choice, small_m::Choice,
+                            depthwise_toeplitz::Choice, grouped::Choice, depthwise::Choice, stem::Choice>;
 
 // What a kernel is expected to take, in microseconds. The parts overlap, so the total is their largest and the overheads.
 struct Estimate {

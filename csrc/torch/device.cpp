@@ -7,6 +7,8 @@
 #include <mutex>
 #include <string_view>
 
+#include "kernels/run.h"
+
 namespace fused_cna {
 
 namespace {
@@ -34,6 +36,7 @@ DeviceInfo read_device_info(c10::DeviceIndex device) {
             known(2 * memory_clock_hz * get(cudaDevAttrGlobalMemoryBusWidth) / 8 * 1e-9, fallback.bandwidth_gbs),
         .is_geforce =
             std::string_view(at::cuda::getDeviceProperties(device)->name).find("GeForce") != std::string_view::npos,
+        .has_tensor_maps = has_tensor_maps(),
     };
     TORCH_CHECK(info.compute_major >= 8, "fused_cna's kernels need compute capability 8.0 or newer, but device ",
                 static_cast<int>(device), " has ", info.compute_major, ".", info.compute_minor,

@@ -23,6 +23,7 @@ template <class T>
 class ChannelVectors {
    public:
     ChannelVectors() = default;
+
     __device__ __forceinline__ ChannelVectors(const Epilogue& epilogue, int64_t channel, bool exists) {
         const bool is_float32 = epilogue.norm_is_float32;
         const auto ask = [&](const void* vector, float otherwise) {

@@ -33,15 +33,6 @@ fused_cna::DType find_dtype(std::string_view name) {
     throw std::invalid_argument("no storage type is called " + std::string(name));
 }
 
-const fused_cna::DeviceInfo& find_device(std::string_view name) {
-    std::string known;
-    for (const fused_cna::NamedDevice& device : fused_cna::named_devices) {
-        if (name == device.name) return device.info;
-        known += (known.empty() ? "" : ", ") + std::string(device.name);
-    }
-    throw std::invalid_argument("no device is called " + std::string(name) + "; there are " + known);
-}
-
 fused_cna::Epilogue make_epilogue(const ConvCall& call) {
     return {
         .bias = call.vectors[0],
@@ -86,7 +77,7 @@ fused_cna::ConvArgs make_args(const ConvCall& call) {
 }
 
 fused_cna::Plan make_plan(const ConvCall& call, const ConvProblem& problem) {
-    const fused_cna::DeviceInfo& device = find_device(call.device);
+    const fused_cna::DeviceInfo device = fused_cna::find_device(call.device);
     return call.plan[0] ? fused_cna::find_plan(problem, device, call.plan) : fused_cna::choose_plan(problem, device);
 }
 
@@ -116,7 +107,7 @@ fused_cna::Plan plan_conv(const ConvCall& call) { return make_plan(call, make_ar
 std::string list_plans(const ConvCall& call) {
     std::string names;
     for (const fused_cna::Candidate& candidate :
-         fused_cna::list_candidates(make_args(call).problem, find_device(call.device))) {
+         fused_cna::list_candidates(make_args(call).problem, fused_cna::find_device(call.device))) {
         if (candidate.is_supported()) names += fused_cna::to_string(candidate.plan) + "\n";
     }
     return names;

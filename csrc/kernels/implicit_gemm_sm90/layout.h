@@ -1,0 +1,27 @@
+// What bulk tensor copies ask of a problem, for the plan and for the launcher.
+#pragma once
+
+#include "problem.h"
+
+namespace fused_cna::implicit_gemm_sm90 {
+
+// Of an im2col map: where the first tap of the first and of the last output pixel lies, from the image's first pixel and
+// from its last.
+struct Corners {
+    int64_t lower_w, lower_h, upper_w, upper_h;
+};
+
+constexpr Corners corners_of(const ConvProblem& p) {
+    return {-p.pad_left, -p.pad_top, (p.q() - 1) * p.stride_w - p.pad_left - (p.w - 1),
+            (p.p() - 1) * p.stride_h - p.pad_top - (p.h - 1)};
+}
+
+// CUDA Driver API, cuTensorMapEncodeIm2col, for four dimensions; PTX ISA, "im2colOffsets".
+inline constexpr int64_t least_corner = -128, most_corner = 127, most_step = 8, most_offset = 255;
+
+// A plain matrix product, whose rows are the pixels of x.
+constexpr bool is_pointwise(const ConvProblem& p) {
+    return p.r == 1 && p.s == 1 && p.stride_h == 1 && p.stride_w == 1 && p.padded_h() == p.h && p.padded_w() == p.w;
+}
+
+}  // namespace fused_cna::implicit_gemm_sm90
