@@ -12,7 +12,7 @@ OUT ?= build/gpu
 BEFORE ?= $(OUT)/first.json
 
 VENV := .venv/bin/python
-NATIVE := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc tests/simt tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EXTENSION := setup.py cuda_build.py pyproject.toml $(filter csrc/%,$(NATIVE))
 
 GPU_TARGETS := gpu-first gpu-second gpu-build gpu-test gpu-sanitize gpu-profile gpu-bench

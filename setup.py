@@ -55,7 +55,11 @@ def with_cuda(record: dict[str, Any]) -> dict[str, Any]:
             cuda_build.write_record(record, self)
 
     sources = sorted(map(str, {*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")} - {CSRC / "plan" / "module.cpp"}))
-    flags = {"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *map(cuda_build.gencode, record["architectures"])]}
+    hopper = ["-DFUSED_CNA_HAS_SM90A"] if "sm_90a" in record["architectures"] else []
+    flags = {
+        "cxx": [*CXX_FLAGS, *hopper],
+        "nvcc": [*NVCC_FLAGS, *map(cuda_build.gencode, record["architectures"])],
+    }
     kernels = CUDAExtension("fused_cna._C", sources, include_dirs=[INCLUDE], extra_compile_args=flags)
     kernels.include_dirs += cuda_build.library_headers(record)  # last: what the toolkit has comes from there
     return {"ext_modules": [kernels, *planner()], "cmdclass": {"build_ext": BuildExt}}

@@ -338,8 +338,9 @@ def explain(
     Args:
         problem: a :class:`ConvProblem`; or a module, and then ``x`` is an input for it, whose strides and
             alignment are taken into account as they are, and ``residual`` is what it would be called with.
-        device: "A100", "L4", "RTX 4090", "H100", "H200" or "B200"; or a CUDA device of this machine, such as
-            "cuda:0". By default that of ``x`` if it is on one, else "H100".
+        device: "A100", "L4", "RTX 4090", "H100", "H200" or "B200"; "H100/16" for a part of one with so many
+            multiprocessors; or a CUDA device of this machine, such as "cuda:0". By default that of ``x`` if
+            it is on one, else "H100".
 
     Raises:
         ValueError: a device that is not known (lists the known ones), or a dtype that no kernel takes.
@@ -357,6 +358,13 @@ def explain(
     chosen, known, why_not = decide(target, asked)
     others = [c for c in planner().candidates(asked, dict(target.info)) if c["name"] != chosen["name"]]
     notes = _notes(chosen)
+    if _extension.is_available() and chosen["rows"] in ("tiled", "im2col"):
+        number, reason = _extension.module().refused_tensor_maps()
+        if number:
+            notes = (
+                *notes,
+                f"in this process {reason} ({number} times); what has no map is gathered",
+            )
     if why_not:
         notes = (*notes, f"a tuned plan is ignored: {why_not}")
     return Explanation(

@@ -41,11 +41,12 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def kernels_of(compiled: Compiled, family: str) -> list[CompiledKernel]:
-    """A family's kernels; for a target that they are not for they are compiled to nothing."""
+    """A family's kernels; for a target that they are not for they are compiled to a stop."""
     kernels = compiled[family]
     if kernels[0].architecture not in FAMILIES[family].architectures:
         for kernel in kernels:
-            assert {each.opcode for each in kernel.code} <= {"LDC", "MOV", "EXIT", "BRA", "NOP"}, kernel.name
+            opcodes = {each.opcode for each in kernel.code}
+            assert opcodes <= {"BPT.TRAP", "MOV", "EXIT", "BRA", "NOP"}, kernel.name
         pytest.skip(f"it is for {' and '.join(FAMILIES[family].architectures)} alone")
     return kernels
 
@@ -238,7 +239,7 @@ def test_products_of_warpgroups_run_while_their_threads_go_on(compiled: Compiled
         loop = kernel.main_loop
         assert count(loop, r"WARPGROUP\.ARRIVE\b.*") == 1, f"{kernel.name} serializes its products"
         assert count(loop, r"WARPGROUP\.DEPBAR\b.*") == 1, f"{kernel.name} serializes its products"
-        assert len(loop) <= 200, f"{kernel.name}: {len(loop)} instructions for a step"
+        assert len(loop) <= 120, f"{kernel.name}: {len(loop)} instructions for a step"
         for opcode in (r"UTMALDG\.4D\.IM2COL", r"UTMALDG\.2D", r"UTMALDG\.3D", r"UTMASTG\.3D"):
             assert kernel.count(opcode) >= 1, f"{kernel.name} has no {opcode}"
         if VALUE_BYTES[kernel.made.dtype] == 2:

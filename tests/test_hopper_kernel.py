@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fused_cna import ConvProblem, explain
+from bench.hopper import NETWORKS, of_network
+from fused_cna import ConvProblem, _extension, explain
 from fused_cna.plan import planner
 from tests.conformance import Subject, bits
-from tests.conftest import Backend, Simulator
+from tests.conftest import Backend, Gpu, Simulator, needs_gpu
 from tests.families import BY_NAME, family_shape, laid_out
 from tests.layouts import channels_last
 from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem, random_problem
@@ -135,3 +138,32 @@ def test_a_part_of_a_device_is_planned_for() -> None:
     for wrong in ("H100/0", "H100/133", "H100/x", "H100/"):
         with pytest.raises(ValueError, match="1 to 132 multiprocessors"):
             explain(LAYER, device=wrong)
+
+
+def test_the_page_on_its_choice_is_what_the_plan_says() -> None:
+    """docs/hopper.md is written by bench/hopper.py; where estimates change, it is to be written anew."""
+    page = Path(__file__).resolve().parents[1].joinpath("docs", "hopper.md").read_text()
+    for name in NETWORKS:
+        assert "\n".join(of_network(name)) in page, "python -m bench.hopper > docs/hopper.md"
+
+
+def test_an_explanation_says_what_the_driver_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = SimpleNamespace(refused_tensor_maps=lambda: (3, "the driver refused to encode a tensor map"))
+    monkeypatch.setattr(_extension, "is_available", lambda: True)
+    monkeypatch.setattr(_extension, "module", lambda: refused)
+    assert any("refused to encode a tensor map (3 times)" in note for note in explain(LAYER).notes)
+    assert not explain(LAYER, device="A100").notes
+
+
+@pytest.mark.gpu
+def test_the_driver_takes_the_maps_that_the_plan_asks_for() -> None:
+    """A map that is refused costs no result, and would go unseen."""
+    needs_gpu()
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("tensor maps are for compute capability 9.0")
+    before = _extension.module().refused_tensor_maps()
+    for shape in HOPPER.shapes:
+        problem = dense(shape, torch.float16)
+        for plan in HOPPER.plans(problem)[:2]:
+            Subject(Gpu(), HOPPER, shape).check(problem, [plan])
+    assert _extension.module().refused_tensor_maps() == before

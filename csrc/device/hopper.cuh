@@ -19,6 +19,13 @@ inline constexpr bool is_hopper = true;
 inline constexpr bool is_hopper = false;
 #endif
 
+// Of the block's warpgroups the one that this thread is in: the same in all of a warp, which the compiler could not know of
+// a number made from the thread's.
+__device__ __forceinline__ int warpgroup() { return __shfl_sync(0xffffffffu, thread_x() / 128, 0); }
+
+// A kernel for 9.0 ends so where it was compiled for another target, rather than leave its output unwritten.
+__device__ __forceinline__ void stop() { __trap(); }
+
 // bar.sync: so many threads, whole warps, meet at one of barriers 1 to 15.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -174,6 +181,12 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The same, but for nothing that was written: until all are here, nobody's shared memory goes.
+__device__ __forceinline__ void await_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+    asm volatile("barrier.cluster.wait;" ::: "memory");
 }
 
 // 16 bytes of the shared memory of a block of the cluster, by their address in this block's.

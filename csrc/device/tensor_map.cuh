@@ -51,6 +51,12 @@ inline int version() {
 // Whether the driver encodes maps at all.
 inline bool has_tensor_maps() { return driver::encode_tiled() && driver::encode_im2col(); }
 
+// A thread that has not used the device yet may have no context, which encoding wants: choosing its device makes one.
+inline bool binds_context() {
+    int device = 0;
+    return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+}
+
 // Null, or why there is no map.
 inline const char* encode_map(const MapGeometry& geometry, TensorMap& map) {
     if (!has_tensor_maps()) return "the driver has no cuTensorMapEncodeTiled or no cuTensorMapEncodeIm2col";
@@ -71,21 +77,25 @@ inline const char* encode_map(const MapGeometry& geometry, TensorMap& map) {
     }
     void* address = const_cast<void*>(geometry.address);
     const auto rank = static_cast<cuuint32_t>(geometry.rank);
-    CUresult result;
+    // Corners and steps begin with the innermost dimension, W, as CUTLASS, Triton and cubecl have it; cuda.h speaks of "DHW"
+    // instead. tests/gpu/hopper_probe.cu asks the hardware.
+    const int lower[] = {geometry.lower_w, geometry.lower_h}, upper[] = {geometry.upper_w, geometry.upper_h};
     if (geometry.is_im2col) {
-        // Corners and steps begin with the innermost dimension, W, as CUTLASS, Triton and cubecl have it; cuda.h speaks of
-        // "DHW" instead. tests/gpu/probes.py asks the hardware.
-        const int lower[] = {geometry.lower_w, geometry.lower_h}, upper[] = {geometry.upper_w, geometry.upper_h};
         steps[1] = static_cast<cuuint32_t>(geometry.step_w);
         steps[2] = static_cast<cuuint32_t>(geometry.step_h);
-        result = driver::encode_im2col()(&map, type, rank, address, sizes, strides, lower, upper,
-                                         static_cast<cuuint32_t>(geometry.channels),
-                                         static_cast<cuuint32_t>(geometry.pixels), steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                         swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    } else {
-        result = driver::encode_tiled()(&map, type, rank, address, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                        swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     }
+    const auto encode = [&] {
+        if (geometry.is_im2col) {
+            return driver::encode_im2col()(&map, type, rank, address, sizes, strides, lower, upper,
+                                           static_cast<cuuint32_t>(geometry.channels),
+                                           static_cast<cuuint32_t>(geometry.pixels), steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                           swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        }
+        return driver::encode_tiled()(&map, type, rank, address, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    };
+    CUresult result = encode();
+    if (result == CUDA_ERROR_INVALID_CONTEXT && binds_context()) result = encode();
     if (result != CUDA_SUCCESS) return "the driver refused to encode a tensor map";
     // Drivers up to CUDA 13.1 set a bit that is wrong for tensors of less than 128 KiB; CUTLASS and Triton clear it too.
     constexpr int last_wrong_version = 13010;

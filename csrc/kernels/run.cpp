@@ -17,6 +17,7 @@ namespace implicit_gemm { Launch launch_sm80, launch_tf32x3, launch_fp32; }
 namespace implicit_gemm_sm90 {
 Launch launch;
 bool has_tensor_maps();
+RefusedMaps refused_maps();
 }  // namespace implicit_gemm_sm90
 namespace small_m { Launch launch; }
 namespace stem { Launch launch; }
@@ -55,5 +56,6 @@ void run(const ConvArgs& args, const Plan& plan, Stream stream) {
 }
 
 bool has_tensor_maps() { return implicit_gemm_sm90::has_tensor_maps(); }
+RefusedMaps refused_tensor_maps() { return implicit_gemm_sm90::refused_maps(); }
 
 }  // namespace fused_cna

@@ -14,4 +14,7 @@ void run(const ConvArgs& args, const Plan& plan, Stream stream);
 // Whether the driver encodes tensor maps, which some plans for compute capability 9.0 want.
 bool has_tensor_maps();
 
+// Those that it has refused so far in this process.
+RefusedMaps refused_tensor_maps();
+
 }  // namespace fused_cna

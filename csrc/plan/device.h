@@ -17,19 +17,27 @@ struct DeviceInfo {
     double clock_ghz = 0;                                         // the highest
     double bandwidth_gbs = 0;                                     // device memory, datasheet
     bool is_geforce = false;
-    bool has_tensor_maps = true;  // whether the driver encodes them, for compute capability 9.0
+    // For compute capability 9.0: whether the kernels are compiled for sm_90a, and whether the driver encodes tensor maps.
+    bool has_hopper_code = true, has_tensor_maps = true;
 
     auto operator<=>(const DeviceInfo&) const = default;
+};
+
+// Tensor maps that a kernel wanted and the driver refused, and why the last of them; null where none was. The kernel did
+// without, at the price of speed.
+struct RefusedMaps {
+    int64_t number = 0;
+    const char* reason = nullptr;
 };
 
 // As for_each_problem_field.
 template <class Device, class Visit>
 constexpr void for_each_device_field(Device& device, const Visit& visit) {
-    auto& [major, minor, multiprocessors, shared_per_multiprocessor, shared_per_block, clock, bandwidth, geforce, maps] =
-        device;
+    auto& [major, minor, multiprocessors, shared_per_multiprocessor, shared_per_block, clock, bandwidth, geforce, code,
+           maps] = device;
     visit_fields(visit, "compute_major", major, "compute_minor", minor, "multiprocessors", multiprocessors,
                  "shared_per_multiprocessor", shared_per_multiprocessor, "shared_per_block", shared_per_block, "clock_ghz",
-                 clock, "bandwidth_gbs", bandwidth, "is_geforce", geforce, "has_tensor_maps", maps);
+                 clock, "bandwidth_gbs", bandwidth, "is_geforce", geforce, "has_hopper_code", code, "has_tensor_maps", maps);
 }
 
 // What all GPUs of a compute capability share.

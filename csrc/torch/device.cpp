@@ -13,6 +13,13 @@ namespace fused_cna {
 
 namespace {
 
+// Defined by setup.py where sm_90a is among the architectures.
+#ifdef FUSED_CNA_HAS_SM90A
+constexpr bool has_hopper_code = true;
+#else
+constexpr bool has_hopper_code = false;
+#endif
+
 int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
     int value = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
@@ -36,6 +43,7 @@ DeviceInfo read_device_info(c10::DeviceIndex device) {
             known(2 * memory_clock_hz * get(cudaDevAttrGlobalMemoryBusWidth) / 8 * 1e-9, fallback.bandwidth_gbs),
         .is_geforce =
             std::string_view(at::cuda::getDeviceProperties(device)->name).find("GeForce") != std::string_view::npos,
+        .has_hopper_code = has_hopper_code,
         .has_tensor_maps = has_tensor_maps(),
     };
     TORCH_CHECK(info.compute_major >= 8, "fused_cna's kernels need compute capability 8.0 or newer, but device ",

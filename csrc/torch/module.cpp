@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/run.h"
 #include "plan/plan.h"
 #include "plan/python.h"
 #include "plan/tuned.h"
@@ -62,6 +63,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("loader"));
     m.def("_load_plans_once", &load_tuned_plans_once, "What the operator does first on a device.",
           py::call_guard<py::gil_scoped_release>(), py::arg("index"));
+    m.def(
+        "refused_tensor_maps",
+        [] {
+            const RefusedMaps refused = refused_tensor_maps();
+            return py::make_tuple(refused.number, refused.reason ? refused.reason : "");
+        },
+        "How many tensor maps the driver has refused in this process, and why the last of them.");
     define_tuned_plans(m);
     m.def("kernels", &kernels, "The names of the kernels, as a plan names them.");
 }

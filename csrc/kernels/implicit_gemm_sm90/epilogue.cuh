@@ -98,7 +98,7 @@ class Epilogue {
           shared_(shared),
           block_(block),
           first_row_(first_row),
-          rank_(args.split > 1 ? device::cluster_rank() : 0) {
+          rank_(split() > 1 ? device::cluster_rank() : 0) {
 #pragma unroll
         for (int i = 0; i < channels_per_thread; ++i) {
             const int column = group.thread + i * 128;
@@ -110,10 +110,13 @@ class Epilogue {
     __device__ __forceinline__ void ask_residual() {
         if (!args_.residual_by_map || !group_.leads()) return;
         device::wait_stores_read<0>();
-        const int own = (slices() - rank_ + args_.split - 1) / args_.split;
+        int bytes = 0;
+#pragma unroll 1
+        for (int slice = rank_; slice < slices(); slice += split()) bytes += Traits::slice_bytes;
         device::PhaseBarrier& barrier = shared_.residual[group_.index];
-        device::arrive_expecting(barrier, (own > 0 ? own : 0) * Traits::slice_bytes);
-        for (int slice = rank_; slice < slices(); slice += args_.split) {
+        device::arrive_expecting(barrier, bytes);
+#pragma unroll 1
+        for (int slice = rank_; slice < slices(); slice += split()) {
             device::load_tile(staging().slice(slice), args_.residual_map, barrier, column_of(slice), block_.group,
                               first_row_);
         }
@@ -122,9 +125,9 @@ class Epilogue {
     // Finishes and stores the tile. A split's blocks have each the sums of a share of the reduction, and finish slices in
     // turns. `parity`: of the residual's barrier.
     __device__ __forceinline__ void finish(const Sums& sums, int parity) {
-        if (args_.split > 1) publish_sums(sums);
+        if (split() > 1) publish_sums(sums);
         prepare(parity);
-        if (args_.split == 1 && args_.conv.epilogue.activation.is_clamp) {
+        if (split() == 1 && args_.conv.epilogue.activation.is_clamp) {
             finish_clamped(sums);
         } else {
             finish_in_turns(sums);
@@ -133,6 +136,8 @@ class Epilogue {
     }
 
    private:
+    // Blocks that share the tile: a power of two.
+    __device__ int split() const { return Traits::is_pingpong ? 1 : args_.split; }
     __device__ int slices() const { return (block_.columns + Tile::slice - 1) / Tile::slice; }
     // Made anew where it is needed: what it holds would be in the way of the sums.
     __device__ Staging<Traits> staging() const { return Staging<Traits>(group_, shared_); }
@@ -182,11 +187,11 @@ class Epilogue {
     // The others are too long for that, and what a split has to add up lies in memory.
     __device__ __forceinline__ void finish_in_turns(const Sums& sums) {
 #pragma unroll 1
-        for (int slice = rank_; slice < slices(); slice += args_.split) {
+        for (int slice = rank_; slice < slices(); slice += split()) {
 #pragma unroll 1
             for (int block = 0; block < Traits::blocks; ++block) {
                 float own[16];
-                if (args_.split > 1) {
+                if (split() > 1) {
                     add_sums(slice * Traits::blocks + block, own);
                 } else {
 #pragma unroll
@@ -262,7 +267,7 @@ class Epilogue {
 #pragma unroll
         for (float& value : own) value = 0;
 #pragma unroll 1
-        for (int share = 0; share < args_.split; ++share) {
+        for (int share = 0; share < split(); ++share) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const auto& four = shared_.sums[part * 4 + i][group_.index * 128 + group_.thread];
@@ -280,13 +285,15 @@ class Epilogue {
             device::fence_async_proxy();
             group_.sync();
             if (!group_.leads()) return;
-            for (int slice = rank_; slice < slices(); slice += args_.split) {
+            for (int slice = rank_; slice < slices(); slice += split()) {
                 device::store_tile(args_.y_map, staging().slice(slice), column_of(slice), block_.group, first_row_);
             }
             device::commit_stores();
         } else {
             group_.sync();
             store_rows();
+            // a bulk copy may bring the next residual to where they read
+            device::fence_async_proxy();
             group_.sync();
         }
     }
@@ -305,7 +312,7 @@ class Epilogue {
             const int chunk = along_channels ? i % per_row : i / Traits::rows;
             const int slice = chunk / per_slice, remaining = block_.columns - chunk * per_chunk;
             const RowPlace place = place_of_pixel(args_.conv, args_.x.output.pixel_of_row(first_row_ + row));
-            if (slice % args_.split != rank_ || remaining <= 0 || !place.exists()) continue;
+            if ((slice & (split() - 1)) != rank_ || remaining <= 0 || !place.exists()) continue;
             visit(staging().address(slice, row, chunk % per_slice), place, block_.first_channel(args_) + chunk * per_chunk,
                   remaining < per_chunk ? remaining : per_chunk);
         }

@@ -97,13 +97,19 @@ __device__ __forceinline__ void multiply_and_finish(const Args& args, Shared<Tra
     }
     // Shared memory stays until all of it is read.
     if (group.leads()) device::wait_stores_read<0>();
-    if (args.split > 1) device::sync_cluster();
+    if constexpr (!Traits::is_pingpong) {
+        if (args.split > 1) device::await_cluster();
+    }
 }
 
 template <class Traits>
 __device__ __forceinline__ void make_barriers(const Args& args, Shared<Traits>& shared) {
     constexpr int readers = Traits::is_pingpong ? 4 : 4 * Traits::consumers;  // warps
     if (device::thread_x() == 0) {
+        if (args.x_by_map) device::prefetch_map(args.x_map);
+        if (args.weight_by_map) device::prefetch_map(args.weight_map);
+        if (args.residual_by_map) device::prefetch_map(args.residual_map);
+        if (args.y_by_map) device::prefetch_map(args.y_map);
         for (int i = 0; i < Traits::stages; ++i) {
             device::init_barrier(shared.full[i], arrivals_of_full<Traits>(args));
             device::init_barrier(shared.empty[i], readers);
@@ -121,7 +127,7 @@ __global__ void __launch_bounds__(Traits::block_threads, 1) implicit_gemm_sm90(c
     if constexpr (device::is_hopper) {
         auto& shared = device::shared_storage<Shared<Traits>>();
         make_barriers(args, shared);
-        const int warpgroup = device::warp() / 4;
+        const int warpgroup = device::warpgroup();
         // One warpgroup that multiplies has registers enough.
         if (warpgroup == 0) {
             if constexpr (Traits::consumers == 2) device::give_registers<Traits::copying_registers>();
@@ -130,6 +136,8 @@ __global__ void __launch_bounds__(Traits::block_threads, 1) implicit_gemm_sm90(c
             if constexpr (Traits::consumers == 2) device::take_registers<Traits::multiplying_registers>();
             multiply_and_finish<Traits>(args, shared, warpgroup - 1);
         }
+    } else {
+        device::stop();
     }
 }
 

@@ -59,6 +59,10 @@ const char* launch_kernel(const ConvArgs& conv, const Plan& plan, Stream stream)
             return launch_kernel<implicit_gemm_sm90::Traits<T, tiles[gathering_tile], 16>, Rows>(conv, gathering, stream);
         }
     }
+    const bool is_split = args.split > 1;
+    if (is_split && (Traits::is_pingpong || plan.blocks != int64_t{args.tiles} * args.split)) {
+        return "blocks of a cluster share one tile each";
+    }
     const device::LaunchShape shape{plan.blocks, Traits::block_threads, sizeof(Shared<Traits>), args.split};
     return device::launch<implicit_gemm_sm90<Traits, Rows>>(shape, stream, args);
 }

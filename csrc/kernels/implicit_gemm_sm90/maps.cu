@@ -1,5 +1,6 @@
 #include "kernels/implicit_gemm_sm90/maps.cuh"
 
+#include <atomic>
 #include <initializer_list>
 #include <map>
 #include <mutex>
@@ -45,6 +46,9 @@ bool is_aligned(const device::MapGeometry& map) {
     }
     return true;
 }
+
+std::atomic<int64_t> refused_number = 0;
+std::atomic<const char*> refused_reason = nullptr;
 
 Geometry if_aligned(const device::MapGeometry& map) { return is_aligned(map) ? Geometry(map) : std::nullopt; }
 
@@ -106,11 +110,17 @@ bool find_map(const Geometry& geometry, device::TensorMap& map) {
         map = found->second;
         return true;
     }
-    if (device::encode_map(*geometry, map)) return false;
+    if (const char* reason = device::encode_map(*geometry, map)) {
+        ++refused_number;
+        refused_reason = reason;
+        return false;
+    }
     if (maps.size() >= most_maps) maps.clear();
     maps.emplace(*geometry, map);
     return true;
 }
+
+RefusedMaps refused_maps() { return {refused_number, refused_reason}; }
 
 bool has_tensor_maps() { return device::has_tensor_maps(); }
 

@@ -6,6 +6,7 @@
 #include <device/tensor_map.cuh>
 
 #include "args.h"
+#include "plan/device.h"
 
 namespace fused_cna::implicit_gemm_sm90 {
 
@@ -24,5 +25,9 @@ Geometry output_geometry(const ConvArgs& conv, const void* data, const Strides& 
 // The map of a geometry, encoded when it is first asked for: that costs the host microseconds, and layers ask for the same
 // maps again and again. False where there is none. Safe to call from several threads.
 bool find_map(const Geometry& geometry, device::TensorMap& map);
+
+// For kernels/run, which says what they are.
+RefusedMaps refused_maps();
+bool has_tensor_maps();
 
 }  // namespace fused_cna::implicit_gemm_sm90

@@ -41,6 +41,7 @@ struct Traits : gather::Shape<T, Of.m, Of.n, Tile::k_bytes, 128, VectorBytes> {
 
     static_assert(rows % 64 == 0 && n % Tile::slice == 0 && n <= 256, "what wgmma multiplies");
     static_assert(blocks * n <= 256, "sums take 128 registers of a thread at most");
+    static_assert(!rounds || tile.gathers(), "who gathers a chunk rounds it");
     static_assert(stages >= Tile::least_stages, "one stage is multiplied, one is done with, one is filled");
 };
 

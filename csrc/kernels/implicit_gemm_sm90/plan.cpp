@@ -91,6 +91,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
         return "it is for compute capability 9.0, the device has " + std::to_string(device.compute_major) + "." +
                std::to_string(device.compute_minor);
     }
+    if (!device.has_hopper_code) return "the extension was not compiled for sm_90a";
     if (problem.dtype == DType::float32 && !problem.allow_tf32) {
         return "float32 is to be exact, its tensor cores round to tf32";
     }
@@ -168,7 +169,9 @@ std::vector<int> useful_splits(const ConvProblem& problem, const Plan& plan, con
     if (tile_of(plan).schedule == Schedule::pingpong) return splits;
     for (const int split : {2, 4, 8}) {
         const bool none_is_empty = (split - 1) * ceil_div(steps, split) < steps;
-        if (steps >= 2 * split && none_is_empty && in_all * split <= 2 * device.multiprocessors) splits.push_back(split);
+        if (steps >= 2 * split && none_is_empty && in_all * split <= 2 * device.multiprocessors &&
+            split <= device.multiprocessors)
+            splits.push_back(split);
     }
     return splits;
 }

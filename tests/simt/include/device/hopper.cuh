@@ -131,9 +131,15 @@ inline void store_matrices(uint32_t row_address, const uint32_t (&words)[4], Whe
     });
 }
 
+inline int warpgroup() { return simt::block().thread() / 128; }
+
+// Never compiled into a kernel here.
+inline void stop() {}
+
 inline int cluster_rank() { return simt::block().rank(); }
 
 inline void sync_cluster(Where where = Where::current()) { simt::block().cluster().barrier.wait({"sync_cluster", where}); }
+inline void await_cluster(Where where = Where::current()) { simt::block().cluster().barrier.wait({"await_cluster", where}); }
 
 inline Vector16 load_cluster(uint32_t address, int rank, Where where = Where::current()) {
     Vector16 v;
