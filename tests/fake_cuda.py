@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from fused_cna import _extension, eager, ops
 from fused_cna.plan import planner
+from tests.gpu.hopper import ASSUMPTIONS
 from tests.plans import describe
 
 FAULTS = "FUSED_CNA_FAKE_FAULTS"
@@ -41,14 +42,27 @@ IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
 def environment(folder: Path, faults: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What makes processes pretend; `folder` is for a file that Python runs first."""
+    """What makes processes pretend; `folder` is for a file that Python runs first, and for an nvcc."""
     root = Path(__file__).resolve().parents[1]
     (folder / "sitecustomize.py").write_text("import tests.fake_cuda as fake\n\nfake.install()\n")
+    write_nvcc(folder)
     return {
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{folder}{os.pathsep}{root}",
         FAULTS: json.dumps(faults or {}),
         "TRITON_INTERPRET": "1",
     }
+
+
+def write_nvcc(folder: Path, **others: str) -> None:
+    """An nvcc whose programs give the answers that the Hopper kernel assumes, but for some."""
+    words = {one.questions: one.word for one in ASSUMPTIONS} | others
+    answers = {name: {"answer": word, "seen": ""} for name, word in words.items()}
+    (folder / "answers.json").write_text(json.dumps(answers))
+    (folder / "program").write_text(f"#!/bin/sh\ncat {folder}/answers.json\n")
+    (folder / "nvcc").write_text(f'#!/bin/sh\nfor made; do :; done\ncp {folder}/program "$made"\n')
+    for name in ("program", "nvcc"):
+        (folder / name).chmod(0o755)
 
 
 class Device:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import bench.cli
 from fused_cna import _extension
-from tests.fake_cuda import environment
-from tests.gpu import sanitize
+from tests.fake_cuda import environment, write_nvcc
+from tests.gpu import hopper, probes, sanitize
 from tests.gpu.__main__ import main
 from tests.gpu.calls import CALLS, LAYERS, MODELS, Call, Step
 from tests.gpu.plans import kernel_of, list_cases
@@ -77,6 +80,7 @@ def test_a_first_call_finds_the_faults_and_a_second_runs_what_failed(
     assert f"{len(rows)} of {len(rows)} convolutions" in said
     assert "find an engine" in steps["probes"]["result"]["poisoned_addend"]["error"]
     assert all("error" not in a for n, a in steps["probes"]["result"].items() if n != "poisoned_addend")
+    assert steps["probes"]["result"]["hopper"]["text"].startswith("all is as the code assumes")
 
     again, _ = call("second", {}, "--steps", "plans,tests", "--more", "tests", "-n 0")
     assert [step["status"] for step in again.values()] == [0, 0]
@@ -156,3 +160,68 @@ def test_a_sanitizer_is_found_beside_nvcc_and_missing_is_a_failure(
     for arguments, status in (["9"], 1), (["9", "--optional"], 0):
         monkeypatch.setattr(sys, "argv", ["sanitize", *arguments])
         assert sanitize.main() == status
+
+
+def ask_hopper(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **answers: str
+) -> tuple[int, str]:
+    """The status of a call of this probe alone, and its text, where the hardware answers so."""
+    write_nvcc(folder, **answers)
+    gpu = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(hopper, "find_tool", lambda name: str(folder / name))
+    monkeypatch.setattr(probes, "PROBES", (hopper.hopper,))
+    status = probes.main(folder / "result.json")
+    return status, json.loads((folder / "result.json").read_text())["hopper"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "failures"),
+    [
+        ({"tf32_map": "rounded away"}, "all is as the code assumes; maps of tf32: rounded away"),
+        (
+            {"corner_order": "height first"},
+            "corner_order height first (1 of 1): change corners_begin_with_w; ",
+        ),
+        (
+            {"products_float16_n32": "wrong", "products_float32_n32": "wrong"},
+            "products_float16_n32 wrong, products_float32_n32 wrong (2 of 3): change maps_bring_operands; ",
+        ),
+        ({"clusters": "hangs"}, "clusters hangs: "),
+        ({"tf32": "fails"}, "tf32 fails: "),
+    ],
+)
+def test_the_hopper_probe_says_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: dict[str, str], failures: str
+) -> None:
+    status, text = ask_hopper(tmp_path, monkeypatch, **answers)
+    assert text.startswith(failures)
+    assert status == (not text.startswith("all is"))
+
+
+def test_the_hopper_probe_needs_a_hopper_and_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask_hopper(tmp_path, monkeypatch, (8, 0)) == (0, "not asked: compute capability 8.0 is not 9.0")
+    assert ask_hopper(tmp_path, monkeypatch)[0] == 0
+    monkeypatch.setattr(hopper, "find_tool", lambda name: None)
+    assert probes.main(tmp_path / "result.json") == 1
+    assert "there is no nvcc" in (tmp_path / "result.json").read_text()
+
+
+def test_the_hopper_probe_is_judged_by_the_constants() -> None:
+    right = {one.questions: {"answer": one.word, "seen": ""} for one in hopper.ASSUMPTIONS}
+    constants = (hopper.ROOT / hopper.CONSTANTS).read_text()
+    named = [one.change for one in hopper.ASSUMPTIONS if one.change.isidentifier()]
+    assert sorted(re.findall(r"constexpr bool (\w+)", constants)) == sorted(named)
+    swapped = constants.replace("corners_begin_with_w = true", "corners_begin_with_w = false")
+    assert hopper.contradictions(right, swapped) == [
+        "corner_order width first: corners_begin_with_w need not be false"
+    ]
+    other = right | {"corner_order": {"answer": "height first", "seen": ""}}
+    assert hopper.contradictions(other, swapped) == []
+    del right["registers"]
+    assert hopper.contradictions(right, constants) == ["registers: no answer"]
+
+
+@pytest.mark.skipif(hopper.find_tool("nvcc") is None, reason="needs nvcc")
+def test_the_hopper_probe_compiles(tmp_path: Path) -> None:
+    hopper.run_program(hopper.compilation(str(hopper.find_tool("nvcc")), tmp_path / "probe"))

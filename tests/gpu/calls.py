@@ -43,7 +43,7 @@ CALLS = {
             USABLE,
             Step("plans", ("tests.gpu.plans", "{result}", "{seconds}"), 95),
             Step("tests", ("tests.gpu.suite", "{result}"), 110),
-            Step("probes", ("tests.gpu.probes", "{result}"), 30),
+            Step("probes", ("tests.gpu.probes", "{result}"), 60),
             Step("times", ("tests.gpu.times", "{result}", "{seconds}", "resnet50:32"), 85, least=20),
         ),
     ),

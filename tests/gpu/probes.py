@@ -16,6 +16,7 @@ from torch import Tensor
 import fused_cna
 from fused_cna.eager import conv_norm_act
 from tests.gpu.evidence import write_json
+from tests.gpu.hopper import hopper
 from tests.gpu.l2 import Reading
 from tests.reference import Problem, Wanted, random_problem
 from tests.shapes import ConvShape
@@ -142,7 +143,7 @@ def two_sizes_of_one_kernel() -> Answer:
     }
 
 
-PROBES = (copy_bandwidth, l2_bandwidth, poisoned_addend, two_sizes_of_one_kernel)
+PROBES = (hopper, copy_bandwidth, l2_bandwidth, poisoned_addend, two_sizes_of_one_kernel)
 
 
 def main(result: Path) -> int:
