@@ -30,16 +30,18 @@ ENDS = ("to first load", "an output", "with residual")
 
 NOTES = """\
 Pairs are sm_80 / sm_90a, blocks those that one multiprocessor of an A100 / H100 holds at once; shared memory
-and blocks are given where the plan knows the tile, and the tile alone decides them. A depthwise filter of 0x0
-is any; grouped reads x by 0, chunks of 16 bytes, or 1, words.
+and blocks are given where the plan knows the tile, and the tile alone decides them; implicit_gemm_sm90 is for
+sm_90a alone. A depthwise filter of 0x0 is any; grouped reads x by 0, chunks of 16 bytes, or 1, words; a
+tile of implicit_gemm_sm90 is run by one warpgroup (0), by two together (1) or in turn (2).
 
-Products (HMMA, FFMA of the CUDA cores, or split_k's FADD) and others are the instructions that a turn of the
-main loop issues, those that a predicate skips and those of the copies among them; share is that of the
-products among them all.
+Products (HMMA, HGMMA of warpgroups, FFMA of the CUDA cores, or split_k's FADD) and others are the
+instructions that a turn of the main loop issues, those that a predicate skips and those of the copies among
+them; share is that of the products among them all.
 
 To first load: instructions that lie before the first cp.async, or before the first load where there is none.
 An output: instructions of the shortest turn of the epilogue's loop that stores 16 bytes, for each value in
-them; its activation is the identity. With residual: of the shortest that loads 16 bytes of one as well."""
+them; its activation is the identity. With residual: of the shortest that loads 16 bytes of one as well.
+Neither is told of implicit_gemm_sm90, whose warpgroups run different code and whose output goes by bulk copies."""
 
 
 def pair(values: Iterable[object]) -> str:
@@ -72,7 +74,9 @@ def row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
 
 
 def end_cells(kernel: CompiledKernel) -> tuple[str, ...]:
-    """What lies before the first load, and a turn of the epilogue."""
+    """What lies before the first load, and a turn of the epilogue, where the code's order tells."""
+    if kernel.made.family == "implicit_gemm_sm90":
+        return "", "", ""
     first = min(positions(kernel.code, COPIES) or positions(kernel.code, LOADS))
     value_bytes = VALUE_BYTES[kernel.made.dtype]
     turns = epilogue_turns(kernel.code)
@@ -86,7 +90,8 @@ def rows(by_architecture: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
     for family in FAMILIES:
         by_name = [{each.name: each for each in compiled.get(family, [])} for compiled in by_architecture]
         for name in reversed(by_name[0]):
-            yield row([found[name] for found in by_name])
+            kernels = [found[name] for found in by_name]
+            yield row([k for k in kernels if k.architecture in FAMILIES[family].architectures])
 
 
 def print_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> None:
