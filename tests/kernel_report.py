@@ -41,7 +41,7 @@ them; share is that of the products among them all.
 To first load: instructions that lie before the first cp.async, or before the first load where there is none.
 An output: instructions of the shortest turn of the epilogue's loop that stores 16 bytes, for each value in
 them; its activation is the identity. With residual: of the shortest that loads 16 bytes of one as well.
-Neither is told of implicit_gemm_sm90, whose warpgroups run different code and whose output goes by bulk copies."""
+Neither is told of implicit_gemm_sm90: its warpgroups run different code, its output goes by bulk copies."""
 
 
 def pair(values: Iterable[object]) -> str:
