@@ -15,7 +15,7 @@ from fused_cna.plan import planner
 from tests.conformance import Subject, bits
 from tests.conftest import Backend, Gpu, Simulator, needs_gpu
 from tests.families import BY_NAME, family_shape, laid_out
-from tests.layouts import channels_last
+from tests.layouts import channels_last, contiguous
 from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem, random_problem
 from tests.shapes import SHAPES, ConvShape, table
 from tests.simt import conv_norm_act
@@ -77,6 +77,22 @@ def test_every_cluster_is_exact_and_repeats(kernels: Backend, name: str, dtype: 
             for seed in range(3)
         )
         assert all(torch.equal(first, other) for other in others), plan
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["many_tiles", "rows_and_columns", "images_in_tile", "wide_groups"])
+def test_a_residual_that_a_map_brings(kernels: Backend, name: str, dtype: torch.dtype) -> None:
+    """By every tile, to registers and in turns, for outputs with a map and without one."""
+    subject = Subject(kernels, HOPPER, name, dtype)
+    shape = family_shape(HOPPER.name, name)
+    for order, act, layout in (("add_act", "relu", channels_last), ("act_add", "leaky_relu", contiguous)):
+        wanted = Wanted(act, (0.125,) if act == "leaky_relu" else (), residual_order=order)
+        problem = dense(shape, dtype, wanted)
+        assert problem.residual is not None
+        problem = problem.replace(residual=channels_last(problem.residual))
+        out = layout(torch.empty_like(expected_rounded(problem)))
+        plans = HOPPER.some(subject.plans(problem), subject.chance)
+        subject.check(problem, plans, out=kernels.place(problem.replace(residual=out)).residual)
 
 
 @pytest.mark.parametrize("name", ["many_tiles", "rows_and_columns", "late_layer"])

@@ -65,12 +65,12 @@ def test_a_wait_for_the_wrong_parity_of_a_copy_reads_poison() -> None:
 
 
 def test_too_few_expected_bytes_are_a_deadlock_or_read_poison() -> None:
-    for seed in SEEDS:
-        found = outcome("too_few_bytes", seed=seed)
-        if isinstance(found, str):
-            assert "pending are 0 of 1 arrivals and -16 bytes" in found, found
-        else:
-            assert found.isnan().any()
+    """Or pass, where the bytes that nobody expects land just behind the others."""
+    found = [outcome("too_few_bytes", seed=seed) for seed in SEEDS]
+    reports = [each for each in found if isinstance(each, str)]
+    assert reports
+    assert all("pending are 0 of 1 arrivals and -16 bytes" in report for report in reports)
+    assert any(not isinstance(each, str) and each.isnan().any() for each in found)
 
 
 # PTX ISA, "Warp-level matrix store instruction: stmatrix"

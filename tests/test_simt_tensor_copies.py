@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,6 +240,32 @@ def test_the_manuals_examples_of_im2col(name: str) -> None:
             column[i] = tensor[image, row, w, : case.channels]
     assert np.array_equal(load(case, memory), swizzled(column, case))
     assert np.count_nonzero(column[:, :channels]) > 0
+
+
+# Pads and steps that differ by direction: 3 and 2 columns, 1 and no rows, steps of 2 columns and 1 row.
+UNEVEN = Case((64, 9, 7, 2), at=(0, -3, -1, 0), pixels=40, lower=(-3, -1), upper=(0, -2), step=(2, 1))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"lower": UNEVEN.lower[::-1], "upper": UNEVEN.upper[::-1]},
+        {"step": UNEVEN.step[::-1]},
+        {"offset": (0, 1)},
+        {"swizzle": 64, "channels": 16},
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_order_or_swizzle_shows(fault: dict[str, Any]) -> None:
+    """Corners, steps and offsets are of w, then of h. Another order is reported, or brings something else."""
+    memory, _ = make_tensor(UNEVEN, np.random.default_rng(0))
+    right = load(UNEVEN, memory)
+    try:
+        wrong = load(replace(UNEVEN, **fault), memory)
+    except SimulatorError as error:
+        assert "outside of the bounding box" in str(error)
+    else:
+        assert not np.array_equal(wrong, right)
 
 
 TILED = Case((64, 6, 5), (32, 4, 3), (0, 0, 0), strides=(4, 256, 1536))

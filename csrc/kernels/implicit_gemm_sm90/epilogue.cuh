@@ -256,10 +256,14 @@ class Epilogue {
             for (int i = 0; i < 4; ++i) {
                 device::Vector16 four;
                 memcpy(&four, own + i * 4, sizeof(four));
-                shared_.sums[part * 4 + i][group_.index * 128 + group_.thread] = four;
+                device::store_shared(sums_address(part, i), four);
             }
         }
         device::sync_cluster();
+    }
+
+    __device__ uint32_t sums_address(int part, int i) const {
+        return device::shared_address(&shared_.sums[part * 4 + i][group_.index * 128 + group_.thread]);
     }
 
     // In the order of the shares, whichever block does it.
@@ -270,8 +274,7 @@ class Epilogue {
         for (int share = 0; share < split(); ++share) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const auto& four = shared_.sums[part * 4 + i][group_.index * 128 + group_.thread];
-                const device::Vector16 added = device::load_cluster(device::shared_address(&four), share);
+                const device::Vector16 added = device::load_cluster(sums_address(part, i), share);
                 float values[4];
                 memcpy(values, &added, sizeof(values));
 #pragma unroll

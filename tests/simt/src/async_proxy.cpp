@@ -25,6 +25,7 @@ std::byte* AsyncProxy::memory() const {
 
 void AsyncProxy::wrote(int thread, const std::byte* first, int64_t bytes) {
     has_notes_ = true;
+    if (is_poisoned_) SharedMemory::poison(memory_.data() + (first - shared_.data()), bytes);
     Notes& notes = unpublished_[thread];
     const int32_t begin = static_cast<int32_t>(first - shared_.data()), end = begin + static_cast<int32_t>(bytes);
     if (!notes.ranges.empty() && notes.ranges.back().end == begin) {

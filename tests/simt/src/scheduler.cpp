@@ -18,6 +18,9 @@ void Scheduler::start(int threads, Body body, Body exited, uint64_t seed) {
     // Usually any thread may be next. Now and then whoever was released last runs on as far as it can, so that some
     // threads get far ahead of others.
     newest_first_ = random_.below(4) == 0;
+    // Usually effects land among the switches. Now and then only when nobody can go on without them, so that whoever does
+    // not wait for them is sure to be early.
+    effects_last_ = random_.below(4) == 0;
     count_ = live_ = threads;
     effects_.clear();
     ready_.clear();
@@ -31,7 +34,8 @@ void Scheduler::start(int threads, Body body, Body exited, uint64_t seed) {
 
 void Scheduler::step() {
     constexpr uint32_t switches_per_effect = 16;
-    if (!effects_.empty() && (ready_.empty() || random_.below(switches_per_effect) == 0)) return land_an_effect();
+    const bool may_land = ready_.empty() || (!effects_last_ && random_.below(switches_per_effect) == 0);
+    if (!effects_.empty() && may_land) return land_an_effect();
     current_ = &take_ready();
     current_->fiber.resume();
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));

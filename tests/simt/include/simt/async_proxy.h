@@ -9,10 +9,11 @@ namespace simt {
 
 // Shared memory as the async proxy sees it, that is bulk copies and wgmma. PTX ISA, "Async Proxy": accessing the same memory
 // location across multiple proxies needs a cross-proxy fence. So here it is a memory of its own:
-//   - what a thread writes by a function of the seam reaches it when that thread executes fence.proxy.async;
+//   - what a thread writes by a function of the seam reaches it when that thread executes fence.proxy.async; until then it
+//     has the poison there, as old or new may be seen;
 //   - what the async proxy writes reaches both, as the wait for it makes it visible to threads;
 //   - an ordinary store of C++ is not noticed, and never reaches it.
-// A missing fence shows: the async proxy reads poison, or what was there before.
+// A missing fence shows: the async proxy reads poison. So does a write to what the async proxy is still reading.
 class AsyncProxy {
    public:
     explicit AsyncProxy(const SharedMemory& shared) : shared_(shared) {}

@@ -77,7 +77,7 @@ class Scheduler {
     Random random_;
     int count_ = 0;
     int live_ = 0;
-    bool newest_first_ = false;
+    bool newest_first_ = false, effects_last_ = false;
 };
 
 }  // namespace simt
