@@ -45,6 +45,19 @@ std::string too_far(const ConvProblem& problem) {
     return reach > limit ? with_numbers("it counts to", reach, " rows or columns", limit) : "";
 }
 
+bool fits_masks(const ConvProblem& problem) { return problem.r <= 32 && problem.s <= 32; }
+
+std::string no_gather_reason(const ConvProblem& problem, int vector_bytes, bool takes_narrow_vectors,
+                             bool takes_any_filter) {
+    if (vector_bytes < 16 && !takes_narrow_vectors) {
+        return "channels allow loads of " + std::to_string(vector_bytes) + " bytes, this tile takes 16";
+    }
+    if (!fits_masks(problem) && !takes_any_filter) {
+        return "the filter is larger than 32x32, this tile has masked rows only";
+    }
+    return "";
+}
+
 std::string describe_copies(const Plan& plan) {
     std::string text;
     if (plan.convert_x) text += " after a copy of x";

@@ -47,6 +47,13 @@ std::string too_old(const DeviceInfo& device);
 // reach beyond the output, by at most the output's own size.
 std::string too_far(const ConvProblem& problem);
 
+// Whether the filter fits the masks of the gather of an implicit GEMM: one bit for each of its rows, or columns, of 32.
+bool fits_masks(const ConvProblem& problem);
+
+// Why that gather does not take the problem with loads of so many bytes; empty where it does. A tile may be instantiated for
+// narrow loads, and for filters without masks.
+std::string no_gather_reason(const ConvProblem& problem, int vector_bytes, bool takes_narrow_vectors, bool takes_any_filter);
+
 // For example " after a copy of x"; empty where a plan copies nothing.
 std::string describe_copies(const Plan& plan);
 

@@ -80,9 +80,6 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     return estimate;
 }
 
-// A mask has one bit for each row of the filter, or each column, and 32 bits.
-bool fits_masks(const ConvProblem& problem) { return problem.r <= 32 && problem.s <= 32; }
-
 // The ways of addressing that a supported problem's geometry and the tile's instantiations leave, the fastest first.
 std::vector<Addressing> supported_addressing(const ConvProblem& problem, const Plan& plan) {
     const bool pointwise = problem.r == 1 && problem.s == 1 && problem.stride_h == 1 && problem.stride_w == 1 &&
@@ -133,13 +130,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     if (const int64_t most = std::max(padded_rows, plan.blocks); most > int_limit) {
         return with_numbers("it needs", most, " rows or blocks", int_limit);
     }
-    if (plan.vector_bytes < 16 && !tile.takes_narrow_vectors) {
-        return "channels allow loads of " + std::to_string(plan.vector_bytes) + " bytes, this tile takes 16";
-    }
-    if (!fits_masks(problem) && !tile.takes_any_filter) {
-        return "the filter is larger than 32x32, this tile has masked rows only";
-    }
-    return "";
+    return no_gather_reason(problem, plan.vector_bytes, tile.takes_narrow_vectors, tile.takes_any_filter);
 }
 
 // Everything but addressing and split.

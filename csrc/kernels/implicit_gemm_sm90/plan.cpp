@@ -106,8 +106,6 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     return "";
 }
 
-bool fits_masks(const ConvProblem& problem) { return problem.r <= 32 && problem.s <= 32; }
-
 // Why a tile does not, whatever brings x; empty where it may.
 std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& device, const Plan& plan) {
     const Tile& tile = tile_of(plan);
@@ -123,13 +121,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     if (const int64_t most = std::max(rows, tiles_in(problem, tile) * 8); most > int_limit) {
         return with_numbers("it needs", most, " rows or blocks", int_limit);
     }
-    if (plan.vector_bytes < 16 && !tile.takes_narrow_vectors) {
-        return "channels allow loads of " + std::to_string(plan.vector_bytes) + " bytes, this tile takes 16";
-    }
-    if (!fits_masks(problem) && !tile.takes_any_filter) {
-        return "the filter is larger than 32x32, this tile has masked rows only";
-    }
-    return "";
+    return no_gather_reason(problem, plan.vector_bytes, tile.takes_narrow_vectors, tile.takes_any_filter);
 }
 
 // Why bulk copies cannot bring x; empty where they can.
