@@ -150,6 +150,33 @@ def every_plan_of_another_device() -> None:
     subject("stem").check(integer_problem(MANY_TILES, torch.float16), ["stem 64x32x16"], device="L4")
 
 
+def every_way_through_memory_on_hopper() -> None:
+    """Residual and output with a map and without, in registers and in turns, alone and in clusters."""
+    runs = subject("implicit_gemm_sm90")
+    layouts = (channels_last, contiguous, misaligned_channels_last, every_second_pixel_aligned)
+    for dtype, name in product(DTYPES, ("many_tiles", "accesses_of_4", "pointwise")):
+        shape = family_shape(runs.family.name, name)
+        for act, layout in product(("relu", "leaky_relu"), layouts):
+            wanted = Wanted(act, (0.125,) if act == "leaky_relu" else (), residual_order="act_add")
+            problem = dense(integer_problem(shape, dtype, wanted))
+            problem = problem.replace(residual=layout(problem.residual))
+            plans = runs.chance.sample(all_plans := runs.plans(problem), min(3, len(all_plans)))
+            runs.check(problem, plans, out=layout(torch.zeros_like(problem.residual)))
+    for dtype, act in product(DTYPES, ("relu", "leaky_relu")):
+        wanted = Wanted(act, (0.125,) if act == "leaky_relu" else ())
+        problem = dense(integer_problem(family_shape(runs.family.name, "late_layer"), dtype, wanted))
+        plans = [p for p in runs.family.plans(problem, "H100") if "split 8" in p]
+        runs.check(problem, plans[:2], device="H100")
+    for name in ("many_tiles", "rows_and_columns"):
+        problem = dense(integer_problem(family_shape(runs.family.name, name), torch.float16))
+        with binding.failing_encode(binding.CONV):
+            runs.check(problem, [f"{runs.family.name} 256x128x64", f"{runs.family.name} 128x128x64 pingpong"])
+    strided = dense(integer_problem(family_shape(runs.family.name, "pointwise"), torch.float16))
+    for x in (sliced_channels_last(strided.x), strided.x[:, :, ::2], strided.x[..., ::2]):
+        runs.check(strided.replace(x=x), runs.plans(strided.replace(x=x))[:2])
+    runs.check(dense(integer_problem(ONE, torch.float16)), [runs.family.name])
+
+
 def every_answer_of_the_plan() -> None:
     for shape in (*REFUSED, *PARTLY_REFUSED):
         zero = HALF.float() if "float32" in shape.name else HALF
@@ -202,6 +229,7 @@ def main() -> None:
     every_epilogue()
     every_sum_that_is_not_finite()
     every_plan_of_another_device()
+    every_way_through_memory_on_hopper()
     every_family()
 
 

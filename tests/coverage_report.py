@@ -35,6 +35,11 @@ EXCEPTIONS = "these ways clean up after an exception"
 OPERATOR_ONLY = (
     "called by torch/operator.cpp alone, which needs torch: tests/test_operator.py and the GPU tests"
 )
+NO_SUCH_LAYOUT = (
+    "maps are asked for only of x whose pixels the plan knows to be even, and of y that torch takes"
+)
+FULL_CACHE = "more maps than are kept: tests/test_hopper_kernel.py"
+WHOLE_DEVICE = "a named device of 9.0 has it all; of one that lacks something, tests/test_hopper_kernel.py"
 PYTHON_ONLY = "called by plan/module.cpp alone: tests/test_compiled_kernels.py"
 INLINED = "the compiler's copies of an inlined function; one of them goes both ways"
 CLAMPS = "the switch names every Activation; those that clamp are asked for before it"
@@ -123,6 +128,63 @@ ARGUED: dict[str, dict[str, str]] = {
     },
     "csrc/kernels/common/gather_rows.cuh": {
         "return position > first ? dilation.quotient(position - first - 1) + 1 : 0;": INLINED,
+    },
+    "csrc/kernels/implicit_gemm_sm90/epilogue.cuh": {
+        "const device::Vector16 chunk = device::load_shared(address);": INLINED,
+        "if (destination.template takes_vectors<width>()) {": INLINED,
+        "for (int i = 0; i < width; ++i) {": INLINED,
+        "if (i < valid) y[i * destination.stride] = parts[i];": INLINED,
+    },
+    "csrc/kernels/implicit_gemm_sm90/launch.cpp": {
+        "switch (args.problem.dtype) {": NO_SUCH_DTYPE,
+        'return "no storage type";': NO_SUCH_DTYPE,
+    },
+    "csrc/kernels/implicit_gemm_sm90/launch.cuh": {
+        "find_map(x_geometry(args.conv, args.x_is_tiled, tile), args.x_map);": EXCEPTIONS,
+        (
+            "if (is_split && (Traits::is_pingpong || plan.blocks != int64_t{args.tiles} * args.split)) {"
+        ): NO_SUCH_TILE,
+        'return "blocks of a cluster share one tile each";': NO_SUCH_TILE,
+        "if (plan.vector_bytes == 16 && !any_filter) {": NO_SUCH_TILE,
+        (
+            "if (!any_filter && plan.vector_bytes == 4) return launch_kernel<Quarter, "
+            "gather::MaskedRows>(conv, plan, stream);"
+        ): NO_SUCH_TILE,
+        (
+            "if (any_filter) return launch_kernel<Quarter, gather::PlainRows>(conv, plan, stream);"
+        ): NO_SUCH_TILE,
+        "return no_instantiation;": NO_SUCH_TILE,
+    },
+    "csrc/kernels/implicit_gemm_sm90/maps.cu": {
+        "refused_maps": OPERATOR_ONLY,
+        "has_tensor_maps": OPERATOR_ONLY,
+        "if (map.strides[i] <= 0 || map.strides[i] % 16 != 0) return false;": NO_SUCH_LAYOUT,
+        "if (!step) return std::nullopt;": NO_SUCH_LAYOUT,
+        "if (!step || !is_dense || (p.gemm_m() > 1 && *step < p.k)) return std::nullopt;": NO_SUCH_LAYOUT,
+        "static std::map<device::MapGeometry, device::TensorMap> maps;": EXCEPTIONS,
+        "if (maps.size() >= most_maps) maps.clear();": FULL_CACHE,
+    },
+    "csrc/kernels/implicit_gemm_sm90/plan.cpp": {
+        "list_tiles": PYTHON_ONLY,
+        "if (device.compute_major != 9 || device.compute_minor != 0) {": WHOLE_DEVICE,
+        'if (!device.has_hopper_code) return "the extension was not compiled for sm_90a";': WHOLE_DEVICE,
+        "if (tile.shared_bytes(bytes) > device.shared_per_block) {": WHOLE_DEVICE,
+        (
+            'return with_numbers("it needs", tile.shared_bytes(bytes), " bytes of shared '
+            'memory", device.shared_per_block);'
+        ): WHOLE_DEVICE,
+        'if (!device.has_tensor_maps) return "the driver does not encode tensor maps";': WHOLE_DEVICE,
+        (
+            'if (corner < least_corner || corner > most_corner) return outside("a corner", '
+            "corner, least_corner, most_corner);"
+        ): EXCEPTIONS,
+    },
+    "csrc/kernels/implicit_gemm_sm90/tile.h": {
+        "const": PYTHON_ONLY,
+    },
+    "csrc/kernels/run.cpp": {
+        "has_tensor_maps": OPERATOR_ONLY,
+        "refused_tensor_maps": OPERATOR_ONLY,
     },
     "csrc/kernels/small_m/plan.cpp": TILES,
     "csrc/kernels/small_m/small_m.cu": {"return no_instantiation;": NO_SUCH_TILE},
