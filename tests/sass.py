@@ -103,7 +103,8 @@ def read_extension(extension: Path, cache_folder: Path = CACHE) -> dict[str, Com
     """Every kernel in an extension, by architecture and family."""
     found: dict[str, Compiled] = {}
     for cubin in sorted(extract_cubins(extension, cache_folder).glob("*.cubin")):
-        architecture = cubin.stem.rpartition(".")[2]
+        # a cuobjdump from before CUDA 13, as older tritons bring it, leaves out what is special to a target
+        architecture = cubin.stem.rpartition(".")[2].replace("sm_90a", "sm_90").replace("sm_90", "sm_90a")
         for kernel in read_cubin(cubin, architecture):
             found.setdefault(architecture, {}).setdefault(kernel.made.family, []).append(kernel)
     return found
