@@ -224,4 +224,6 @@ def test_the_hopper_probe_is_judged_by_the_constants() -> None:
 
 @pytest.mark.skipif(hopper.find_tool("nvcc") is None, reason="needs nvcc")
 def test_the_hopper_probe_compiles(tmp_path: Path) -> None:
-    hopper.run_program(hopper.compilation(str(hopper.find_tool("nvcc")), tmp_path / "probe"))
+    program = tmp_path / "probe"
+    assert hopper.run_program(hopper.compilation(str(hopper.find_tool("nvcc")), program)) == ""
+    assert program.is_file()

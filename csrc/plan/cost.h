@@ -16,6 +16,7 @@ inline constexpr double block_start = 700;       // launch, first addresses, tab
 inline constexpr double block_ends = 3000;       // where nothing is known apart: all but the main loop of a lone block
 inline constexpr double issued_per_cycle = 3.2;  // warp instructions: four fifths of what four schedulers can issue
 inline constexpr double shared_bytes_per_cycle = 128;
+inline constexpr double copies_per_cycle = 8;  // cp.async of single threads
 // To one multiprocessor while all read operands. Plain reads reach 42 on an H200 (9.4 TB/s), but with 42 the plans for
 // ResNet-50 at batch 32 are 5 % slower, as measured, and with 36 no faster.
 inline constexpr double l2_bytes_per_cycle = 26;

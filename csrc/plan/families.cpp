@@ -45,6 +45,25 @@ std::string too_far(const ConvProblem& problem) {
     return reach > limit ? with_numbers("it counts to", reach, " rows or columns", limit) : "";
 }
 
+std::string no_copies_reason(const ConvProblem& problem) {
+    if (problem.dense_vector_bytes() >= 4) return "";
+    return "a group's " + std::to_string(problem.c_per_group()) +
+           " channels allow loads of 2 bytes, cp.async copies at least 4";
+}
+
+void choose_access(const ConvProblem& problem, Plan& plan) {
+    plan.convert_x = problem.x_vector_bytes < 4;
+    plan.convert_weight = problem.weight_vector_bytes < 4;
+    const int64_t dense = problem.dense_vector_bytes();
+    plan.vector_bytes = static_cast<int>(std::min(plan.convert_x ? dense : problem.x_vector_bytes,
+                                                  plan.convert_weight ? dense : problem.weight_vector_bytes));
+}
+
+bool is_pointwise(const ConvProblem& problem, const Plan& plan) {
+    return problem.r == 1 && problem.s == 1 && problem.stride_h == 1 && problem.stride_w == 1 &&
+           problem.padded_h() == problem.h && problem.padded_w() == problem.w && (problem.x_pixels_even || plan.convert_x);
+}
+
 bool fits_masks(const ConvProblem& problem) { return problem.r <= 32 && problem.s <= 32; }
 
 std::string no_gather_reason(const ConvProblem& problem, int vector_bytes, bool takes_narrow_vectors,

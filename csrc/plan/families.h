@@ -47,6 +47,16 @@ std::string too_old(const DeviceInfo& device);
 // reach beyond the output, by at most the output's own size.
 std::string too_far(const ConvProblem& problem);
 
+// Why cp.async cannot copy the problem's channels; empty where it can.
+std::string no_copies_reason(const ConvProblem& problem);
+
+// The copies to dense memory that a plan asks for, where that widens loads or makes tensor cores possible at all, and the
+// bytes of a load that then are possible. Copies are costed like anything else.
+void choose_access(const ConvProblem& problem, Plan& plan);
+
+// Whether the convolution, with x as the plan has it, is a plain matrix product whose rows are the pixels of x.
+bool is_pointwise(const ConvProblem& problem, const Plan& plan);
+
 // Whether the filter fits the masks of the gather of an implicit GEMM: one bit for each of its rows, or columns, of 32.
 bool fits_masks(const ConvProblem& problem);
 

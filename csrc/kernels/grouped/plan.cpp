@@ -76,10 +76,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
         return "float32 is to be exact, its tensor cores round to tf32";
     }
     if (problem.gemm_k() == 0) return "there is nothing to multiply";
-    if (problem.dense_vector_bytes() < 4) {
-        return "a group's " + std::to_string(problem.c_per_group()) +
-               " channels allow loads of 2 bytes, cp.async copies at least 4";
-    }
+    if (const std::string reason = no_copies_reason(problem); !reason.empty()) return reason;
     return too_far(problem);
 }
 

@@ -12,7 +12,6 @@ namespace {
 using fused_cna::resident_blocks;
 
 // Assumptions that no measurement has yet replaced.
-constexpr double copies_per_cycle = 8;     // cp.async of single threads
 constexpr double compensated_share = 0.7;  // of the tensor cores' rate, beside splitting operands and adding up in float32
 constexpr double fma_share = 0.75;         // of the CUDA cores' rate: the share of multiply-adds among the instructions
 
@@ -82,11 +81,8 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
 
 // The ways of addressing that a supported problem's geometry and the tile's instantiations leave, the fastest first.
 std::vector<Addressing> supported_addressing(const ConvProblem& problem, const Plan& plan) {
-    const bool pointwise = problem.r == 1 && problem.s == 1 && problem.stride_h == 1 && problem.stride_w == 1 &&
-                           problem.padded_h() == problem.h && problem.padded_w() == problem.w &&
-                           (problem.x_pixels_even || plan.convert_x);
     std::vector<Addressing> ways;
-    if (pointwise && plan.vector_bytes == 16) ways.push_back(Addressing::pointwise);
+    if (is_pointwise(problem, plan) && plan.vector_bytes == 16) ways.push_back(Addressing::pointwise);
     if (fits_masks(problem)) ways.push_back(Addressing::masked);
     if (tile_of(plan).takes_any_filter) ways.push_back(Addressing::plain);
     return ways;
@@ -119,10 +115,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
         return "a float32 sum of " + std::to_string(problem.gemm_k()) + " products is more accurate, it wants " +
                std::to_string(fewest_compensated) + " or more";
     }
-    if (problem.dense_vector_bytes() < 4) {
-        return "a group's " + std::to_string(problem.c_per_group()) +
-               " channels allow loads of 2 bytes, cp.async copies at least 4";
-    }
+    if (const std::string reason = no_copies_reason(problem); !reason.empty()) return reason;
     if (problem.gemm_k() == 0) return "there is nothing to multiply";
     if (resident_blocks(tile, device) == 0) {
         return with_numbers("it needs", tile.shared_bytes(), " bytes of shared memory", device.shared_per_block);
@@ -138,13 +131,7 @@ Plan base_of_tile(const ConvProblem& problem, Kernel kernel, int index) {
     const Tile& tile = tiles_of(kernel)[index];
     const int k = tile.k_bytes / static_cast<int>(size_in_bytes(problem.dtype));
     Plan plan{.kernel = kernel, .choice = Choice{.tile = index, .stages = tile.stages}, .tile = {tile.m, tile.n, k}};
-    // Copying to dense memory pays where it widens the loads or makes tensor cores possible at all; it is costed like
-    // anything else.
-    plan.convert_x = problem.x_vector_bytes < 4;
-    plan.convert_weight = problem.weight_vector_bytes < 4;
-    const int64_t dense = problem.dense_vector_bytes();
-    plan.vector_bytes = static_cast<int>(std::min(plan.convert_x ? dense : problem.x_vector_bytes,
-                                                  plan.convert_weight ? dense : problem.weight_vector_bytes));
+    choose_access(problem, plan);
     plan.blocks = ceil_div(problem.gemm_m(), tile.m) * ceil_div(problem.gemm_n(), tile.n) * problem.groups;
     return plan;
 }

@@ -19,9 +19,4 @@ constexpr Corners corners_of(const ConvProblem& p) {
 // CUDA Driver API, cuTensorMapEncodeIm2col, for four dimensions; PTX ISA, "im2colOffsets".
 inline constexpr int64_t least_corner = -128, most_corner = 127, most_step = 8, most_offset = 255;
 
-// A plain matrix product, whose rows are the pixels of x.
-constexpr bool is_pointwise(const ConvProblem& p) {
-    return p.r == 1 && p.s == 1 && p.stride_h == 1 && p.stride_w == 1 && p.padded_h() == p.h && p.padded_w() == p.w;
-}
-
 }  // namespace fused_cna::implicit_gemm_sm90

@@ -13,7 +13,6 @@ namespace {
 // Assumptions that no measurement has yet replaced; times in multiprocessor cycles.
 constexpr double wgmma_share = 0.85;           // of the tensor cores' rate, in a main loop that is fed
 constexpr double map_l2_bytes_per_cycle = 40;  // to one multiprocessor, by bulk copies; plain reads reach 42, as measured
-constexpr double copies_per_cycle = 8;         // cp.async of single threads
 constexpr double turn_instructions = 50, residual_instructions = 16;  // of a warp, for 8 outputs a lane
 constexpr double turn_latency = 150;                                  // of a lone warp
 constexpr double cluster_latency = 800;                               // of a barrier, of sums from other blocks
@@ -23,7 +22,7 @@ constexpr double start_and_end = 700;  // barriers, maps and registers before th
 const Choice& choice_of(const Plan& plan) { return std::get<Choice>(plan.choice); }
 const Tile& tile_of(const Plan& plan) { return tiles[choice_of(plan).tile]; }
 
-// Half as much again and a tenth more than mma.sync, see device.h.
+// mma.sync does five eighths of it, see device.h.
 double products_per_clock(const ConvProblem& problem, const DeviceInfo& device) {
     const double half = mma_per_clock(device) * 8 / 5 * wgmma_share;
     return problem.dtype == DType::float32 ? half / 2 : half;
@@ -98,10 +97,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     if (problem.groups > 1 && problem.c_per_group() < 64) {
         return "groups have " + std::to_string(problem.c_per_group()) + " channels, it takes groups of 64 or more";
     }
-    if (problem.dense_vector_bytes() < 4) {
-        return "a group's " + std::to_string(problem.c_per_group()) +
-               " channels allow loads of 2 bytes, cp.async copies at least 4";
-    }
+    if (const std::string reason = no_copies_reason(problem); !reason.empty()) return reason;
     if (problem.gemm_k() == 0) return "there is nothing to multiply";
     return "";
 }
@@ -140,7 +136,7 @@ std::string no_maps_reason(const ConvProblem& problem, const DeviceInfo& device,
         return "a group's " + std::to_string(problem.c_per_group()) + " channels are no multiple of " +
                std::to_string(plan.tile.k) + ", and the copy would read the next group's";
     }
-    if (is_pointwise(problem) && (problem.x_pixels_even || plan.convert_x)) return "";
+    if (is_pointwise(problem, plan)) return "";
     const Corners corners = corners_of(problem);
     for (const int64_t corner : {corners.lower_w, corners.lower_h, corners.upper_w, corners.upper_h}) {
         if (corner < least_corner || corner > most_corner) return outside("a corner", corner, least_corner, most_corner);
@@ -184,17 +180,13 @@ void add_tile(const ConvProblem& problem, const DeviceInfo& device, int index, s
     const auto bytes = size_in_bytes(problem.dtype);
     Plan plan{.kernel = Kernel::implicit_gemm_sm90,
               .choice = Choice{.tile = index, .stages = tile.stages(bytes)},
-              .tile = {tile.m, tile.n, Tile::k_bytes / static_cast<int>(bytes)},
-              .convert_x = problem.x_vector_bytes < 4,
-              .convert_weight = problem.weight_vector_bytes < 4};
+              .tile = {tile.m, tile.n, Tile::k_bytes / static_cast<int>(bytes)}};
     auto& choice = std::get<Choice>(plan.choice);
-    const int64_t dense = problem.dense_vector_bytes();
-    plan.vector_bytes = static_cast<int>(std::min(plan.convert_x ? dense : problem.x_vector_bytes,
-                                                  plan.convert_weight ? dense : problem.weight_vector_bytes));
+    choose_access(problem, plan);
     std::string reason = unsupported_reason(problem, device);
     if (reason.empty()) reason = unsupported_reason(problem, device, plan);
     const std::string no_maps = reason.empty() ? no_maps_reason(problem, device, plan) : reason;
-    choice.fetch = is_pointwise(problem) && (problem.x_pixels_even || plan.convert_x) ? Fetch::tiled : Fetch::im2col;
+    choice.fetch = is_pointwise(problem, plan) ? Fetch::tiled : Fetch::im2col;
     if (no_maps.empty()) {
         add_fetch(problem, device, plan, all);
     } else {

@@ -2,7 +2,6 @@
 // fill the same stages.
 #pragma once
 
-#include "kernels/common/tf32.cuh"
 #include "kernels/implicit_gemm_sm90/shared.cuh"
 
 namespace fused_cna::implicit_gemm_sm90 {
