@@ -7,7 +7,8 @@ import threading
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
-from bench.terminal import Console, make_console, make_table, progress_of
+from bench.terminal import Console, make_console, make_table
+from fused_cna._progress import progress
 from tests.zoo import results as kept_results
 from tests.zoo.catalogue import NAMES
 from tests.zoo.judge import Result
@@ -95,7 +96,7 @@ def _judge_all(names: Sequence[str], count: int, frozen: bool, kept: Kept, conso
     for thread in threads:
         thread.start()
     try:
-        with progress_of(console, "networks", len(names)) as step:
+        with progress("networks", len(names), shown=True) as step:
             running = len(threads)
             while running:
                 outcome = done.get()
