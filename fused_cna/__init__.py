@@ -7,7 +7,7 @@ from fused_cna._version import __version__
 from fused_cna.config import FusionFallbackWarning, PlanFileWarning
 from fused_cna.fusion.fuse import fuse, unfuse
 from fused_cna.fusion.records import FusionError
-from fused_cna.fusion.reporting import FusionReport, report
+from fused_cna.fusion.report import FusionReport, report
 from fused_cna.modules import ConvNormAct
 from fused_cna.ops import conv_norm_act
 from fused_cna.plan import ConvProblem, Explanation, explain, forced_plan

@@ -97,11 +97,28 @@ def _check_convolution(
         )
     # torch gives an input without channels an output without channels.
     channels = 0 if weight.shape[1] == 0 else weight.shape[0]
+    return (x.shape[0], channels, *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
+
+
+def output_size(
+    size: Sequence[int],
+    filter_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """The (height, width) of a convolution's result; below 1 where the filter is larger than the image.
+
+    ``padding`` is (height, width) or (top, bottom, left, right).
+    """
+    height, width = size
+    if len(padding) == 4:
+        height, width = height + padding[0] + padding[1], width + padding[2] + padding[3]
+    else:
+        height, width = height + 2 * padding[0], width + 2 * padding[1]
     return (
-        x.shape[0],
-        channels,
-        (height - filter_height) // stride[0] + 1,
-        (width - filter_width) // stride[1] + 1,
+        (height - dilation[0] * (filter_size[0] - 1) - 1) // stride[0] + 1,
+        (width - dilation[1] * (filter_size[1] - 1) - 1) // stride[1] + 1,
     )
 
 

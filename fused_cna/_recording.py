@@ -150,25 +150,17 @@ def record(model: Callable[..., Any], example_inputs: Any, planner: ModuleType) 
     Raises:
         RuntimeError: none of its convolutions came to the operator; says what may be the cause.
     """
-    calls = observe(model, example_inputs, planner, _names_of_weights(model))
-    if not calls:
-        raise RuntimeError(
-            "no convolution of the model came to fused_cna's operator, so there is nothing to tune: "
-            + _likely_cause(model)
-        )
-    return calls
-
-
-def observe(
-    model: Callable[..., Any], example_inputs: Any, planner: ModuleType, names: Mapping[int, str]
-) -> list[RecordedCall]:
-    """As :func:`record`, but none is no error; ``names`` are those of the weights, by their addresses."""
-    recorder = _Recorder(planner, names)
+    recorder = _Recorder(planner, _names_of_weights(model))
     with torch.inference_mode(), operator_everywhere(), recorder:
         if isinstance(example_inputs, Mapping):
             model(**example_inputs)
         else:
             model(*(example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)))
+    if not recorder.calls:
+        raise RuntimeError(
+            "no convolution of the model came to fused_cna's operator, so there is nothing to tune: "
+            + _likely_cause(model)
+        )
     return list(recorder.calls.values())
 
 

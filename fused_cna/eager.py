@@ -41,6 +41,13 @@ def add_residual(z: Tensor, residual: Tensor, inplace: bool = False) -> Tensor:
     return z.add_(residual) if inplace and type(residual) is type(z) is Tensor else z + residual
 
 
+def is_summand(residual: Tensor, x: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a residual has this shape, and the dtype and device of a convolution of ``x``."""
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if is_autocast_enabled(device_type) else x.dtype
+    return residual.device == x.device and residual.dtype == dtype and residual.shape == shape
+
+
 def _pad(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
     """Pads as far as (top, bottom, left, right) differ; the (height, width) that remains is returned too."""
     top, bottom, left, right = padding

@@ -11,6 +11,7 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrize
 
 from fused_cna import activation
+from fused_cna._checks import explicit_padding, output_size
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -78,6 +79,20 @@ def same_padding(
         total = max(steps * stride[i] + (filter_size[i] - 1) * dilation[i] + 1 - size[i], 0)
         padding += [total // 2, total - total // 2]
     return padding[0], padding[1], padding[2], padding[3]
+
+
+def output_shape(conv: Any, shape: Sequence[int], zero_pad: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the convolution's result for an input of a shape, padded with zeros first."""
+    top, bottom, left, right = zero_pad
+    size = shape[-2] + top + bottom, shape[-1] + left + right
+    filter_size, stride, dilation = conv.weight.shape[2:], conv.stride, conv.dilation
+    padding = conv.padding
+    if pads_same(conv):
+        padding = same_padding(size, filter_size, stride, dilation)
+    elif isinstance(padding, str):
+        padding = explicit_padding(padding, filter_size, stride, dilation)
+    size = output_size(size, filter_size, stride, padding, dilation)
+    return *shape[:-3], conv.weight.shape[0], *size
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch._inductor.compile_fx
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import fused_cna
+from fused_cna import ops
 from fused_cna.fusion import compiler
 from tests.reference import relative_error
 
@@ -21,37 +21,34 @@ TOLERANCE = 2e-6
 class Graphs:
     """The backend, eager inside, that remembers the graphs it was given, each with its fused calls."""
 
-    def __init__(self, inner: str = "eager", **options: Any) -> None:
-        self.options = {"inner": inner, **options}
+    def __init__(self, inner: str = "eager") -> None:
+        self.inner = inner
         self.made: list[fx.GraphModule] = []
 
     def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.made.append(graph_module)
-        return compiler.compile_graph(graph_module, inputs, options=self.options)
+        return compiler.compile_graph(graph_module, inputs, options={"inner": self.inner})
 
     @property
     def calls(self) -> list[dict[str, Any]]:
-        """The options of all fused calls, in order."""
-        return [
-            dict(node.kwargs)
-            for graph_module in self.made
-            for node in graph_module.graph.nodes
-            if node.target is fused_cna.conv_norm_act
-        ]
+        """The arguments of all calls of the operator, in order."""
+        names = list(inspect.signature(ops.conv_norm_act).parameters)[:-1]
+        nodes = [node for graph_module in self.made for node in graph_module.graph.nodes]
+        return [dict(zip(names, node.args, strict=True)) for node in nodes if node.target is ops.operator]
 
     @property
     def parts(self) -> list[str]:
-        """What each fused call computes besides the convolution."""
-        return [
-            " + ".join(
-                [
-                    *(["norm"] if "running_mean" in call else []),
-                    *([call["residual_order"]] if "residual" in call else []),
-                    *([call["act"]] if call.get("act", "identity") != "identity" else []),
-                ]
-            )
-            for call in self.calls
-        ]
+        """What each of them computes besides the convolution."""
+        return [" + ".join(_parts(call)) for call in self.calls]
+
+
+def _parts(call: dict[str, Any]) -> Iterator[str]:
+    if call["running_mean"] is not None:
+        yield "norm"
+    if call["residual"] is not None:
+        yield call["residual_order"]
+    if call["act"] != "identity":
+        yield call["act"]
 
 
 def randomised(network: nn.Module) -> nn.Module:
@@ -87,21 +84,39 @@ class Block(nn.Module):
 BLOCK = ["norm + relu", "norm + add_act + relu"]
 
 
+class FunctionalNorm(nn.Module):
+    """``F.batch_norm`` of whatever it is given."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.conv = conv
+        self.register_buffer("mean", torch.rand(conv.out_channels, dtype=dtype))
+        self.register_buffer("var", torch.rand(conv.out_channels, dtype=dtype) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.conv(x), self.mean, self.var)
+
+
 def image(*shape: int) -> Tensor:
     return torch.randn(shape or (2, 6, 9, 10))
 
 
 def check(
-    network: Callable[..., Any], graphs: Graphs, *inputs: Tensor, tolerance: float = TOLERANCE, **options: Any
+    network: Callable[..., Any],
+    graphs: Callable[..., Any],
+    *inputs: Tensor,
+    compiled: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> Callable[..., Any]:
-    """Compile, run, compare; the compiled network."""
-    compiled = torch.compile(network, backend=graphs, **options)
+    """Compile unless that is done, run without gradients, compare with the network; the compiled one."""
+    if compiled is None:
+        compiled = torch.compile(network, backend=graphs, **options)
+    mine, theirs = ([x.clone() for x in inputs] for _ in range(2))
     with torch.no_grad():
-        expected = network(*[x.clone() for x in inputs])
-        actual = compiled(*[x.clone() for x in inputs])
-    assert actual.dtype == expected.dtype
-    assert actual.stride() == expected.stride()
-    assert relative_error(actual, expected.double()) <= tolerance
+        actual, expected = compiled(*mine), network(*theirs)
+    assert (actual.dtype, actual.stride()) == (expected.dtype, expected.stride())
+    assert relative_error(actual, expected.double()) <= TOLERANCE
+    assert all(map(torch.equal, mine, theirs))
     return compiled
 
 
@@ -119,16 +134,3 @@ def captured(network: nn.Module, *inputs: Tensor) -> fx.GraphModule:
         torch.compile(network, backend=backend, fullgraph=True)(*inputs)
     (graph_module,) = graphs
     return graph_module
-
-
-class FunctionalNorm(nn.Module):
-    """``F.batch_norm`` of whatever it is given."""
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.conv = conv
-        self.register_buffer("mean", torch.rand(conv.out_channels, dtype=dtype))
-        self.register_buffer("var", torch.rand(conv.out_channels, dtype=dtype) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(self.conv(x), self.mean, self.var)

@@ -189,6 +189,12 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would run as a kernel on a GPU goes to the operator on the CPU as well."""
+    monkeypatch.setattr(fused_cna.ops, "operator_everywhere", True)
+
+
+@pytest.fixture
 def graphs(fresh_dynamo: None) -> object:
     """The backend of ``torch.compile``, which remembers the graphs that it was given."""
     from tests.compiled_networks import Graphs

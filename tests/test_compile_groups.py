@@ -2,122 +2,105 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch._inductor.compile_fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.compiled_networks import (
-    BLOCK,
-    TOLERANCE,
-    Block,
-    FunctionalNorm,
-    Graphs,
-    check,
-    image,
-    randomised,
-)
-from tests.reference import relative_error
+from fused_cna import activation
+from tests.compiled_networks import BLOCK, Block, FunctionalNorm, Graphs, check, image, randomised
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "operators")
 
-ACTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "relu": (nn.ReLU(), "relu"),
-    "relu_inplace": (nn.ReLU(inplace=True), "relu"),
-    "relu_function": (torch.relu, "relu"),
-    "relu_method": (lambda x: x.relu_(), "relu"),
-    "relu_clamp": (lambda x: x.clamp(min=0), "relu"),
-    "relu6": (nn.ReLU6(), "relu6"),
-    "hardtanh": (nn.Hardtanh(0, 6, inplace=True), "relu6"),
-    "leaky_relu": (nn.LeakyReLU(0.2, inplace=True), "leaky_relu"),
-    "elu": (nn.ELU(0.5), "elu"),
-    "silu": (nn.SiLU(inplace=True), "silu"),
-    "gelu": (nn.GELU(), "gelu"),
-    "gelu_tanh": (nn.GELU(approximate="tanh"), "gelu_tanh"),
-    "hardswish": (nn.Hardswish(inplace=True), "hardswish"),
-    "hardsigmoid": (nn.Hardsigmoid(), "hardsigmoid"),
-    "sigmoid": (torch.sigmoid, "sigmoid"),
-    "tanh": (nn.Tanh(), "tanh"),
-    "mish": (nn.Mish(), "mish"),
+MODULES = [
+    *(nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(0, 6, inplace=True), nn.LeakyReLU(0.2, inplace=True)),
+    *(nn.ELU(1), nn.SiLU(inplace=True), nn.GELU(), nn.GELU(approximate="tanh"), nn.Hardswish(inplace=True)),
+    *(nn.Hardsigmoid(), nn.Tanh(), nn.Mish(inplace=True)),
+]
+FUNCTIONS: dict[Callable[[Tensor], Tensor], str] = {
+    torch.relu: "relu",
+    torch.sigmoid: "sigmoid",
+    lambda x: x.relu_(): "relu",
+    lambda x: x.clamp(min=0): "relu",
 }
 
 
-@pytest.mark.parametrize(("act", "name"), ACTS.values(), ids=ACTS)
+@pytest.mark.parametrize(
+    ("act", "name"), [*((act, activation.describe(act)[0]) for act in MODULES), *FUNCTIONS.items()], ids=str
+)
 def test_activations(act: Callable[[Tensor], Tensor], name: str, graphs: Graphs) -> None:
     check(randomised(Block(act=act)), graphs, image(), fullgraph=True)
     assert graphs.parts == [f"norm + {name}", f"norm + add_act + {name}"]
 
 
-@pytest.mark.parametrize("padding", ["same", "valid", 2, (0, 1)])
-def test_paddings(padding: Any, graphs: Graphs) -> None:
-    check(FunctionalNorm(nn.Conv2d(6, 8, 4, padding=padding, dilation=2, groups=2)).eval(), graphs, image())
-    assert graphs.parts == ["norm"]
+class Padded(FunctionalNorm):
+    def __init__(self, amounts: tuple[int, ...], padding: Any, size: int = 3) -> None:
+        super().__init__(nn.Conv2d(6, 8, size, padding=padding, dilation=2, groups=2))
+        self.amounts = amounts
 
-
-class PadBefore(FunctionalNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1, 2, 3)))
-
-
-def test_zeros_around_the_input(graphs: Graphs) -> None:
-    check(PadBefore(nn.Conv2d(6, 8, 3, padding=(1, 2))).eval(), graphs, image(), fullgraph=True)
-    (call,) = graphs.calls
-    assert call["padding"] == (3, 4, 2, 3)
-    (graph_module,) = graphs.made
-    assert not any(node.target is torch._C._nn.pad for node in graph_module.graph.nodes)
-
-
-class Crop(FunctionalNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (-1, 1, 0, 0)))
+        return super().forward(F.pad(x, self.amounts) if self.amounts else x)
 
 
 @pytest.mark.parametrize(
-    "network", [Crop(nn.Conv2d(6, 8, 3, padding=1)), PadBefore(nn.Conv2d(6, 8, 3, padding="same"))]
+    ("network", "padding"),
+    [
+        (Padded((), 2), (2, 2)),
+        (Padded((), (0, 1)), (0, 1)),
+        (Padded((), "valid"), (0, 0)),
+        (Padded((), "same", size=4), (3, 3, 3, 3)),
+        (Padded((), "same", size=2), (1, 1, 1, 1)),
+        (Padded((0, 1, 2, 3), (1, 2)), (3, 4, 2, 3)),
+        # These stay outside.
+        (Padded((-1, 1, 0, 0), 1), (1, 1)),
+        (Padded((0, 1, 2, 3), "same"), (2, 2, 2, 2)),
+    ],
 )
-def test_pads_that_stay_outside(network: nn.Module, graphs: Graphs) -> None:
+def test_paddings_are_numbers(network: Padded, padding: tuple[int, ...], graphs: Graphs) -> None:
     check(network.eval(), graphs, image(), fullgraph=True)
-    (call,) = graphs.calls
-    assert call["padding"] in ((1, 1), "same")
-
-
-def test_a_residual_after_the_activation(graphs: Graphs) -> None:
-    class Network(Block):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + F.silu(self.norm1(self.conv1(x)))
-
-    check(randomised(Network()), graphs, image(), fullgraph=True)
-    assert graphs.parts == ["norm + act_add + silu"]
-
-
-class BroadcastResidual(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm1(self.conv1(x)) + x.mean((2, 3), keepdim=True))
-
-
-class PromotedResidual(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm1(self.conv1(x)) + x.double())
-
-
-class InputOverwritten(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * 2
-        y = self.conv1(x)
-        x.mul_(3)
-        return F.relu(self.norm1(y) + x)
-
-
-@pytest.mark.parametrize("kind", [BroadcastResidual, PromotedResidual, InputOverwritten])
-def test_residuals_that_stay_outside(kind: type[nn.Module], graphs: Graphs) -> None:
-    check(randomised(kind()), graphs, image(), fullgraph=True)
     assert graphs.parts == ["norm"]
+    (call,) = graphs.calls
+    assert [call[name] for name in ("stride", "padding", "dilation")] == [(1, 1), padding, (2, 2)]
+
+
+def overwrites_the_input(block: Block, x: Tensor) -> Tensor:
+    x = x * 2
+    y = block.conv1(x)
+    x.mul_(3)
+    return F.relu(block.norm1(y) + x)
+
+
+def writes_inputs_and_buffers(block: Block, x: Tensor) -> Tensor:
+    block.norm1.num_batches_tracked += 1
+    y = Block.forward(block, x)
+    x.add_(block.norm1.num_batches_tracked.sign())
+    return y + x
+
+
+RESIDUALS: dict[str, tuple[Callable[[Block, Tensor], Tensor], list[str]]] = {
+    "after": (lambda block, x: x + F.silu(block.norm1(block.conv1(x))), ["norm + act_add + silu"]),
+    "broadcast": (lambda block, x: F.relu(block.norm1(block.conv1(x)) + x.mean((2, 3), True)), ["norm"]),
+    "promoted": (lambda block, x: F.relu(block.norm1(block.conv1(x)) + x.double()), ["norm"]),
+    "overwritten": (overwrites_the_input, ["norm"]),
+    "writes": (writes_inputs_and_buffers, BLOCK),
+}
+
+
+@pytest.mark.parametrize(("code", "parts"), RESIDUALS.values(), ids=RESIDUALS)
+def test_residuals_and_writes(
+    code: Callable[[Block, Tensor], Tensor], parts: list[str], graphs: Graphs
+) -> None:
+    network = randomised(Block())
+    network.forward = partial(code, network)
+    compiled = check(network, graphs, image(), fullgraph=True)
+    check(network, graphs, image(), compiled=compiled)
+    assert graphs.parts == parts
+    assert network.norm1.num_batches_tracked == (4 if code is writes_inputs_and_buffers else 0)
 
 
 def test_views_of_one_tensor_as_inputs(graphs: Graphs) -> None:
@@ -132,35 +115,17 @@ def test_views_of_one_tensor_as_inputs(graphs: Graphs) -> None:
     with torch.no_grad():
         expected = network(x.clone(), image(), residual)
         actual = torch.compile(network, backend=graphs)(x, x.view(-1), residual)
-    assert relative_error(actual, expected.double()) <= TOLERANCE
+    torch.testing.assert_close(actual, expected)
 
 
-def test_inputs_and_buffers_are_overwritten_as_before(graphs: Graphs) -> None:
-    class Network(Block):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            y = super().forward(x)
-            x.add_(1)
-            return y + self.calls
-
-    network = randomised(Network())
-    compiled = torch.compile(copy.deepcopy(network), backend=graphs)
-    with torch.no_grad():
-        for _ in range(3):
-            x = image()
-            expected_x, actual_x = x.clone(), x.clone()
-            expected, actual = network(expected_x), compiled(actual_x)
-            assert relative_error(actual, expected.double()) <= TOLERANCE
-            assert torch.equal(actual_x, expected_x)
-    assert graphs.parts == BLOCK
+def test_a_norm_that_has_no_batch_dimension(graphs: Graphs) -> None:
+    # It takes the rows for channels.
+    check(FunctionalNorm(nn.Conv2d(6, 8, 3, padding=1)).eval(), graphs, image(6, 8, 10))
+    assert graphs.parts == []
 
 
 class WrittenOut(nn.Module):
-    """A frozen batch norm as torchvision and timm write it, and variants that are none."""
+    """A frozen batch norm as torchvision, timm and DETR write it, and variants that are none."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -169,36 +134,29 @@ class WrittenOut(nn.Module):
         for name, value in (("weight", 0.5), ("bias", -0.5), ("mean", -0.3), ("var", 0.5)):
             self.register_buffer(name, torch.rand(8, dtype=dtype) + value)
 
-    def vectors(self) -> list[Tensor]:
-        return [one.reshape(1, -1, 1, 1) for one in (self.weight, self.bias, self.mean, self.var)]
-
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias, mean, var = self.vectors()
+        vectors = [one.reshape(1, -1, 1, 1) for one in (self.weight, self.bias, self.mean, self.var)]
+        return F.relu(self.norm(self.conv(x), *vectors))
+
+    def norm(self, y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         scale = weight * (var + self.eps).rsqrt()
-        return F.relu(self.conv(x) * scale + (bias - mean * scale))
+        return y * scale + (bias - mean * scale)
 
 
 class OtherScale(WrittenOut):
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias, mean, var = self.vectors()
-        scale, other = weight * (var + self.eps).rsqrt(), bias * (var + self.eps).rsqrt()
-        return F.relu(self.conv(x) * scale + (bias - mean * other))
+    def norm(self, y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return y * (weight * (var + self.eps).rsqrt()) + (bias - mean * (bias * (var + self.eps).rsqrt()))
 
 
 class VectorOverwritten(WrittenOut):
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias, mean, var = self.vectors()
-        scale = weight * (var + self.eps).rsqrt()
+    def norm(self, y: Tensor, *vectors: Tensor) -> Tensor:
         self.weight.mul_(1)
-        return F.relu(self.conv(x) * scale + (bias - mean * scale))
+        return super().norm(y, *vectors)
 
 
 class UsedTwice(WrittenOut):
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias, mean, var = self.vectors()
-        scale = weight * (var + self.eps).rsqrt()
-        y = self.conv(x)
-        return F.relu(y * scale + (bias - mean * scale)) + y
+    def norm(self, y: Tensor, *vectors: Tensor) -> Tensor:
+        return super().norm(y, *vectors) + y
 
 
 @pytest.mark.parametrize("options", [{}, {"dynamic": True}])

@@ -10,7 +10,7 @@ import torch._higher_order_ops.triton_kernel_wrap
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fused_cna.fusion.matching import match
+from fused_cna.fusion.groups import match
 
 library = torch.library.Library("fused_cna_aliasing_tests", "FRAGMENT")
 library.define("read(Tensor x) -> Tensor")

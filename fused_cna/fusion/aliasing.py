@@ -10,7 +10,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, Node
 
 from fused_cna import layers
-from fused_cna.fusion.calls import Act, Add, Call, Conv, Norm, Pad, Refused
+from fused_cna.fusion.nodes import Act, Add, Call, Conv, Norm, Pad, Refused
 
 _FRESH_FUNCTIONS = {
     operator.add,

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_cna.fusion.records import FusionError, FusionRecord
+from fused_cna.fusion.records import CALLED_BY_PYTHON, FusionError, LayerRecord
+from fused_cna.fusion.signatures import words_of
 
 
 def check_module(model: object, function: str) -> None:
@@ -39,7 +40,7 @@ def check_network(model: object) -> None:
             raise FusionError(
                 f"{where} is scripted, which fuse() cannot follow; fuse the network before torch.jit"
             )
-        if ".quantized" in type(module).__module__ or "torch.ao.nn" in type(module).__module__:
+        if _is_quantized(type(module)):
             raise FusionError(
                 f"{where} is quantised; fuse() takes floating-point networks, so fuse before quantising"
             )
@@ -56,18 +57,23 @@ def check_network(model: object) -> None:
         raise FusionError(f"fuse() takes a network on one device, but got {places}; move it with .to(device)")
 
 
-def as_arguments(example_inputs: Any, needed_for: str) -> tuple[Any, ...] | None:
+def _is_quantized(kind: type) -> bool:
+    """Whether a class is one of torch.ao's that compute in integers, or observe; others stay in float."""
+    if (
+        kind.__name__ in ("FloatFunctional", "FXFloatFunctional")
+        or ".intrinsic.modules.fused" in kind.__module__
+    ):
+        return False
+    return ".quantized" in kind.__module__ or "torch.ao.nn" in kind.__module__
+
+
+def as_arguments(example_inputs: Any) -> tuple[Any, ...] | None:
     """Example inputs as the positional arguments of a call.
 
     Raises:
         TypeError: they hold nothing but plain values.
-        FusionError: there are none, but something needs them.
     """
     if example_inputs is None:
-        if needed_for:
-            raise FusionError(
-                f"{needed_for} needs example_inputs: a tensor, or a tuple of the arguments of a call"
-            )
         return None
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     leaves = torch.utils._pytree.tree_leaves(inputs)
@@ -79,32 +85,38 @@ def as_arguments(example_inputs: Any, needed_for: str) -> tuple[Any, ...] | None
     return inputs
 
 
-def check_record(record: FusionRecord, network: nn.Module, *, has_inputs: bool, strict: bool) -> None:
-    """Refuse a result that is not what was asked for.
+def does_not_run(network: nn.Module, error: Exception) -> str:
+    """What to say of a network that fails on its example inputs."""
+    plain = getattr(network, "plain_class", type(network))
+    return f"{plain.__name__} fails on example_inputs: {error}. {plain.__name__}{words_of(plain.forward)}"
+
+
+def check_result(
+    network: nn.Module, layers: list[LayerRecord], untraceable: dict[str, str], *, strict: bool
+) -> None:
+    """Say what was not fused for Python code that cannot be followed; with ``strict``, refuse what was not.
 
     Raises:
-        FusionError: nothing could be followed, and example inputs would help; with ``strict``, something
-            that looks fusible was not fused.
+        FusionError: with ``strict``, something that looks fusible was not fused.
     """
     kind = getattr(network, "plain_class", type(network)).__name__
-    untraced = [f"{path or kind}: {reason}" for path, reason in record.untraceable.items()]
-    missed = [layer for layer in record.layers if layer.looks_fusible]
-    if untraced and not has_inputs and missed:
-        fused = any(layer.fused for layer in record.layers)
-        message = (
-            f"torch.fx cannot follow all of {kind} ({untraced[0]}), so what takes the result of "
-            f"{_convolutions(len(missed))} is not known, such as {missed[0].name}; pass "
-            "example_inputs=(...), with which fuse() runs the network once to see"
-        )
-        if not fused or strict:
-            raise FusionError(message)
-        warnings.warn(message, stacklevel=3)
+    missed = [layer for layer in layers if layer.looks_fusible]
     if strict and missed:
         lines = "".join(f"\n  {layer.name}: {layer.reason}" for layer in missed)
         look = "looks fusible and is" if len(missed) == 1 else "look fusible and are"
         raise FusionError(
             f"strict=True, but {_convolutions(len(missed))} of {kind} {look} not fused, or not with all:"
             f"{lines}"
+        )
+    by_python = [layer.name for layer in missed if layer.reason == CALLED_BY_PYTHON]
+    if by_python and untraceable:
+        path, reason = next(iter(untraceable.items()))
+        warnings.warn(
+            f"torch.fx cannot follow all of {kind} ({path or kind}: {reason}), so "
+            f"{_convolutions(len(by_python))} in that code, such as {by_python[0]}, run as they are; give "
+            "example_inputs=(...) if it is called with other arguments, or use "
+            'torch.compile(model, backend="fused_cna")',
+            stacklevel=3,
         )
 
 

@@ -4,134 +4,147 @@ Such a graph calls functions, with parameters and buffers among its inputs, so a
 are when it runs. What is left of the graph goes to another backend.
 """
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate, compress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._dynamo import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fused_cna.fusion.calls import Norm, Refused, call_of
-from fused_cna.fusion.matching import Group, Matches, match, values_of
+from fused_cna import ops
+from fused_cna._checks import explicit_padding
+from fused_cna.fusion.groups import Group, Matches, match, values_of
+from fused_cna.fusion.nodes import Refused, call_of
 from fused_cna.fusion.records import parts_of
-from fused_cna.fusion.rewriting import Rewriter
+from fused_cna.fusion.rewrite import Rewriter
 from fused_cna.fusion.written_out import gather_norms
 
-NAME = "fused_cna"
-"""The backend's name for ``torch.compile``, which finds it by its entry point."""
-
 _WITH_NUMBERS = {F.batch_norm, F.elu, F.elu_, F.hardtanh, F.hardtanh_, F.leaky_relu, F.leaky_relu_}
+_FRONT = inspect.signature(ops.conv_norm_act)
 
 log = logging.getLogger(__name__)
 
 
 def compile_graph(
     graph_module: fx.GraphModule,
-    example_inputs: Sequence[Any],
+    inputs: Sequence[Any],
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """The backend of ``torch.compile(model, backend="fused_cna")``.
 
-    Equivalent to ``backend="inductor"``, with one call of :func:`fused_cna.conv_norm_act` for each group of
-    convolution, batch norm in eval mode, residual addition and activation: the fused kernel on a GPU, plain
-    operations, which the other backend compiles as any others, on a CPU. Groups are those of
-    :func:`fused_cna.fuse`; besides, nothing is fused of which a gradient is wanted, that a change of grad
-    mode or autocast runs through, or in the bodies of ``torch.utils.checkpoint`` and control-flow operators.
-
-    The logger ``fused_cna.fusion.compiler`` says at INFO how many groups of which kind each graph has, and
-    at DEBUG why convolutions are alone. ``fused_cna.report`` does not know about compiled models.
+    Equivalent to ``backend="inductor"``, with one call of the operator for each group of convolution, batch
+    norm in eval mode, residual addition and activation on a GPU; on other devices they stay as they are.
+    Besides what :func:`fused_cna.fuse` leaves alone, nothing is fused of which a gradient is wanted, that a
+    change of grad mode or autocast runs through, or in the bodies of checkpoints and control flow. The logger
+    ``fused_cna.fusion.compiler`` says at INFO how much of a graph is fused, and at DEBUG what is not and why.
 
     Args:
-        graph_module: a graph as Dynamo captures it, which is changed.
-        example_inputs: its inputs.
         mode: as ``torch.compile`` takes it, handed on.
         options: as ``torch.compile`` takes them, handed on but for ``"inner"``, the name of the backend for
-            the fused graph: "inductor" unless given, "aot_eager", "eager", or any that
-            ``torch.compiler.list_backends()`` knows, as in
-            ``torch.compile(model, backend="fused_cna", options={"inner": "eager"})``.
+            the fused graph: "inductor" unless given, "eager", or any of ``torch.compiler.list_backends()``.
 
     Raises:
         ValueError: ``"inner"`` is this backend itself, or not a name.
+        RuntimeError: no kernel can run a group on a GPU, and ``fused_cna.config.strict`` is True.
     """
     options = dict(options or {})
     inner = options.pop("inner", "inductor")
-    if not isinstance(inner, str) or inner == NAME:
-        raise ValueError(
-            "options['inner'] must be the name of another backend, such as 'inductor' or 'eager', "
-            f"but got {inner!r}"
-        )
+    if not isinstance(inner, str) or inner == "fused_cna":
+        raise ValueError(f"options['inner'] must name another backend, such as 'eager', but got {inner!r}")
     fuse_graph(graph_module)
     if inner == "inductor":
-        return torch._TorchCompileInductorWrapper(mode, options, None)(graph_module, example_inputs)
-    given = {name: value for name, value in (("mode", mode), ("options", options)) if value}
-    return lookup_backend(inner)(graph_module, example_inputs, **given)  # type: ignore[arg-type]
+        compiled = torch._TorchCompileInductorWrapper(mode, options, None)(graph_module, inputs)
+    else:
+        compiled = torch._TorchCompileWrapper(inner, mode, options, None)(graph_module, inputs)
+    _forget_choices(inputs)
+    return compiled  # type: ignore[no-any-return]
 
 
 def fuse_graph(graph_module: fx.GraphModule) -> Matches:
     """Fuse the groups of a graph that Dynamo captured, in place; returns what was found."""
     graph = graph_module.graph
-    gather_norms(graph, _is_norm)
+    modules = dict(graph_module.named_modules())
+    gather_norms(graph, modules, _is_norm, F.batch_norm)
     _settle_numbers(graph)
-    matches = match(graph, dict(graph_module.named_modules()), _same_shape)
-    obstacles = _Obstacles(graph, matches)
+    matches = match(graph, modules, _same_shape)
+    # Entering and leaving a mode, such as autocast, makes no value.
+    changes = [node.op == "call_function" and "example_value" not in node.meta for node in graph.nodes]
+    regions = dict(zip(graph.nodes, accumulate(changes), strict=True))
     for group in matches.groups:
-        reason = obstacles.of(group) if group.is_fused else ""
-        if reason:
+        if group.is_fused and (reason := _obstacle(group, matches, regions)):
             group.leave(reason)
     _log(matches)
     rewriter = Rewriter(graph, matches)
     for group in matches.groups:
         if group.is_fused:
-            rewriter.emit_call(group)
+            _prepare(rewriter.emit_call(group))
     graph_module.recompile()
     return matches
 
 
+def _prepare(call: Node) -> None:
+    """Make a call of ``conv_norm_act`` one of the operator, if it would only check what cannot change."""
+    x, weight = (node.meta["example_value"] for node in call.args[:2])  # type: ignore[union-attr]
+    if x.dim() == 4 and ops.takes_kernel(x):
+        bound = _FRONT.bind(*call.args, **call.kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        del given["out"]
+        sizes = [int(size) for size in weight.shape[2:]]
+        given["padding"] = explicit_padding(given["padding"], sizes, given["stride"], given["dilation"])
+        call.target, call.args, call.kwargs = ops.operator, tuple(given.values()), {}
+
+
+def _forget_choices(inputs: Sequence[Any]) -> None:
+    """Drop the guards that only say which of torch's implementations of a convolution would run.
+
+    On a CPU the size decides that for a batch of one, so small images would be captured anew for nearly every
+    size. The graph is right for all: torch chooses again when it runs, and the strides are the same.
+    """
+    environments: set[Any] = {size.node.shape_env for size in inputs if isinstance(size, torch.SymInt)}
+    for shapes in environments:
+        lines = [str(getattr(guard.sloc.framework_loc, "line", "")) for guard in shapes.guards]
+        shapes.guards[:] = compress(shapes.guards, ["_select_conv_backend" not in line for line in lines])
+
+
 def _is_norm(total: Node, x: Node, vectors: Sequence[Node]) -> bool:
     """Whether ``F.batch_norm`` makes what is written out, and no gradient is wanted of it."""
-    result = _tensor(total)
+    result, held = _tensor(total), [_tensor(vector) for vector in vectors]
     if result is None or result.requires_grad or result.dim() != 4 or not _same_shape(total, x):
         return False
-    held = [_tensor(vector) for vector in vectors]
     return all(one is not None and one.dim() == 1 and one.dtype == result.dtype for one in held)
 
 
 def _settle_numbers(graph: fx.Graph) -> None:
     """Take numbers that ``dynamic=True`` leaves open, such as ``eps``, as they are; a change recompiles."""
-    for node in list(graph.nodes):
-        if node.target not in _WITH_NUMBERS or isinstance(call_of(node, {}), Refused):
-            continue
-        for number in node.all_input_nodes:
-            value = number.meta.get("example_value")
-            if isinstance(value, torch.SymFloat) and value.node.has_hint():
-                _set_argument(node, number, float(value))
+    for node in reversed(graph.nodes):
+        if node.target in _WITH_NUMBERS and not isinstance(call_of(node, {}), Refused):
+            node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), _settled)  # type: ignore[misc]
+        elif node.target == "item" and not node.users and _settled(node) is not node:
+            graph.erase_node(node)
 
 
-def _set_argument(node: Node, old: Node, new: float) -> None:
-    node.args = tuple(new if argument is old else argument for argument in node.args)
-    node.kwargs = {name: new if argument is old else argument for name, argument in node.kwargs.items()}
-    if not old.users and old.target == "item":
-        old.graph.erase_node(old)
+def _settled(number: Node) -> Any:
+    value = number.meta.get("example_value")
+    return float(value) if isinstance(value, torch.SymFloat) and value.node.has_hint() else number
 
 
 def _log(matches: Matches) -> None:
     fused = Counter(parts_of(group, matches) for group in matches.groups if group.is_fused)
-    total = len(matches.groups) + len(matches.refused)
-    if total:
-        kinds = "".join(f", {count} x {parts}" for parts, count in fused.most_common())
+    kinds = "".join(f", {count} x {parts}" for parts, count in fused.most_common())
+    if total := len(matches.groups) + len(matches.refused):
         log.info("%d of %d convolutions are fused%s", fused.total(), total, kinds)
-    for group in matches.groups:
-        if group.reason:
-            log.debug("%s: %s", group.conv.name, group.reason)
-    for node, reason in matches.refused.items():
+    reasons = {group.conv: group.reason for group in matches.groups if group.reason} | matches.refused
+    for node, reason in reasons.items():
         log.debug("%s: %s", node.name, reason)
 
 
@@ -144,58 +157,29 @@ def _tensor(node: Node) -> FakeTensor | None:
 def _same_shape(a: Node, b: Node) -> bool:
     """Whether two nodes are known to be tensors of one shape, dtype and device."""
     one, other = _tensor(a), _tensor(b)
-    if one is None or other is None:
+    if one is None or other is None or one.dim() != other.dim():
         return False
-    return (
-        one.dtype == other.dtype
-        and one.device == other.device
-        and one.dim() == other.dim()
-        and all(statically_known_true(p == q) for p, q in zip(one.shape, other.shape, strict=True))
-    )
+    same_sizes = all(statically_known_true(p == q) for p, q in zip(one.shape, other.shape, strict=True))
+    return same_sizes and one.dtype == other.dtype and one.device == other.device
 
 
-class _Obstacles:
-    """What keeps a group that matches from being one call."""
-
-    def __init__(self, graph: fx.Graph, matches: Matches) -> None:
-        self._calls = matches.calls
-        self._region: dict[Node, int] = {}
-        self._transforms = False
-        region = 0
-        for node in graph.nodes:
-            # Entering and leaving a mode makes no value.
-            region += node.op == "call_function" and "example_value" not in node.meta
-            self._region[node] = region
-            self._transforms |= "functorch" in (getattr(node.target, "__module__", None) or "")
-
-    def of(self, group: Group) -> str:
-        """The reason in words; empty for none."""
-        nodes, values = group.nodes, values_of(group, self._calls)
-        result = _tensor(nodes[-1])
-        if self._transforms:
-            return "the graph has transforms of torch.func"
-        operands = [value for value in values if isinstance(value, Node)]
-        if len(operands) < len(values):
-            return "it is a module in the graph"
-        operands += [*nodes, *nodes[0].all_input_nodes]
-        if result is None or any(_tensor(node) is None for node in operands):
-            return "a tensor of it is of a class of its own"
-        if len({self._region[node] for node in nodes}) > 1:
-            return "grad mode, autocast or another mode changes within it"
-        if result.requires_grad:
-            return "a gradient is wanted"
-        if not result.is_floating_point() or not all(_same_shape(group.conv, node) for node in nodes[1:]):
-            return "its dtype or shape changes within it"
-        if not self._norm_fits(group, result.dtype):
-            return "the parameters of its norm are of several dtypes"
-        return ""
-
-    def _norm_fits(self, group: Group, dtype: torch.dtype) -> bool:
-        norm = self._calls.get(group.norm) if group.norm is not None else None
-        if not isinstance(norm, Norm):
-            return True
-        vectors = [
-            value for value in (norm.weight, norm.bias, norm.mean, norm.var) if isinstance(value, Node)
-        ]
-        dtypes = {value.meta["example_value"].dtype for value in vectors}
-        return len(dtypes) == 1 and dtypes <= {torch.float32, dtype}
+def _obstacle(group: Group, matches: Matches, regions: dict[Node, int]) -> str:
+    """What keeps a group that matches from being one call, in words; empty for nothing."""
+    nodes, values = group.nodes, values_of(group, matches.calls)
+    operands = [*nodes, *nodes[0].all_input_nodes, *values]
+    result = _tensor(nodes[-1])
+    if any("functorch" in (getattr(node.target, "__module__", None) or "") for node in regions):
+        return "the graph has transforms of torch.func"
+    if result is None or any(not isinstance(node, Node) or _tensor(node) is None for node in operands):
+        return "a part of it is a module, or a tensor of a class of its own"
+    if len({regions[node] for node in nodes}) > 1:
+        return "grad mode, autocast or another mode changes within it"
+    if result.requires_grad:
+        return "a gradient is wanted"
+    if not result.is_floating_point() or not all(_same_shape(group.conv, node) for node in nodes[1:]):
+        return "its dtype or shape changes within it"
+    vectors = [node for node in values if node not in (group.call.weight, group.call.bias)]
+    dtypes = {node.meta["example_value"].dtype for node in vectors}  # type: ignore[union-attr]
+    if vectors and (len(dtypes) > 1 or not dtypes <= {torch.float32, result.dtype} or result.dim() != 4):
+        return "the parameters of its norm are of several dtypes, or it is not one of channels"
+    return "" if result.is_cuda or ops.operator_everywhere else f"on {result.device.type} it stays as it is"

@@ -1,83 +1,159 @@
 """A network that runs as a graph of fused blocks where it can, and as its own Python code everywhere else.
 
-The network keeps its modules, names, class and methods; what is added is one attribute, the overlay, whose
-blocks share the network's own modules. So nothing can go stale, and taking the overlay away undoes it all.
-The overlay is none of the network's children, so that code which walks these sees what it always saw.
+The network keeps its modules, names, class and methods; what is added is one attribute, the overlays, whose
+blocks share the network's own modules. So nothing can go stale, and taking it away undoes it all. They are
+none of the network's children, so that code which walks these sees what it always saw.
+
+A network is traced for each signature that it is called with. Copies start without traces, and make theirs.
 """
 
+import copy
 import copyreg
 import functools
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fused_cna.fusion.symbolic import NotTraceableError
-from fused_cna.fusion.unchanged import AsTraced
+from fused_cna import eager
+from fused_cna.fusion.guards import Guard
+from fused_cna.fusion.records import LayerRecord
+from fused_cna.fusion.signatures import Key, UnsupportedError, default_key, key_of, required_of
+from fused_cna.fusion.trace import NotTraceableError, lock
 
 NAME = "fused_cna_overlay"
-"""The attribute of a network that holds its overlay."""
+"""The attribute of a network that holds its overlays."""
+
+_MOST_SIGNATURES = 8
+
+state = threading.local()
+"""``observer``, if set, runs the overlays of this thread: ``observer(overlay, network, tensors)``."""
 
 
-class Overlay(nn.Module):
-    """The graph of fused blocks over a network, and what has to hold for it to be what the network computes.
-
-    It owns nothing, except for the tensors of snapshots.
+class Overlay:
+    """The graph of fused blocks over a network for one signature, and what has to hold for it.
 
     Args:
-        graph: takes the inputs, then the values of ``values``.
-        inputs: the names of the arguments of the network's ``forward`` that the graph takes.
+        graph: takes the tensors of the call, then the values of ``values``.
         values: paths of the parameters and buffers, from the network on, that the graph takes.
-        as_traced: what the network was like.
+        guard: what the network was like.
+        layers: what became of its convolutions.
+        leaves: the modules that the graph calls as they are, by path.
     """
 
     def __init__(
-        self, graph: nn.Module, inputs: Sequence[str], values: Sequence[str], as_traced: AsTraced
+        self,
+        graph: fx.GraphModule,
+        values: Sequence[str],
+        guard: Guard,
+        layers: list[LayerRecord],
+        leaves: dict[str, nn.Module],
     ) -> None:
-        super().__init__()
         self.graph = graph
-        self.inputs = tuple(inputs)
         self.values = tuple(values)
-        self._as_traced = as_traced
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        """The graph's inputs for a call of the network; None where the call is none that was traced."""
-        if kwargs:
-            names = self.inputs[len(args) :]
-            if len(kwargs) != len(names) or not all(name in kwargs for name in names):
-                return None
-            args += tuple(kwargs[name] for name in names)
-        if len(args) != len(self.inputs) or not all(isinstance(x, Tensor) for x in args):
-            return None
-        return args
+        self.layers = layers
+        self.leaves = leaves
+        self._guard = guard
+        self.is_idle = not any(layer.fused for layer in layers) and not self.blocks()
+        """Whether nothing is fused, so that the network may as well run as it was written."""
+        self.plain: fx.Graph | None = None
+        """The graph before it was fused, where it is to be verified."""
+        self.pairs: dict[fx.Node, fx.Node] = {}
+        """For nodes of the fused graph those of the plain one that compute the same."""
 
     def holds(self, network: nn.Module) -> bool:
-        """Whether the network still is what was traced, as :class:`AsTraced` knows."""
-        return self._as_traced.holds(network)
+        """Whether the network still is what was traced, as :class:`Guard` knows."""
+        return self._guard.holds(network)
 
-    def forward(self, network: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        """What ``network`` returns for ``inputs`` as :meth:`bind` gives them."""
-        return self.graph(*inputs, *[operator.attrgetter(path)(network) for path in self.values])
+    def __call__(self, network: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        """What ``network`` returns for the tensors of a call."""
+        return self.graph(*tensors, *[operator.attrgetter(path)(network) for path in self.values])
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The fused blocks by the name of their convolution."""
         modules = self.graph.modules()
         return [(str(module.group_name), module) for module in modules if hasattr(module, "group_name")]
 
-    def move(self, fn: Callable[..., Any]) -> None:
-        """Apply what moves or casts the network to what blocks hold for themselves."""
-        for module in self.graph.modules():
-            if getattr(module, "is_snapshot", False):
-                module._apply(fn)
 
-    def extra_repr(self) -> str:
-        return f"{len(self.blocks())} fused blocks"
+class Overlays:
+    """The overlays of a network by signature, made when such a call first comes.
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
+    Args:
+        make: makes an overlay of a network, or says why there is none.
+        frozen: whether its convolutions are folded and packed.
+    """
+
+    def __init__(self, make: Callable[[nn.Module, Key, bool], Overlay | str], frozen: bool) -> None:
+        self._make, self.frozen = make, frozen
+        self.made: dict[Key, Overlay | str] = {}
+        """Replaced whole, never written to: other threads read it."""
+        self.by_count: dict[int, Overlay | str] = {}
+        """The same by the number of arguments, of calls with nothing but tensors by position."""
+
+    def __reduce__(self) -> Any:
+        """Copies trace anew: what was traced are other modules."""
+        return Overlays, (self._make, self.frozen)
+
+    def find(
+        self, network: "FusedNetwork", args: Any, kwargs: Any
+    ) -> tuple[Overlay | None, Sequence[Tensor]]:
+        """The overlay for a call, if one holds, and the tensors to call it with."""
+        # The operators of a snapshot are known to no transform.
+        if self.frozen and not eager.is_plain_call():
+            return None, ()
+        tensors: Sequence[Tensor] = args
+        only_tensors = not kwargs and all(type(x) is Tensor for x in args)
+        overlay = self.by_count.get(len(args)) if only_tensors else None
+        if overlay is None:
+            try:
+                key, tensors = key_of(network.plain_class.forward, args, kwargs)
+            # The network's own code says what is wrong with the arguments.
+            except (TypeError, UnsupportedError):
+                return None, ()
+            if not tensors:
+                return None, ()
+            overlay = self.made.get(key) or self.make(network, key)
+            if only_tensors and overlay is not None:
+                self.by_count = {**self.by_count, len(args): overlay}
+        if not isinstance(overlay, Overlay) or overlay.is_idle or not overlay.holds(network):
+            return None, ()
+        return overlay, tensors
+
+    def make_default(self, network: "FusedNetwork") -> Overlay | str | None:
+        """The overlay for calls with one tensor for each argument that has to be given."""
+        try:
+            key = default_key(network.plain_class.forward)
+        except UnsupportedError:
+            return None
+        made = self.make(network, key)
+        count = required_of(network.plain_class.forward)
+        if made is not None and count is not None:
+            self.by_count = {**self.by_count, count: made}
+        return made
+
+    def make(self, network: nn.Module, key: Key) -> Overlay | str | None:
+        """The overlay for a signature, or why there is none; None where now is no time to make one."""
+        # Neither a trace nor folded weights may be made of what a compiler or a transform looks on with.
+        if not eager.is_plain_call() or getattr(state, "is_making", False):
+            return None
+        with lock:
+            if key not in self.made and len(self.made) < _MOST_SIGNATURES:
+                state.is_making = True
+                try:
+                    made = self._make(network, key, self.frozen)
+                except NotTraceableError as error:
+                    made = str(error)
+                finally:
+                    state.is_making = False
+                self.made = {**self.made, key: made}
+            return self.made.get(key)
+
+    def clear(self) -> None:
+        self.made, self.by_count = {}, {}
 
 
 class FusedNetwork(nn.Module):
@@ -87,38 +163,67 @@ class FusedNetwork(nn.Module):
 
     # Of a method without arguments, since torch 2.11 takes no module as a constant one.
     @torch.compiler.assume_constant_result
-    def _overlay_holds(self) -> bool:
-        return bool(self.__dict__[NAME].holds(self))
+    def _counts_that_hold(self) -> tuple[int, ...]:
+        made = self.__dict__[NAME].by_count.items()
+        return tuple(
+            count for count, one in made if isinstance(one, Overlay) and not one.is_idle and one.holds(self)
+        )
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A class that makes more of its own kind, as a slice of nn.Sequential is made, makes plain ones.
-        overlay: Any = self.__dict__.get(NAME)
-        if overlay is not None and not self.training and self._overlay_holds():
-            inputs = overlay.bind(args, kwargs)
-            if inputs is not None:
-                return overlay(self, inputs)
+        overlays: Any = self.__dict__.get(NAME)
+        if overlays is not None and not self.training:
+            if torch.compiler.is_compiling():
+                if (
+                    not kwargs
+                    and all(isinstance(x, Tensor) for x in args)
+                    and len(args) in self._counts_that_hold()
+                ):
+                    return overlays.by_count[len(args)](self, args)
+            else:
+                overlay, tensors = overlays.find(self, args, kwargs)
+                if overlay is not None:
+                    observer = getattr(state, "observer", None)
+                    return overlay(self, tensors) if observer is None else observer(overlay, self, tensors)
         return self.plain_class.forward(self, *args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "FusedNetwork":
         super()._apply(fn, recurse)
-        if NAME in self.__dict__:
-            self.__dict__[NAME].move(fn)
+        overlays = self.__dict__.get(NAME)
+        # Snapshots are made anew of what moved, or was left without values.
+        if overlays is not None and overlays.frozen:
+            overlays.clear()
         return self
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        """A replica has modules of its own, which the overlay does not know: it runs as it was written."""
+        """A replica has modules of its own, which no overlay knows: it runs as it was written."""
         replica = super()._replicate_for_data_parallel()
         take_off(replica)  # type: ignore[arg-type]
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = self.plain_class
-        if _pickles_itself(plain):
-            clone = object.__new__(plain)
-            clone.__dict__ = self.__dict__
-            return _as_fused, (clone,)
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _new, (plain,), state
+        with lock:
+            if _pickles_itself(plain):
+                return _as_fused, (_as_plain(self),)
+            return (
+                _new,
+                (plain,),
+                dict(self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__),
+            )
+
+
+def _as_plain(network: FusedNetwork) -> nn.Module:
+    """The same modules and tensors in a network of the class that it was."""
+    clone = object.__new__(network.plain_class)
+    clone.__dict__ = dict(network.__dict__)
+    return clone
+
+
+def _copied_by_itself(self: FusedNetwork, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a network whose class copies itself, which may be into another class."""
+    made = memo[id(self)] = _as_fused(copy.deepcopy(_as_plain(self), memo))
+    return made
 
 
 def _pickles_itself(kind: type) -> bool:
@@ -142,44 +247,38 @@ _classes: weakref.WeakKeyDictionary[type, weakref.ref[type[FusedNetwork]]] = wea
 
 
 def fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
-    """The class of the fused networks of a class, made once."""
+    """The class of the fused networks of a class, made once: a subclass with the same signature of forward.
+
+    Raises:
+        NotTraceableError: the class cannot have a subclass.
+    """
     reference = _classes.get(plain)
     kind = None if reference is None else reference()
-    if kind is None:
-        kind = _make_fused_class(plain)
-        _classes[plain] = weakref.ref(kind)
-    return kind
-
-
-def _make_fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
-    """The class of the fused networks of a class: a subclass, with the same signature of ``forward``."""
+    if kind is not None:
+        return kind
 
     @functools.wraps(plain.forward)
     def forward(self: FusedNetwork, *args: Any, **kwargs: Any) -> Any:
         return self._run(args, kwargs)
 
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    attributes = {**names, "forward": forward, "plain_class": plain}
-    return type(f"Fused{plain.__name__}", (FusedNetwork, plain), attributes)  # type: ignore[return-value]
-
-
-def check_class(plain: type[nn.Module]) -> None:
-    """Refuse a class that cannot be subclassed with no more than a name.
-
-    Raises:
-        NotTraceableError: it cannot.
-    """
+    attributes: dict[str, Any] = {**names, "forward": forward, "plain_class": plain}
+    if hasattr(plain, "__deepcopy__"):
+        attributes["__deepcopy__"] = _copied_by_itself
     try:
-        fused_class(plain)
-    # A class may refuse subclasses in any way it likes.
+        kind = type(f"Fused{plain.__name__}", (FusedNetwork, plain), attributes)
+    # A class may refuse subclasses.
     except Exception as error:
         raise NotTraceableError(f"its class cannot have a subclass: {error}") from error
+    _classes[plain] = weakref.ref(kind)
+    return kind
 
 
-def lay_over(network: nn.Module, overlay: Overlay) -> None:
+def lay_over(network: nn.Module, overlays: Overlays) -> None:
     """Turn a network into its fused self, in place."""
-    network.__dict__[NAME] = overlay.eval()
-    network.__class__ = fused_class(type(network))
+    kind = fused_class(type(network))
+    network.__dict__[NAME] = overlays
+    network.__class__ = kind
 
 
 def take_off(network: FusedNetwork) -> None:

@@ -1,13 +1,14 @@
 """What fusing a network did, as data."""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fused_cna.fusion.calls import Act, Norm
-from fused_cna.fusion.matching import Group, Matches
+from torch import nn
 
-NAME = "_fused_cna_record"
-"""The attribute of a fused network that holds its record."""
+from fused_cna.fusion.groups import Group, Matches
+from fused_cna.fusion.nodes import Act, Norm
+from fused_cna.modules import ConvNormAct, fused_epilogue
 
 
 class FusionError(RuntimeError):
@@ -31,16 +32,6 @@ class LayerRecord:
         return "+" in self.parts
 
 
-@dataclass
-class FusionRecord:
-    """What fusing a network did."""
-
-    layers: list[LayerRecord]
-    untraceable: dict[str, str] = field(default_factory=dict)
-    """Modules by path whose Python code could not be followed, and why."""
-    swaps: list[Any] = field(default_factory=list)
-
-
 def parts_of(group: Group, matches: Matches) -> str:
     """The parts of a group in the order of computation."""
     words = ["pad"] if group.pad is not None else []
@@ -55,3 +46,71 @@ def parts_of(group: Group, matches: Matches) -> str:
     if group.add is not None:
         tail = ["add", *tail] if group.residual_order == "add_act" else [*tail, "add"]
     return " + ".join([*words, *tail])
+
+
+CALLED_BY_PYTHON = "Python code that cannot be followed calls it"
+_OUTSIDE = "it is outside of what was fused"
+
+
+def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
+    """Each convolution of a network as it runs, and the modules by path that cannot be followed, and why."""
+    layers: dict[tuple[str, int], LayerRecord] = {}
+    untraceable: dict[str, str] = {}
+    seen: set[nn.Module] = set()
+
+    def note(path: str, module: nn.Module, found: list[LayerRecord]) -> None:
+        parts = dict(module.named_modules(remove_duplicate=False))
+        uses: Counter[str] = Counter()
+        for layer in found:
+            seen.add(parts.get(layer.name, module))
+            name = f"{path}.{layer.name}".strip(".")
+            use = name, uses[name]
+            uses[name] += 1
+            # What one of several traces fuses counts as fused.
+            if use not in layers or not layers[use].fused:
+                layers[use] = replace(layer, name=name)
+
+    def visit(path: str, module: nn.Module, reason: str) -> None:
+        """``reason`` is why nothing around the module fuses its convolutions."""
+        if module in seen:
+            return
+        seen.add(module)
+        traces = traces_of(module)
+        # A network in training mode is described as it runs after eval().
+        running = [trace for trace in traces if network.training or trace.holds(module)]
+        inner = dict(module.named_children())
+        if isinstance(module, ConvNormAct):
+            norm, act, _ = fused_epilogue(module, False)
+            words = ("conv", "norm" if norm else "", "" if act == "identity" else act)
+            note(path, module, [LayerRecord("conv", " + ".join(filter(None, words)))])
+        elif isinstance(module, nn.Conv2d):
+            note(path, module, [LayerRecord("", "conv", reason, reason == CALLED_BY_PYTHON)])
+        elif running:
+            for trace in running:
+                note(path, module, trace.layers)
+            inner = {name: leaf for trace in running for name, leaf in trace.leaves.items()}
+            reason = CALLED_BY_PYTHON
+        elif traces:
+            reason = "its network has changed since it was traced, and runs as it was written"
+        elif refusals := list(_made(module)):
+            untraceable[path], reason = refusals[0], CALLED_BY_PYTHON
+        elif "fused_cna_overlay" in module.__dict__ and reason == _OUTSIDE:
+            reason = "its network was not called yet, which traces it: give report() example_inputs"
+        for name, part in inner.items():
+            visit(f"{path}.{name}".lstrip("."), part, reason)
+
+    visit("", network, _OUTSIDE)
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and module not in seen:
+            layers[path, 0] = LayerRecord(path, "conv", "it does not run in eval mode")
+    return list(layers.values()), untraceable
+
+
+def traces_of(module: nn.Module) -> list[Any]:
+    """The overlays that were made for a module."""
+    return [made for made in _made(module) if not isinstance(made, str)]
+
+
+def _made(module: nn.Module) -> list[Any]:
+    overlays = module.__dict__.get("fused_cna_overlay")
+    return [] if overlays is None else list(overlays.made.values())

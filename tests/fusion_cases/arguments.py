@@ -151,7 +151,7 @@ class DataclassOut(Group):
         return Output(self.act(self.norm(self.conv(x))), extra={"shape": x.shape[1]})
 
 
-@case(traceable=False, inputs=lambda draw: (Output(draw.image(), 3.0),))
+@case(inputs=lambda draw: (Output(draw.image(), 3.0),))
 class ObjectIn(Group):
     """An object whose attributes are read; with a type that containers of tensors do not know."""
 

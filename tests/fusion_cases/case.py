@@ -53,8 +53,8 @@ class Case:
 
     name: str
     make: Callable[[], nn.Module]
-    fused: Mapping[str, str] = field(default_factory=dict)
-    """The parts that a convolution must be fused with."""
+    fused: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """The parts that a convolution must be fused with, one for each of its calls where these differ."""
     unfused: Mapping[str, str] = field(default_factory=dict)
     """A pattern for the reason why a convolution must not be fused with anything."""
     inputs: Callable[[Draw], tuple[Any, ...]] = one_image
@@ -68,8 +68,6 @@ class Case:
     """Attributes that a call changes, compared after each call."""
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-10
-    traceable: bool = True
-    """Whether the way through symbolic tracing has to succeed."""
     unused_norms: tuple[str, ...] = ()
     """Norms whose loss no output can show."""
 
@@ -144,6 +142,11 @@ def randomise(network: nn.Module) -> None:
             if isinstance(value, Tensor) and id(value) not in done:
                 done.add(id(value))
                 draw(value, low, high)
+
+
+def is_plain(x: Any) -> bool:
+    """A question that code in another file asks."""
+    return type(x) is Tensor
 
 
 def conv(c: int = 4, k: int = 4, size: int = 3, **options: Any) -> nn.Conv2d:

@@ -63,8 +63,9 @@ def assert_same(actual: Any, expected: Any, tolerance: float, what: str = "resul
 
 def assert_equal_answers(fused: nn.Module, plain: nn.Module, tolerance: float = 1e-10) -> None:
     """The same results for two images, which both networks take alone."""
+    dtype = next(value.dtype for value in plain.state_dict().values() if value.is_floating_point())
     for draw in DRAWS[:2]:
-        x = draw.image().to(next(plain.parameters()).dtype)
+        x = draw.image().to(dtype)
         with torch.no_grad():
             assert_same(fused(x), plain(x), tolerance)
 
@@ -83,6 +84,15 @@ def storages(*values: Any) -> list[int]:
     """For each tensor the index of the first one that lies in the same memory."""
     places = [leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     return [places.index(place) for place in places]
+
+
+def strides(values: Any) -> list[list[int]]:
+    """Those that say where elements lie."""
+    return [
+        [step for step, size in zip(leaf.stride(), leaf.shape, strict=True) if size > 1]
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, Tensor) and leaf.numel() > 0
+    ]
 
 
 def backward(result: Any) -> None:
@@ -127,7 +137,7 @@ def has_gradients(case: Case) -> bool:
 
 
 def compare(case: Case, fused: Any, plain: Any, modes: tuple[str, ...] = tuple(MODES)) -> None:
-    """Both called with the same: results, arguments afterwards, memory shared, state, and gradients."""
+    """Both called with the same: results and where they lie, arguments, memory shared, state, gradients."""
     for mode in modes:
         if mode == "grad" and not has_gradients(case):
             continue
@@ -137,6 +147,7 @@ def compare(case: Case, fused: Any, plain: Any, modes: tuple[str, ...] = tuple(M
             expected = call(plain, *theirs, mode)
             actual = call(fused, *mine, mode)
             assert_same(actual, expected, case.tolerance, what)
+            assert strides(actual) == strides(expected), f"strides, {what}"
             assert_same(mine, theirs, case.tolerance, f"arguments afterwards, {what}")
             assert storages(mine, actual) == storages(theirs, expected), f"memory shared, {what}"
             assert_same(
@@ -162,7 +173,9 @@ def assert_different(case: Case, fused: Any, plain: Any) -> None:
 class Snapshot:
     """A network as it was: its classes, attributes and hooks, and every tensor by identity and value."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, of_versions: bool = True) -> None:
+        self.of_versions = of_versions
+        """Whether a tensor may not even have been written to and put back."""
         self.modules = {
             name: (module, type(module), self._describe(module)) for name, module in network.named_modules()
         }
@@ -185,11 +198,10 @@ class Snapshot:
                 described[name] = id(value)
         return described
 
-    @staticmethod
-    def _describe_tensor(value: Tensor) -> tuple[Any, ...]:
+    def _describe_tensor(self, value: Tensor) -> tuple[Any, ...]:
         return (
             value.data_ptr(),
-            value._version,
+            value._version if self.of_versions else None,
             value.stride(),
             value.dtype,
             value.device,

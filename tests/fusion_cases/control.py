@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.fusion_cases.case import ADDED, Group, TwoGroups, case
 
 
-@case(traceable=False)
+@case()
 class BranchOnValues(TwoGroups):
     """Which group runs depends on what is in the image."""
 
@@ -19,7 +19,7 @@ class BranchOnValues(TwoGroups):
         return self.act(self.norm2(self.conv2(x)))
 
 
-@case(traceable=False)
+@case()
 class NormSkippedOnValues(Group):
     """One run shows a convolution and its norm; another image skips the norm."""
 
@@ -30,7 +30,7 @@ class NormSkippedOnValues(Group):
         return self.act(y)
 
 
-@case(traceable=False)
+@case()
 class NormElsewhereOnValues(Group):
     """On another image the norm is called on something else."""
 
@@ -40,7 +40,7 @@ class NormElsewhereOnValues(Group):
         return self.act(self.norm(x)) + self.act(self.norm(self.conv(x)))
 
 
-@case(traceable=False)
+@case()
 class ActivationSkippedOnValues(Group):
     """On another image there is no activation."""
 
@@ -49,7 +49,7 @@ class ActivationSkippedOnValues(Group):
         return self.act(z) if x.mean() > 0 else z
 
 
-@case(traceable=False)
+@case()
 class ConvOutputKeptOnValues(Group):
     """On another image the convolution's output goes elsewhere as well."""
 
@@ -59,7 +59,7 @@ class ConvOutputKeptOnValues(Group):
         return z if x.mean() > 0 else z * y
 
 
-@case(traceable=False)
+@case()
 class NormsSwappedOnValues(TwoGroups):
     """Which norm follows depends on the image."""
 
@@ -68,7 +68,7 @@ class NormsSwappedOnValues(TwoGroups):
         return self.act(norm(self.conv(x)))
 
 
-@case(traceable=False)
+@case()
 class ActivationOfAnotherLayerOnValues(Group):
     """The activation module is also called alone."""
 
@@ -78,7 +78,7 @@ class ActivationOfAnotherLayerOnValues(Group):
         return self.act(self.norm(self.conv(x)))
 
 
-@case(traceable=False)
+@case()
 class ChangedBetweenOnValues(Group):
     """Something is done between the convolution and its norm, for other images only."""
 
@@ -89,7 +89,7 @@ class ChangedBetweenOnValues(Group):
         return self.act(self.norm(y))
 
 
-@case(traceable=False)
+@case()
 class Repeated(Group):
     """As often as the image says."""
 
@@ -110,7 +110,7 @@ class TraceablePart(nn.Module):
         return F.relu(self.group.norm(self.group.conv(x)) + x)
 
 
-@case(traceable=False, fused={"part.group.conv": ADDED})
+@case(fused={"part.group.conv": ADDED})
 class BranchAroundTraceableParts(nn.Module):
     """The root branches, but the blocks in it can be traced whole."""
 
@@ -122,7 +122,7 @@ class BranchAroundTraceableParts(nn.Module):
         return self.part(x) if x.mean() > 0 else self.part(x * 2) - 1
 
 
-@case(traceable=False)
+@case()
 class BranchOnSizes(TwoGroups):
     """Which group runs depends on the image's size."""
 
@@ -132,7 +132,7 @@ class BranchOnSizes(TwoGroups):
         return self.act(self.norm2(self.conv2(x)))
 
 
-@case(traceable=False)
+@case()
 class BranchOnTheBatch(Group):
     """One image is treated otherwise than several."""
 
@@ -141,7 +141,7 @@ class BranchOnTheBatch(Group):
         return y.squeeze(0) if len(x) == 1 else y
 
 
-@case(traceable=False)
+@case()
 class LoopOverImages(Group):
     """One image at a time."""
 

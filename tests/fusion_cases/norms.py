@@ -72,7 +72,7 @@ for _name, _norm, _reason in (
     add(f"norm_{_name}", partial(WithNorm, _norm), unfused={"conv": _reason})
 
 add("norm_subclass", partial(WithNorm, RenamedNorm))
-add("norm_frozen_by_hand", partial(WithNorm, HandFrozen))
+add("norm_frozen_by_hand", partial(WithNorm, HandFrozen), fused={"conv": WHOLE})
 add("norm_none", partial(WithNorm, lambda c: nn.Identity()), fused={"conv": "conv + relu"})
 add(
     "norm_in_training_mode",

@@ -202,3 +202,34 @@ class SharedPaddedInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         padded = self.pad(x)
         return F.relu(self.norm(self.conv(padded))) * F.silu(self.norm2(self.conv2(padded)))
+
+
+class FunctionalNorm(nn.Module):
+    """A convolution that is a module, with padding and a batch norm that are functions around it."""
+
+    def __init__(self, layer: nn.Conv2d, pad: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.conv, self.pad = layer, pad
+        self.register_buffer("running_mean", torch.rand(4))
+        self.register_buffer("running_var", torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, self.pad) if self.pad else x
+        return F.relu(F.batch_norm(self.conv(x), self.running_mean, self.running_var))
+
+
+_PADDED = "pad + conv + norm + relu"
+for _name, (_layer, _pad, _parts) in {
+    "plain": (partial(conv), (), WHOLE),
+    "groups": (partial(conv, groups=2), (), WHOLE),
+    "same": (partial(conv, size=4, padding="same"), (), WHOLE),
+    "zeros": (conv, (1, 2, 0, 1), _PADDED),
+    "zeros_and_same": (partial(conv, padding="same"), (1, 2, 0, 1), WHOLE),
+    "crop": (conv, (-1, 2, 0, 1), WHOLE),
+    "reflect": (partial(conv, padding_mode="reflect"), (), None),
+}.items():
+    add(
+        f"functional_norm_{_name}",
+        partial(lambda layer, pad: FunctionalNorm(layer(), pad), _layer, _pad),
+        **({"fused": {"conv": _parts}} if _parts else {"unfused": {"conv": ""}}),
+    )

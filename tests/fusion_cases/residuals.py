@@ -92,7 +92,6 @@ for _form, _sum_of in NO_RESIDUALS.items():
     add(
         f"no_residual_{_form}",
         lambda sum_of=_sum_of: Adds(sum_of),
-        traceable=_form != "of_one_image",
         fused={} if _form in BROADCASTS else {"conv": NORMED},
     )
 

@@ -8,20 +8,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fusion_cases.case import ADDED, NORMED, WHOLE, Group, TwoGroups, add, case, conv
+from tests.fusion_cases.case import (
+    ADDED,
+    ADDED_AFTER,
+    NORMED,
+    WHOLE,
+    Group,
+    TwoGroups,
+    add,
+    case,
+    conv,
+    two_images,
+)
 
 SHARED = r"(?i)twice|more than once|times|shared?|several|elsewhere|again|two|other|also|places"
 
 
-@case(unfused={"conv": SHARED})
+@case(fused={"conv": (WHOLE, ADDED_AFTER)})
 class SharedConv(TwoGroups):
-    """One convolution under two norms: the second norm must not inherit the first one's fold."""
+    """One convolution under two norms, each with a place of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x))) + self.act(self.norm2(self.conv(x * 0.5)))
 
 
-@case(unfused={"conv": SHARED})
+@case(fused={"conv": (WHOLE, "conv + add")})
 class SharedConvOnceBare(Group):
     """One convolution, once under a norm and once without."""
 
@@ -29,7 +40,7 @@ class SharedConvOnceBare(Group):
         return self.act(self.norm(self.conv(x))) + self.conv(x * 0.5)
 
 
-@case(unfused={"conv": SHARED})
+@case(fused={"conv": (WHOLE, ADDED_AFTER)})
 class SharedConvByAnotherName(TwoGroups):
     """One convolution under two attribute names."""
 
@@ -41,7 +52,7 @@ class SharedConvByAnotherName(TwoGroups):
         return self.act(self.norm(self.conv(x))) + self.act(self.norm2(self.conv2(x * 0.5)))
 
 
-@case(unfused={"conv": SHARED, "conv2": SHARED})
+@case(fused={"conv": WHOLE, "conv2": ADDED_AFTER})
 class SharedNorm(TwoGroups):
     """One norm behind two convolutions."""
 
@@ -53,7 +64,7 @@ class SharedNorm(TwoGroups):
         return self.act(self.norm(self.conv(x))) + self.act(self.norm(self.conv2(x)))
 
 
-@case(unfused={"conv": SHARED})
+@case(fused={"conv": ADDED_AFTER})
 class SharedNormOnceAlone(Group):
     """One norm, behind a convolution and on the input."""
 
@@ -93,7 +104,103 @@ class Branches(nn.Module):
 add("same_block_on_several_levels", Branches, fused={"block.conv": WHOLE})
 
 
-@case()
+class SharedHead(nn.Module):
+    """A head whose convolutions all levels share, each with norms of its own, as EfficientDet has it."""
+
+    def __init__(self, levels: int = 3) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([conv(), conv()])
+        self.norms = nn.ModuleList(
+            [nn.ModuleList([nn.BatchNorm2d(4) for _ in self.convs]) for _ in range(levels)]
+        )
+        self.predict = conv(4, 2)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        results = []
+        for x, norms in zip(features, self.norms, strict=True):
+            for layer, norm in zip(self.convs, norms, strict=True):
+                x = F.silu(norm(layer(x)))
+            results.append(self.predict(x))
+        return results
+
+
+class Detector(nn.Module):
+    """The head on three levels that the network makes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = SharedHead()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.head([x, F.avg_pool2d(x, 2), x[:, :, 1:]])
+
+
+LEVELS = ("conv + norm + silu",) * 3
+add("shared_head", Detector, fused={"head.convs.0": LEVELS, "head.convs.1": LEVELS})
+add(
+    "shared_head_on_a_list",
+    SharedHead,
+    fused={"convs.0": LEVELS, "convs.1": LEVELS},
+    inputs=lambda draw: ([draw.image(salt=level) for level in range(3)],),
+)
+
+
+@case(fused={"embed.conv": (WHOLE, WHOLE), "embed.conv2": (NORMED, NORMED)}, inputs=two_images)
+class Siamese(nn.Module):
+    """Two images through one network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = TwoGroups()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        first, second = self.one(x), self.one(y)
+        return (first - second).square().mean((1, 2, 3))
+
+    def one(self, x: Tensor) -> Tensor:
+        return self.embed.norm2(self.embed.conv2(self.embed(x)))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As DETR and its followers write it."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.reshape(1, -1, 1, 1)
+        b = self.bias.reshape(1, -1, 1, 1)
+        rv = self.running_var.reshape(1, -1, 1, 1)
+        rm = self.running_mean.reshape(1, -1, 1, 1)
+        eps = 1e-5
+        scale = w * (rv + eps).rsqrt()
+        bias = b - rm * scale
+        return x * scale + bias
+
+
+@case(fused={"conv": WHOLE, "conv2": ADDED})
+class FrozenNorms(TwoGroups):
+    """Norms that are arithmetic, in a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.norm2 = FrozenBatchNorm2d(4), FrozenBatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm2(self.conv2(super().forward(x))) + x)
+
+
+@case(fused={"conv": ("conv + norm", "conv + norm + relu")})
+class FrozenNormShared(FrozenNorms):
+    """One of them behind two calls of a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(self.norm(self.conv(x)))))
+
+
+@case(fused={"conv": (WHOLE, "conv + norm + silu")})
 class SameConvAndNormOtherActivation(Group):
     """The same convolution and norm in two places, but not the same group."""
 
@@ -101,7 +208,7 @@ class SameConvAndNormOtherActivation(Group):
         return F.silu(self.norm(self.conv(self.act(self.norm(self.conv(x))))))
 
 
-@case()
+@case(fused={"conv": (WHOLE, ADDED)})
 class SameGroupOnceWithResidual(Group):
     """The same modules, only once with a residual."""
 
@@ -110,7 +217,7 @@ class SameGroupOnceWithResidual(Group):
         return self.act(self.norm(self.conv(y)) + x)
 
 
-@case()
+@case(fused={"conv": (WHOLE, "conv")})
 class SameGroupOnceTapped(Group):
     """The same modules twice, but the second time the convolution's output is returned as well."""
 
@@ -202,7 +309,7 @@ class ConvOutputForItsShape(Group):
         return z.reshape(y.shape[0], y.size(1), -1).mean(-1) * y.shape[2]
 
 
-@case(unfused={"conv": SHARED, "conv2": SHARED})
+@case(fused={"conv": WHOLE, "conv2": WHOLE})
 class SharedWeight(TwoGroups):
     """Two convolutions with one weight between them."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import types
 import warnings
+from collections import deque
 from typing import Any
 
 import torch
@@ -207,7 +209,7 @@ class ReadsStrides(Group):
         return torch.as_strided(y, (y.shape[0], 12), (y.shape[1] * y.shape[2] * y.shape[3], 1))
 
 
-@case(traceable=False)
+@case()
 class BranchOnLayout(Group):
     """Layout decides."""
 
@@ -227,7 +229,7 @@ class BranchOnTheNetwork(Group):
         return self.act(y)
 
 
-@case(traceable=False)
+@case()
 class TypeOfTheInput(Group):
     """A list of features is concatenated first, as DenseNet does."""
 
@@ -248,7 +250,7 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(self.group, x, use_reentrant=False)
 
 
-@case(draws=(Draw(1, 2, 8, 9), Draw(2, 2, 8, 9), Draw(4, 2, 8, 9)), traceable=False)
+@case(draws=(Draw(1, 2, 8, 9), Draw(2, 2, 8, 9), Draw(4, 2, 8, 9)))
 class NumbersOut(Group):
     """Results that are no tensors."""
 
@@ -268,3 +270,43 @@ class Upsampled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm(self.conv(x)))
         return F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+OUTSIDE: dict[int, list[Tensor]] = {}
+
+
+@case(attributes=("last", "kept", "calls"))
+class KeptOutside(Group):
+    """In an object, in a global, in a deque: where no attribute of a module shows it."""
+
+    last = property(lambda self: self.holder.last)
+    kept = property(lambda self: OUTSIDE.get(id(self)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holder, self.calls = types.SimpleNamespace(last=None), deque([0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.holder.last = y.detach()
+        OUTSIDE[id(self)] = [y.detach() * 2]
+        self.calls.append(self.calls[-1] + 1)
+        return y
+
+
+@case()
+class SetsData(Group):
+    """No operation does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        y.data = y.data * 2
+        return y
+
+
+@case()
+class AsksForParameters(Group):
+    """The usual way to ask for a dtype, and how many there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(next(self.parameters()).dtype)) * len(self.state_dict())

@@ -15,7 +15,6 @@ from tests.fusion_cases.case import (
     add,
     case,
     conv,
-    randomise,
     two_images,
 )
 
@@ -257,27 +256,3 @@ add(
         "1.conv3": ADDED,
     },
 )
-
-
-class Chain(nn.Module):
-    """A group without residual, so that its sizes may change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = Group()
-        self.scale = 1.0
-        self.use_act = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body.norm(self.body.conv(x))
-        return (self.body.act(y) if self.use_act else y) * self.scale
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.body(x).mean((2, 3))
-
-
-def chain() -> Chain:
-    torch.manual_seed(0)
-    network = Chain()
-    randomise(network)
-    return network.double().eval()

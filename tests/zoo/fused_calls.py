@@ -33,7 +33,7 @@ def names_of(network: nn.Module) -> dict[int, str]:
     """Modules' names by the identity of their weights and running means, as `state_dict` names them."""
     return {
         id(tensor): name.rpartition(".")[0]
-        for name, tensor in network.state_dict(keep_vars=True).items()
+        for name, tensor in reversed(network.state_dict(keep_vars=True).items())
         if name.rpartition(".")[2] in ("weight", "running_mean")
     }
 

@@ -1,19 +1,21 @@
 """The groups of a graph: each convolution, and what follows it, as far as one fused call can compute it."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.fx import Graph, Node
 
 from fused_cna import layers
 from fused_cna.fusion.aliasing import Aliasing
-from fused_cna.fusion.calls import Act, Add, Call, Conv, Norm, Pad, Refused, Value, call_of
+from fused_cna.fusion.nodes import Act, Add, Call, Conv, Norm, Pad, Refused, Value, call_of
 
 SameShape = Callable[[Node, Node], bool | None]
 """Whether two nodes are tensors of one shape, dtype and device; None where only the call will show."""
+
+
+RESIDUAL_FIRST = "residual_first"
+"""In the ``meta`` of a group's node: whether the residual stood before the convolution in the sum."""
 
 
 @dataclass
@@ -61,32 +63,21 @@ class Matches:
     aliasing: Aliasing
 
 
-def match(
-    graph: Graph, modules: dict[str, nn.Module], same_shape: SameShape, *, residuals: bool = True
-) -> Matches:
+def match(graph: Graph, modules: dict[str, nn.Module], same_shape: SameShape) -> Matches:
     """Find the groups.
 
     A convolution takes in what follows as long as nothing else takes its result. The later of two
-    convolutions that are added takes the addition, as then the other is there already. A convolution or a
-    norm that runs more than once is fused only if all runs are of the same group.
+    convolutions that are added takes the addition, as then the other is there already.
 
     Args:
         modules: the targets of the graph's ``call_module`` nodes.
-        residuals: whether additions can be taken in.
     """
     calls = {node: call for node in graph.nodes if (call := call_of(node, modules)) is not None}
-    finder = _Finder(calls, modules, Aliasing(graph, calls, modules), same_shape, residuals)
-    apart: dict[Node, str] = {}
-    while True:
-        groups = finder.find(apart)
-        shared = _shared(groups, calls)
-        if not shared:
-            break
-        apart.update(shared)
+    finder = _Finder(calls, modules, Aliasing(graph, calls, modules), same_shape)
     refused = {
         node: call.reason for node, call in calls.items() if isinstance(call, Refused) and call.kind is Conv
     }
-    return Matches(groups, calls, refused, finder.aliasing)
+    return Matches(finder.find(), calls, refused, finder.aliasing)
 
 
 class _Finder:
@@ -96,26 +87,20 @@ class _Finder:
         modules: dict[str, nn.Module],
         aliasing: Aliasing,
         same_shape: SameShape,
-        residuals: bool,
     ) -> None:
         self.calls = calls
         self.modules = modules
         self.aliasing = aliasing
         self.same_shape = same_shape
-        self.residuals = residuals
         self.convs = [(node, call) for node, call in calls.items() if isinstance(call, Conv)]
         self.taken: set[Node] = set()
 
-    def find(self, apart: dict[Node, str]) -> list[Group]:
-        """The groups in the order of the graph; convolutions in ``apart`` stay alone."""
-        self.taken = set()
+    def find(self) -> list[Group]:
+        """The groups in the order of the graph."""
         groups = []
         for node, call in reversed(self.convs):
             group = Group(node, call)
-            if node in apart:
-                group.reason, group.missed = apart[node], True
-            else:
-                self._extend(group)
+            self._extend(group)
             changed = self._changed_value(group) if group.is_fused else None
             if changed is not None:
                 group.leave(f"a parameter may be overwritten within it, by {changed.name}")
@@ -175,7 +160,7 @@ class _Finder:
     def _take_add(self, group: Group, last: Node, order: str) -> Node:
         add = self._following(last)
         call = self.calls.get(add) if add is not None else None
-        if not self.residuals or add is None or not isinstance(call, Add):
+        if add is None or not isinstance(call, Add):
             return last
         residual = call.b if call.a is last else call.a
         reason = self._why_not_added(group, add, call, last, residual)
@@ -194,11 +179,8 @@ class _Finder:
     def _why_not_added(self, group: Group, add: Node, call: Add, last: Node, residual: Node) -> str:
         if residual.op == "get_attr":
             return "what is added is a parameter"
-        same_shape = self.same_shape(last, residual)
-        if same_shape is False:
+        if self.same_shape(last, residual) is False:
             return "what is added has another shape, dtype or device"
-        if same_shape is None and not self._is_block(group):
-            return "the shape of what is added is not known, and functions do not look"
         if call.overwritten is residual and not self.aliasing.is_forgotten(residual, add):
             return "the addition overwrites a tensor that is seen elsewhere"
         changed = self.aliasing.changed_between(group.call.x, group.conv, add)
@@ -267,50 +249,3 @@ def _name(node: Node, modules: dict[str, nn.Module]) -> str:
     if node.op == "call_module":
         return f"{node.target} ({type(modules[str(node.target)]).__name__})"
     return "the output" if node.op == "output" else node.name
-
-
-def _shared(groups: list[Group], calls: dict[Node, Call]) -> dict[Node, str]:
-    """Fused convolutions that share a module or a weight with other groups than their own, and why not."""
-    signatures: dict[Any, set[Any]] = {}
-    for group in groups:
-        for key in _keys(group, calls):
-            signatures.setdefault(key, set()).add(_signature(group, calls))
-    norm_uses = Counter(id(call.module or call.mean) for call in calls.values() if isinstance(call, Norm))
-    fused_norms = Counter(
-        id(norm.module or norm.mean)
-        for group in groups
-        if isinstance(norm := calls.get(group.norm), Norm)  # type: ignore[arg-type]
-    )
-    shared: dict[Node, str] = {}
-    for group in groups:
-        if not group.is_fused:
-            continue
-        conv_key, *norm_key = _keys(group, calls)
-        if len(signatures[conv_key]) > 1:
-            shared[group.conv] = "its weight is used more than once, with different things after it"
-        elif norm_key and (
-            len(signatures[norm_key[0]]) > 1 or norm_uses[norm_key[0][1]] > fused_norms[norm_key[0][1]]
-        ):
-            shared[group.conv] = "its norm is used more than once, after different things"
-    return shared
-
-
-def _keys(group: Group, calls: dict[Node, Call]) -> list[tuple[str, int]]:
-    """What must not be shared with a different group: the weight and the norm."""
-    keys = [("weight", id(group.call.weight))]
-    norm = calls.get(group.norm) if group.norm is not None else None
-    if isinstance(norm, Norm):
-        keys.append(("norm", id(norm.module or norm.mean)))
-    return keys
-
-
-def _signature(group: Group, calls: dict[Node, Call]) -> tuple[Any, ...]:
-    norm, act = (None if node is None else calls[node] for node in (group.norm, group.act))
-    pad = calls[group.pad] if group.pad is not None else None
-    return (
-        id(group.call.module or group.call.weight),
-        id(norm.module or norm.mean) if isinstance(norm, Norm) else None,
-        (act.name, act.params) if isinstance(act, Act) else None,
-        pad.amounts if isinstance(pad, Pad) else None,
-        group.residual_order if group.add is not None else None,
-    )

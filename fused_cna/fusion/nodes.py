@@ -203,6 +203,22 @@ def _conv_function(node: Node) -> Call | None:
     return Conv(x, weight, bias, None, *sizes)
 
 
+def batch_norm_written_out(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """A batch norm in eval mode as DETR writes it, which promotes dtypes as ``F.batch_norm`` does not."""
+    scale = weight * (var + eps).rsqrt()
+    shift = bias - mean * scale
+    return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+
 def _batch_norm_function(node: Node) -> Call | None:
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     given = arguments(node, names, (None, None, False, 0.1, 1e-5))
@@ -287,6 +303,7 @@ _FUNCTIONS: dict[Any, Callable[[Node], Call | None]] = {
     torch.conv2d: _conv_function,
     F.conv2d: _conv_function,
     F.batch_norm: _batch_norm_function,
+    batch_norm_written_out: _batch_norm_function,
     F.pad: _pad,
     torch._C._nn.pad: _pad,
     F.gelu: _gelu,
