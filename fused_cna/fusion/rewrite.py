@@ -221,7 +221,8 @@ def build_overlay(
     # Else graph and module refer to each other, and the weights stay until the garbage collector comes by.
     fused.graph.owning_module = None
     leaves = {name: module for name, module in traced.modules.items() if name in called}
-    overlay = Overlay(fused, values, Guard(network, traced, snapshots), layers, leaves)
+    is_idle = not rewriter.replaced
+    overlay = Overlay(fused, values, Guard(network, traced, snapshots), layers, leaves, is_idle)
     if keep:
         stand_ins = {made: last for last, made in rewriter.replaced.items()}
         found = {node: copies.get(stand_ins.get(node, node)) for node in fused.graph.nodes}

@@ -321,7 +321,7 @@ class Tracer(fx.Tracer):
             self.blamed = self.blamed or m
             raise
         self._calls.pop()
-        if isinstance(result, Proxy) and result.node.op == "call_module" and not self.refused:
+        if is_leaf and isinstance(result, Proxy):
             if kind_of(m) is not None:
                 _known(result)
             if not self._returns_a_tensor(m):
