@@ -129,7 +129,14 @@ def gradient(network: nn.Module) -> Any:
         return torch.autograd.grad(network(x).square().sum(), (x, *network.parameters()))
 
 
+def inferred(network: nn.Module) -> Any:
+    with torch.inference_mode():
+        result = network(image())
+    return result.clone(), result.is_inference()
+
+
 WAYS: dict[str, Callable[[nn.Module], Any]] = {
+    "inference_mode": inferred,
     "vmap": mapped,
     "functional_call": scaled,
     "jvp": forward_gradient,
