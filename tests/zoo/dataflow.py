@@ -19,8 +19,7 @@ called several times counts if the same follows each time.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,8 +157,7 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-@contextmanager
-def _inside_frozen_norms(network: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _inside_frozen_norms(network: nn.Module, recorder: _Recorder) -> ExitStack:
     """Marks what runs inside a norm that is written out as arithmetic."""
 
     def enter(module: nn.Module, arguments: Any) -> None:
@@ -168,14 +166,12 @@ def _inside_frozen_norms(network: nn.Module, recorder: _Recorder) -> Iterator[No
     def leave(module: nn.Module, arguments: Any, result: Any) -> None:
         recorder.inside = None
 
-    frozen = [module for module in network.modules() if type(module).__name__.startswith("FrozenBatchNorm")]
-    handles = [module.register_forward_pre_hook(enter) for module in frozen]
-    handles += [module.register_forward_hook(leave) for module in frozen]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = ExitStack()
+    for module in network.modules():
+        if type(module).__name__.startswith("FrozenBatchNorm"):
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+    return hooks
 
 
 def _followed(
