@@ -12,25 +12,19 @@ from torch.fx import Node
 
 from fused_cna import activation, eager, layers, ops
 from fused_cna._checks import explicit_padding, output_size, pair
+from fused_cna.fusion.aliasing import KEEPING_LAYOUT
 from fused_cna.fusion.groups import RESIDUAL_FIRST
 from fused_cna.fusion.nodes import Act, Add, Norm, Pad, call_of
 from fused_cna.modules import ConvNormAct
 
 # The attribute, scalars and algorithm by which oneDNN's operators know an activation. The others of
 # activation.ACTIVATIONS run after the convolution, in its memory.
-_ONEDNN_ACTIVATIONS: dict[str, tuple[str, tuple[float, ...], str]] = {
-    "identity": ("none", (), ""),
-    "relu": ("relu", (), ""),
-    "relu6": ("hardtanh", (0.0, 6.0), ""),
-    "leaky_relu": ("leaky_relu", (), ""),
-    "silu": ("swish", (), ""),
-    "gelu": ("gelu", (), "none"),
-    "gelu_tanh": ("gelu", (), "tanh"),
-    "hardswish": ("hardswish", (), ""),
-    "hardsigmoid": ("hardsigmoid", (), ""),
-    "sigmoid": ("sigmoid", (), ""),
-    "tanh": ("tanh", (), ""),
-}
+_Known = dict[str, tuple[str, tuple[float, ...], str]]
+_ONEDNN_ACTS: _Known = {"identity": ("none", (), ""), "silu": ("swish", (), "")}
+_ONEDNN_ACTS |= {"gelu": ("gelu", (), "none"), "gelu_tanh": ("gelu", (), "tanh")}
+_ONEDNN_ACTS |= {"relu6": ("hardtanh", (0.0, 6.0), "")}
+for _name in ("relu", "leaky_relu", "hardswish", "hardsigmoid", "sigmoid", "tanh"):
+    _ONEDNN_ACTS[_name] = (_name, (), "")
 
 # A weight packed for another shape of input is right, but repacked inside every call, which costs more than
 # the convolution. Shapes that want the same layout share one.
@@ -49,23 +43,12 @@ if torch.backends.mkldnn.is_available():
 
 
 def _takes_onednn(dtype: torch.dtype, *tensors: Any) -> bool:
-    """Whether oneDNN's own operators may have the tensors, which know no derivative, transform or autocast.
-
-    Nor do they know subclasses of tensors, among them the fake ones of a compiler.
-    """
+    """Whether oneDNN's operators may have them, which know no derivative, transform, autocast or subclass."""
     grad = torch.is_grad_enabled()
     for x in tensors:
         if type(x) is not Tensor or x.dtype is not dtype or not x.is_cpu or (grad and x.requires_grad):
             return False
     return eager.is_plain_call() and torch._C._get_mkldnn_enabled() and not torch.is_autocast_enabled("cpu")
-
-
-def _convolve(convolution: tuple[Any, ...], act: str, act_params: Sequence[float]) -> Tensor:
-    known = _ONEDNN_ACTIVATIONS.get(act)
-    if known is None:
-        return activation.apply(_convolution(*convolution, "none", (), ""), act, act_params, inplace=True)
-    name, scalars, algorithm = known
-    return _convolution(*convolution, name, scalars or act_params, algorithm)
 
 
 def fold(weight: Tensor, bias: Tensor | None, vectors: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -98,18 +81,12 @@ class FrozenConv(nn.Module):
 
     with the residual as the block adds it; one of another shape or dtype broadcasts and promotes. On a CPU it
     is one oneDNN call with a weight that is packed at the first one, and ``y`` is in channels_last. On a GPU,
-    where oneDNN has no such call, the gradient of ``x`` is wanted, autocast is on, or a compiler or another
-    transform looks on, it is :func:`fused_cna.conv_norm_act` on the folded weight.
-
-    oneDNN's ReLU, ReLU6 and Hardsigmoid turn NaN into numbers, where PyTorch's keep it. It has no buffers: to
-    be moved, cast or copied it is made anew.
+    and wherever oneDNN may not run, it is :func:`fused_cna.conv_norm_act` on the folded weight. oneDNN's ReLU,
+    ReLU6 and Hardsigmoid turn NaN into numbers. It has no buffers: to be moved or cast it is made anew.
 
     Shape:
         x: [N, C, H, W] or [C, H, W]. residual and result: [N, K, P, Q] or [K, P, Q].
     """
-
-    overwrites_residual = False
-    """Whether the sum may be computed in the memory of the residual, which saves the memory for another."""
 
     def __init__(
         self, conv: Any, vectors: Sequence[Any], act: tuple[str, tuple[float, ...]], order: str
@@ -123,12 +100,10 @@ class FrozenConv(nn.Module):
         # What F.pad does to x first: borders that are no zeros, or not the same on both sides.
         self.borders: list[tuple[tuple[int, ...], str]] = []
         if conv.padding_mode != "zeros":
-            padding = (0, 0)
             self.borders = [(tuple(conv._reversed_padding_repeated_twice), conv.padding_mode)]
         elif len(padding) == 4:
-            top, bottom, left, right = padding
-            height, width = padding = (min(top, bottom), min(left, right))
-            self.borders = [((left - width, right - width, top - height, bottom - height), "constant")]
+            self.borders = [((*padding[2:], *padding[:2]), "constant")]
+        padding = (0, 0) if self.borders else padding
         # In the order of oneDNN's operators.
         self.geometry = {"padding": padding, "stride": stride, "dilation": dilation, "groups": conv.groups}
         self._packed: dict[torch.Size, Tensor] = {}
@@ -157,8 +132,11 @@ class FrozenConv(nn.Module):
             frozen.borders.insert(0, ((left, right, top, bottom), "constant"))
         return frozen
 
-    def forward(self, x: Tensor, residual: Any = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Any = None, overwrites_residual: bool = False) -> Tensor:
         """The block's result for its parameters as they were.
+
+        Args:
+            overwrites_residual: permit the sum to take the memory of the residual.
 
         Raises:
             RuntimeError: whatever ``F.conv2d`` refuses.
@@ -172,7 +150,7 @@ class FrozenConv(nn.Module):
         if residual is None or (
             isinstance(residual, Tensor) and eager.is_summand(residual, x, self._shape(x))
         ):
-            return self._run(x, residual, *self.act)
+            return self._run(x, residual, *self.act, overwrites_residual)
         if self.residual_order == "act_add":
             return self._run(x, None, *self.act) + residual
         return activation.apply(self._run(x, None, "identity", ()) + residual, *self.act)
@@ -183,13 +161,14 @@ class FrozenConv(nn.Module):
         size = output_size(x.shape[-2:], self.weight.shape[2:], stride, padding, dilation)
         return *x.shape[:-3], self.weight.shape[0], *size
 
-    def _run(self, x: Tensor, residual: Tensor | None, act: str, act_params: Sequence[float]) -> Tensor:
+    def _run(
+        self, x: Tensor, residual: Any, act: str, params: Sequence[float], overwrites: bool = False
+    ) -> Tensor:
         tensors = (x, self.weight) if residual is None else (x, self.weight, residual)
         if _takes_onednn(self.weight.dtype, *tensors) and (weight := self._packed_weight(x)) is not None:
-            return self._run_onednn(
-                (x, weight, self.bias, *self.geometry.values()), residual, act, act_params
-            )
-        options: Any = {"act": act, "act_params": act_params, **self.geometry}
+            conv = (x, weight, self.bias, *self.geometry.values())
+            return self._run_onednn(conv, residual, act, params, overwrites)
+        options: Any = {"act": act, "act_params": params, **self.geometry}
         options.update(residual=residual, residual_order=self.residual_order)
         if isinstance(x, Tensor) and (x.is_cuda or ops.operator_everywhere):
             return ops.conv_norm_act(x, self.weight, self.bias, **options)
@@ -215,19 +194,20 @@ class FrozenConv(nn.Module):
         return fresh
 
     def _run_onednn(
-        self, convolution: tuple[Any, ...], residual: Any, act: str, act_params: Sequence[float]
+        self, conv: tuple[Any, ...], residual: Any, act: str, params: Sequence[float], overwrites: bool
     ) -> Tensor:
-        if residual is None:
-            return _convolve(convolution, act, act_params)
-        if self.residual_order == "act_add":
-            return _convolve(convolution, act, act_params).add_(residual)
-        if act not in ("identity", "relu") or self.geometry["groups"] != 1:
-            z = _convolve(convolution, "identity", ()).add_(residual)
-            return activation.apply(z, act, act_params, inplace=True)
-        post = ("add", 1.0, None if act == "identity" else act, (), "")
-        if self.overwrites_residual and residual.is_contiguous(memory_format=torch.channels_last):
-            return _convolution_add_(residual, *convolution, *post)
-        return _convolution_add(convolution[0], residual, *convolution[1:], *post)
+        adds_first = residual is not None and self.residual_order == "add_act"
+        if adds_first and act in ("identity", "relu") and self.geometry["groups"] == 1:
+            post = ("add", 1.0, None if act == "identity" else act, (), "")
+            if overwrites and residual.is_contiguous(memory_format=torch.channels_last):
+                return _convolution_add_(residual, *conv, *post)
+            return _convolution_add(conv[0], residual, *conv[1:], *post)
+        known = None if adds_first else _ONEDNN_ACTS.get(act)
+        name, scalars, algorithm = known or _ONEDNN_ACTS["identity"]
+        y = _convolution(*conv, name, scalars or (params if known else ()), algorithm)
+        y = y.add_(residual) if adds_first else y
+        y = y if known else activation.apply(y, act, params, inplace=True)
+        return y if residual is None or adds_first else y.add_(residual)
 
 
 def _lies_in_channels_last(x: Any) -> bool:
@@ -247,31 +227,25 @@ def _as_plain(y: Tensor, lies: bool) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format)
 
 
-# Beside activations, norms, sums and zero padding: what returns fresh memory that lies as the inputs do, what
-# returns its first argument or a part of it, and what returns the same however its input lies.
-_FRESH_MODULES = (FrozenConv, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Upsample)
-_FRESH = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, "mul", torch.cat}
-_FRESH |= {F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d}
+# Beside activations, norms, sums, zero padding and KEEPING_LAYOUT: what returns its first argument or a part of
+# it, and what returns the same however its input lies.
 _ALIASES = {torch.chunk, torch.split, "chunk", "split", operator.getitem, operator.imul, "mul_"}
 _BLIND = {torch.mean, "mean", "size", "dim", _lies_in_channels_last, _lies_as_larger}
 _BLIND_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 
 
-def _kind(node: Node, modules: dict[str, nn.Module]) -> str:
-    """Whether a node is one of the above: "fresh", "alias" or "blind"; empty where it may be anything."""
-    call = call_of(node, modules)
-    if "out" in node.kwargs or not node.args:
+def _kind(node: Any, modules: dict[str, nn.Module]) -> str:
+    """What a node is: "frozen", "fresh", "alias" or "blind"; empty where it may be anything."""
+    if not isinstance(node, Node) or "out" in node.kwargs or not node.args:
         return ""
-    if node.target in _BLIND or (node.target is getattr and node.args[1] in _BLIND_ATTRIBUTES):
+    call, what = call_of(node, modules), node.target
+    what = type(modules[str(what)]) if node.op == "call_module" else what
+    if what in _BLIND or (what is getattr and node.args[1] in _BLIND_ATTRIBUTES):
         return "blind"
-    if node.target in _ALIASES or getattr(call, "overwrites", False) or getattr(call, "overwritten", None):
+    if what in _ALIASES or getattr(call, "overwritten", None):
         return "alias" if isinstance(node.args[0], Node) else ""
-    is_fresh = isinstance(call, (Act, Add, Norm, Pad)) or node.target in _FRESH
-    return "fresh" if is_fresh or _is(node, modules, _FRESH_MODULES) else ""
-
-
-def _is(node: Any, modules: dict[str, nn.Module], kinds: Any) -> bool:
-    return node.op == "call_module" and isinstance(modules[str(node.target)], kinds)
+    is_fresh = isinstance(call, (Act, Add, Norm, Pad)) or what in KEEPING_LAYOUT
+    return "frozen" if what is FrozenConv else "fresh" if is_fresh else ""
 
 
 def keep_layout(graph_module: fx.GraphModule) -> None:
@@ -282,24 +256,22 @@ def keep_layout(graph_module: fx.GraphModule) -> None:
     so, or where its input does. What shares memory in the plain network shares it here.
     """
     graph, modules = graph_module.graph, dict(graph_module.named_modules())
-    # By node whose result may lie in another layout than in the plain network: the node that says which one.
+    # Nodes whose result may lie in another layout than in the plain network, and by node the one that says in
+    # which it lies there.
+    loose: set[Node] = set()
     answers: dict[Node, Node] = {}
-    measured: dict[Node, Node] = {}
 
-    def answer_of(x: Node) -> Node:
-        if x not in answers and x not in measured:
-            following = x.next
-            while following.op == "placeholder":
-                following = following.next
-            with graph.inserting_before(following):
-                measured[x] = graph.call_function(_lies_in_channels_last, (x,))
-        return answers[x] if x in answers else measured[x]
+    def answer_of(x: Node, reader: Node) -> Node:
+        if x not in answers:
+            with graph.inserting_before(reader):
+                answers[x] = graph.call_function(_lies_in_channels_last, (x,))
+        return answers[x]
 
     def make_plain(x: Any, reader: Node) -> None:
         base = x
         while _kind(base, modules) == "alias":
             base = base.args[0]
-        if base not in answers:
+        if base not in loose:
             return
         is_result = reader.op == "output" and base is x
         users = [reader] if is_result else list(base.users)
@@ -308,28 +280,29 @@ def keep_layout(graph_module: fx.GraphModule) -> None:
         for user in users:
             user.replace_input_with(base, plain)
         if not is_result:
-            del answers[base]
+            loose.remove(base)
 
     for node in list(graph.nodes):
         kind, inputs = _kind(node, modules), node.all_input_nodes
-        if kind == "fresh" and node.target is torch.cat and len({answers.get(x, x) for x in inputs}) > 1:
+        if node.target is torch.cat and len({answers[x] if x in loose else x for x in inputs}) > 1:
             kind = ""
+        sources: list[Any] = []
         if kind == "":
             for x in inputs:
                 make_plain(x, node)
-        elif _is(node, modules, FrozenConv):
-            if node.meta.get(RESIDUAL_FIRST):
-                answers[node] = answer_of(node.args[1])
-            elif not modules[node.target].channels_last:
-                answers[node] = answer_of(node.args[0])
-        elif kind == "alias" and node.args[0] in answers:
-            answers[node] = answers[node.args[0]]
-        elif kind == "fresh" and not answers.keys().isdisjoint(inputs):
-            answers[node] = answer_of(inputs[0])
-            if len(inputs) == 2 and answer_of(inputs[1]) is not answers[node]:
-                operands = (*inputs, answers[node], answer_of(inputs[1]))
+        elif kind == "frozen" and node.meta.get(RESIDUAL_FIRST):
+            sources = [node.args[1]]
+        elif kind == "frozen" and not modules[str(node.target)].channels_last:
+            sources = [node.args[0]]
+        elif kind in ("fresh", "alias") and not loose.isdisjoint(inputs):
+            sources = inputs if kind == "fresh" else [node.args[0]]
+        if sources:
+            loose.add(node)
+            given = [answer_of(x, node) for x in sources]
+            answers[node] = given[0]
+            if len(given) == 2 and given[0] is not given[1]:
                 with graph.inserting_before(node):
-                    answers[node] = graph.call_function(_lies_as_larger, operands)
+                    answers[node] = graph.call_function(_lies_as_larger, (*sources, *given))
     graph_module.recompile()
 
 
@@ -348,29 +321,21 @@ def reuse_memory(graph_module: fx.GraphModule) -> None:
     no view of it. Fresh memory is dear on a CPU: the system clears every page that it hands out, which takes
     longer than a layer bound by memory.
     """
-    modules: dict[str, Any] = dict(graph_module.named_modules())
-    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    modules = dict(graph_module.named_modules())
 
     def is_last_use(x: Any, node: Node) -> bool:
-        if not isinstance(x, Node) or not _is(x, modules, FrozenConv) or node.args.count(x) != 1:
-            return False
-        before = [user for user in x.users if user is not node]
-        return all(
-            order[user] < order[node] and _kind(user, modules) in ("fresh", "blind") for user in before
+        return (_kind(x, modules) == "frozen" and node.args.count(x) == 1) and all(
+            user is node or (user < node and _kind(user, modules) not in ("", "alias")) for user in x.users
         )
 
-    seen: set[FrozenConv] = set()
     for node in graph_module.graph.nodes:
-        if _is(node, modules, FrozenConv):
-            frozen = modules[node.target]
-            overwrites = frozen.overwrites_residual or frozen not in seen
-            frozen.overwrites_residual = (
-                overwrites and is_last_use(node.args[-1], node) and len(node.args) == 2
-            )
-            seen.add(frozen)
-        elif node.target in (operator.mul, torch.mul) and len(node.args) == 2 and not node.kwargs:
-            x = next((arg for arg in node.args if is_last_use(arg, node)), None)
-            if x is not None:
-                scale = node.args[1] if node.args[0] is x else node.args[0]
-                node.target, node.args = multiply_into, (x, scale)
+        if len(node.args) != 2 or node.kwargs:
+            continue
+        x, scale = node.args
+        if _kind(node, modules) == "frozen" and is_last_use(scale, node):
+            node.kwargs = {"overwrites_residual": True}
+        elif node.target in (operator.mul, torch.mul) and is_last_use(x, node):
+            node.target = multiply_into
+        elif node.target in (operator.mul, torch.mul) and is_last_use(scale, node):
+            node.target, node.args = multiply_into, (scale, x)
     graph_module.recompile()
