@@ -48,7 +48,7 @@ def trace(plain: nn.Module) -> fx.GraphModule:
     graph = fx.GraphModule(plain, Tracer().trace(plain))
     for name in "abc":
         if hasattr(graph, name):
-            setattr(graph, name, FrozenConv.from_block(getattr(graph, name)))
+            setattr(graph, name, FrozenConv(getattr(graph, name)))
     return graph
 
 

@@ -16,9 +16,9 @@ from fused_cna.fusion.nodes import Act, Add, Call, Conv, Norm, Pad
 # Functions, methods and modules that make fresh memory: those whose results lie as their inputs do, and all.
 KEEPING_LAYOUT = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, "mul"}
 KEEPING_LAYOUT |= {torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d}
-KEEPING_LAYOUT |= {nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Upsample}
-_FRESH = KEEPING_LAYOUT | {torch.stack, torch.matmul, operator.matmul, torch.mean, "mean", F.conv2d}
-_FRESH |= {F.conv_transpose2d, F.batch_norm, F.group_norm, F.layer_norm, F.linear, F.softmax}
+KEEPING_LAYOUT |= {torch.mean, "mean", nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Upsample}
+_FRESH = KEEPING_LAYOUT | {torch.stack, torch.matmul, operator.matmul, F.conv2d, F.conv_transpose2d}
+_FRESH |= {F.batch_norm, F.group_norm, F.layer_norm, F.linear, F.softmax}
 _FRESH |= {nn.ConvTranspose2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Softmax}
 _FRESH |= {F.scaled_dot_product_attention}
 _LAYOUT_DECIDES = {"contiguous", "reshape", "view", "flatten", "to", torch.reshape, torch.flatten}

@@ -19,12 +19,14 @@ from fused_cna.modules import ConvNormAct
 
 # The attribute, scalars and algorithm by which oneDNN's operators know an activation. The others of
 # activation.ACTIVATIONS run after the convolution, in its memory.
-_Known = dict[str, tuple[str, tuple[float, ...], str]]
-_ONEDNN_ACTS: _Known = {"identity": ("none", (), ""), "silu": ("swish", (), "")}
+_SAME_NAMES = ("relu", "leaky_relu", "hardswish", "hardsigmoid", "sigmoid", "tanh")
+_ONEDNN_ACTS: dict[str, tuple[str, Sequence[float], str]] = {name: (name, (), "") for name in _SAME_NAMES}
+_ONEDNN_ACTS |= {
+    "identity": ("none", (), ""),
+    "silu": ("swish", (), ""),
+    "relu6": ("hardtanh", (0.0, 6.0), ""),
+}
 _ONEDNN_ACTS |= {"gelu": ("gelu", (), "none"), "gelu_tanh": ("gelu", (), "tanh")}
-_ONEDNN_ACTS |= {"relu6": ("hardtanh", (0.0, 6.0), "")}
-for _name in ("relu", "leaky_relu", "hardswish", "hardsigmoid", "sigmoid", "tanh"):
-    _ONEDNN_ACTS[_name] = (_name, (), "")
 
 # A weight packed for another shape of input is right, but repacked inside every call, which costs more than
 # the convolution. Shapes that want the same layout share one.
@@ -80,43 +82,22 @@ class FrozenConv(nn.Module):
         y = block.act(F.conv2d(x, weight, bias, ...))
 
     with the residual as the block adds it; one of another shape or dtype broadcasts and promotes. On a CPU it
-    is one oneDNN call with a weight that is packed at the first one, and ``y`` is in channels_last. On a GPU,
-    and wherever oneDNN may not run, it is :func:`fused_cna.conv_norm_act` on the folded weight. oneDNN's ReLU,
-    ReLU6 and Hardsigmoid turn NaN into numbers. It has no buffers: to be moved or cast it is made anew.
+    is one oneDNN call with a weight that is packed at the first one, and ``y`` is in channels_last; its ReLU,
+    ReLU6 and Hardsigmoid turn NaN into numbers. On a GPU, and wherever oneDNN may not run, it is
+    :func:`fused_cna.conv_norm_act`. It has no buffers: to be moved, cast or copied it is made anew.
 
     Shape:
         x: [N, C, H, W] or [C, H, W]. residual and result: [N, K, P, Q] or [K, P, Q].
     """
 
-    def __init__(
-        self, conv: Any, vectors: Sequence[Any], act: tuple[str, tuple[float, ...]], order: str
-    ) -> None:
-        super().__init__()
-        self.weight, self.bias = fold(conv.weight, conv.bias, vectors)
-        self.channels_last = suggest_memory_format(conv.weight) is torch.channels_last
-        self.act, self.residual_order, self.pads_same = act, order, layers.pads_same(conv)
-        stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
-        padding = explicit_padding(conv.padding, self.weight.shape[2:], stride, dilation)
-        # What F.pad does to x first: borders that are no zeros, or not the same on both sides.
-        self.borders: list[tuple[tuple[int, ...], str]] = []
-        if conv.padding_mode != "zeros":
-            self.borders = [(tuple(conv._reversed_padding_repeated_twice), conv.padding_mode)]
-        elif len(padding) == 4:
-            self.borders = [((*padding[2:], *padding[:2]), "constant")]
-        padding = (0, 0) if self.borders else padding
-        # In the order of oneDNN's operators.
-        self.geometry = {"padding": padding, "stride": stride, "dilation": dilation, "groups": conv.groups}
-        self._packed: dict[torch.Size, Tensor] = {}
-        self.eval()
-
-    @classmethod
-    def from_block(cls, block: ConvNormAct) -> "FrozenConv":
-        """The snapshot of a block, which shares no tensor with it.
+    def __init__(self, block: ConvNormAct) -> None:
+        """Take the snapshot of a block, which shares no tensor with it.
 
         Raises:
-            ValueError: the block computes something else than a convolution, a norm by running statistics and
-                an activation that is known.
+            ValueError: the block computes something else than can be fused.
         """
+        super().__init__()
+        conv: Any
         conv, norm, act = (block._modules[name] or nn.Identity().eval() for name in ("conv", "norm", "act"))
         vectors, known, order = layers.epilogue(norm, act, block.residual_order) or ((), None, "")
         is_other = block.training or norm.training or any(map(layers.has_hooks, block.modules()))
@@ -126,17 +107,27 @@ class FrozenConv(nn.Module):
                 "nn.Conv2d, its norm a batch norm with running statistics, and its act one of "
                 f"{', '.join(activation.ACTIVATIONS)}, but it is {block}"
             )
-        frozen = cls(conv, vectors, known, order)
-        if any(block.zero_pad):
-            top, bottom, left, right = block.zero_pad
-            frozen.borders.insert(0, ((left, right, top, bottom), "constant"))
-        return frozen
+        self.weight, self.bias = fold(conv.weight, conv.bias, vectors)
+        self.channels_last = suggest_memory_format(conv.weight) is torch.channels_last
+        self.act, self.residual_order, self.pads_same = known, order, layers.pads_same(conv)
+        stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
+        padding = explicit_padding(conv.padding, self.weight.shape[2:], stride, dilation)
+        # What F.pad does to x first: the block's zeros, borders of other values, or of several widths.
+        top, bottom, left, right = block.zero_pad
+        self.borders = [((left, right, top, bottom), "constant")] if any(block.zero_pad) else []
+        if conv.padding_mode != "zeros":
+            self.borders += [(tuple(conv._reversed_padding_repeated_twice), conv.padding_mode)]
+            padding = (0, 0)
+        elif len(padding) == 4:
+            self.borders += [((*padding[2:], *padding[:2]), "constant")]
+            padding = (0, 0)
+        # In the order of oneDNN's operators.
+        self.geometry = {"padding": padding, "stride": stride, "dilation": dilation, "groups": conv.groups}
+        self._packed: dict[torch.Size, Tensor] = {}
+        self.eval()
 
     def forward(self, x: Tensor, residual: Any = None, overwrites_residual: bool = False) -> Tensor:
-        """The block's result for its parameters as they were.
-
-        Args:
-            overwrites_residual: permit the sum to take the memory of the residual.
+        """The block's result for its parameters as they were; it may take the memory of the residual.
 
         Raises:
             RuntimeError: whatever ``F.conv2d`` refuses.
@@ -147,9 +138,8 @@ class FrozenConv(nn.Module):
             sizes = self.weight.shape[2:], self.geometry["stride"], self.geometry["dilation"]
             amounts = layers.same_padding(x.shape[-2:], *sizes)
             x = F.pad(x, (*amounts[2:], *amounts[:2])) if any(amounts) else x
-        if residual is None or (
-            isinstance(residual, Tensor) and eager.is_summand(residual, x, self._shape(x))
-        ):
+        is_tensor = isinstance(residual, Tensor)
+        if residual is None or (is_tensor and eager.is_summand(residual, x, self._shape(x))):
             return self._run(x, residual, *self.act, overwrites_residual)
         if self.residual_order == "act_add":
             return self._run(x, None, *self.act) + residual
@@ -165,14 +155,23 @@ class FrozenConv(nn.Module):
         self, x: Tensor, residual: Any, act: str, params: Sequence[float], overwrites: bool = False
     ) -> Tensor:
         tensors = (x, self.weight) if residual is None else (x, self.weight, residual)
-        if _takes_onednn(self.weight.dtype, *tensors) and (weight := self._packed_weight(x)) is not None:
-            conv = (x, weight, self.bias, *self.geometry.values())
-            return self._run_onednn(conv, residual, act, params, overwrites)
-        options: Any = {"act": act, "act_params": params, **self.geometry}
-        options.update(residual=residual, residual_order=self.residual_order)
-        if isinstance(x, Tensor) and (x.is_cuda or ops.operator_everywhere):
-            return ops.conv_norm_act(x, self.weight, self.bias, **options)
-        return eager.conv_norm_act(x, self.weight, self.bias, *layers.NO_NORM, **options)
+        adds_first = residual is not None and self.residual_order == "add_act"
+        weight = self._packed_weight(x) if _takes_onednn(self.weight.dtype, *tensors) else None
+        if weight is None:
+            options: Any = {"residual": residual, "residual_order": self.residual_order, **self.geometry}
+            return ops.conv_norm_act(x, self.weight, self.bias, act=act, act_params=params, **options)
+        conv = (x, weight, self.bias, *self.geometry.values())
+        if adds_first and act in ("identity", "relu") and self.geometry["groups"] == 1:
+            post = ("add", 1.0, None if act == "identity" else act, (), "")
+            if overwrites and residual.is_contiguous(memory_format=torch.channels_last):
+                return _convolution_add_(residual, *conv, *post)
+            return _convolution_add(x, residual, *conv[1:], *post)
+        known = None if adds_first else _ONEDNN_ACTS.get(act)
+        name, scalars, algorithm = known or _ONEDNN_ACTS["identity"]
+        y = _convolution(*conv, name, scalars or (params if known else ()), algorithm)
+        y = y.add_(residual) if adds_first else y
+        y = y if known else activation.apply(y, act, params, inplace=True)
+        return y if residual is None or adds_first else y.add_(residual)
 
     def _packed_weight(self, x: Tensor) -> Tensor | None:
         """The weight packed for the shape of ``x``; None where oneDNN does not take the two.
@@ -182,10 +181,8 @@ class FrozenConv(nn.Module):
         packed, weight = self._packed, self.weight
         if x.shape in packed:
             return packed[x.shape]
-        channels = weight.shape[1] * self.geometry["groups"]
-        if x.dtype not in _onednn_dtypes or x.dim() != 4 or x.shape[1] != channels:
-            return None
-        if min(*x.shape, *self._shape(x)) <= 0:
+        fits = x.dim() == 4 and x.shape[1] == weight.shape[1] * self.geometry["groups"]
+        if x.dtype not in _onednn_dtypes or not fits or min(*x.shape, *self._shape(x)) <= 0:
             return None
         fresh = _reorder(weight, *self.geometry.values(), x.shape)
         layout = _layout(fresh)
@@ -193,31 +190,9 @@ class FrozenConv(nn.Module):
         self._packed = dict([*packed.items(), (x.shape, fresh)][-_MOST_SHAPES:])
         return fresh
 
-    def _run_onednn(
-        self, conv: tuple[Any, ...], residual: Any, act: str, params: Sequence[float], overwrites: bool
-    ) -> Tensor:
-        adds_first = residual is not None and self.residual_order == "add_act"
-        if adds_first and act in ("identity", "relu") and self.geometry["groups"] == 1:
-            post = ("add", 1.0, None if act == "identity" else act, (), "")
-            if overwrites and residual.is_contiguous(memory_format=torch.channels_last):
-                return _convolution_add_(residual, *conv, *post)
-            return _convolution_add(conv[0], residual, *conv[1:], *post)
-        known = None if adds_first else _ONEDNN_ACTS.get(act)
-        name, scalars, algorithm = known or _ONEDNN_ACTS["identity"]
-        y = _convolution(*conv, name, scalars or (params if known else ()), algorithm)
-        y = y.add_(residual) if adds_first else y
-        y = y if known else activation.apply(y, act, params, inplace=True)
-        return y if residual is None or adds_first else y.add_(residual)
-
 
 def _lies_in_channels_last(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() == 4 and suggest_memory_format(x) is torch.channels_last
-
-
-def _lies_as_larger(a: Any, b: Any, a_lies: bool, b_lies: bool) -> bool:
-    """Whether an elementwise result of two tensors lies in channels_last, by whether they do."""
-    larger = isinstance(b, Tensor) and (not isinstance(a, Tensor) or b.numel() > a.numel())
-    return b_lies if larger else a_lies
 
 
 def _as_plain(y: Tensor, lies: bool) -> Tensor:
@@ -227,10 +202,9 @@ def _as_plain(y: Tensor, lies: bool) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format)
 
 
-# Beside activations, norms, sums, zero padding and KEEPING_LAYOUT: what returns its first argument or a part of
-# it, and what returns the same however its input lies.
+# What returns its first argument or a part of it, and what returns the same however its input lies.
 _ALIASES = {torch.chunk, torch.split, "chunk", "split", operator.getitem, operator.imul, "mul_"}
-_BLIND = {torch.mean, "mean", "size", "dim", _lies_in_channels_last, _lies_as_larger}
+_BLIND = {"size", "dim", _lies_in_channels_last}
 _BLIND_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 
 
@@ -256,22 +230,14 @@ def keep_layout(graph_module: fx.GraphModule) -> None:
     so, or where its input does. What shares memory in the plain network shares it here.
     """
     graph, modules = graph_module.graph, dict(graph_module.named_modules())
-    # Nodes whose result may lie in another layout than in the plain network, and by node the one that says in
-    # which it lies there.
-    loose: set[Node] = set()
+    # By node whose result may lie otherwise than in the plain network: the node that says how it lies there.
     answers: dict[Node, Node] = {}
-
-    def answer_of(x: Node, reader: Node) -> Node:
-        if x not in answers:
-            with graph.inserting_before(reader):
-                answers[x] = graph.call_function(_lies_in_channels_last, (x,))
-        return answers[x]
 
     def make_plain(x: Any, reader: Node) -> None:
         base = x
         while _kind(base, modules) == "alias":
             base = base.args[0]
-        if base not in loose:
+        if base not in answers:
             return
         is_result = reader.op == "output" and base is x
         users = [reader] if is_result else list(base.users)
@@ -280,29 +246,22 @@ def keep_layout(graph_module: fx.GraphModule) -> None:
         for user in users:
             user.replace_input_with(base, plain)
         if not is_result:
-            loose.remove(base)
+            del answers[base]
 
     for node in list(graph.nodes):
-        kind, inputs = _kind(node, modules), node.all_input_nodes
-        if node.target is torch.cat and len({answers[x] if x in loose else x for x in inputs}) > 1:
-            kind = ""
-        sources: list[Any] = []
+        kind, source = _kind(node, modules), None
         if kind == "":
-            for x in inputs:
+            for x in node.all_input_nodes:
                 make_plain(x, node)
-        elif kind == "frozen" and node.meta.get(RESIDUAL_FIRST):
-            sources = [node.args[1]]
-        elif kind == "frozen" and not modules[str(node.target)].channels_last:
-            sources = [node.args[0]]
-        elif kind in ("fresh", "alias") and not loose.isdisjoint(inputs):
-            sources = inputs if kind == "fresh" else [node.args[0]]
-        if sources:
-            loose.add(node)
-            given = [answer_of(x, node) for x in sources]
-            answers[node] = given[0]
-            if len(given) == 2 and given[0] is not given[1]:
-                with graph.inserting_before(node):
-                    answers[node] = graph.call_function(_lies_as_larger, (*sources, *given))
+        elif kind == "frozen":
+            decides = 1 if node.meta.get(RESIDUAL_FIRST) else 0
+            source = node.args[decides] if decides or not modules[str(node.target)].channels_last else None
+        elif kind != "blind":
+            source = next((x for x in node.all_input_nodes if x in answers), None)
+        if source is not None:
+            with graph.inserting_before(node):
+                answer = answers.get(source) or graph.call_function(_lies_in_channels_last, (source,))
+            answers[node] = answer
     graph_module.recompile()
 
 

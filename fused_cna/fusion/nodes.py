@@ -92,7 +92,17 @@ def call_of(node: Node, modules: dict[str, nn.Module]) -> Call | None:
     """
     if node.op == "call_module":
         return _module_call(node, modules[str(node.target)])
-    return _function_call(node) if node.target in _FUNCTIONS else None
+    if node.target not in _FUNCTIONS:
+        return None
+    describe, signature, overwrites = _FUNCTIONS[node.target]
+    try:
+        bound = signature.bind(*node.args, **node.kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    x = bound.args[0]
+    call = describe(*bound.args) if isinstance(x, Node) else None
+    return call._replace(overwritten=x) if call and overwrites else call
 
 
 def _module_call(node: Node, module: Any) -> Call | None:
@@ -161,18 +171,6 @@ def batch_norm_written_out(x: Tensor, *arguments: Any) -> Tensor:
     return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
 
 
-def _function_call(node: Node) -> Call | None:
-    describe, signature, overwrites = _FUNCTIONS[node.target]
-    try:
-        bound = signature.bind(*node.args, **node.kwargs)
-    except TypeError:
-        return None
-    bound.apply_defaults()
-    x = bound.args[0]
-    call = describe(*bound.args) if isinstance(x, Node) else None
-    return call._replace(overwritten=x) if call and overwrites else call
-
-
 def _conv(x: Node, weight: Any, bias: Any, *sizes: Any) -> Call:
     if weight is None or not is_value(weight) or not is_value(bias):
         return Refused(Conv, "its weight is computed")
@@ -197,13 +195,11 @@ def _act(name: str | None, x: Node, *given: Any) -> Call | None:
     return Act(x, name, tuple(params), None, x if inplace else None) if name and is_known else None
 
 
-def _gelu(x: Node, approximate: Any) -> Call | None:
-    return _act({"none": "gelu", "tanh": "gelu_tanh"}.get(approximate), x, False)
-
-
-def _clamp(x: Node, low: Any, high: Any, inplace: Any = False) -> Call | None:
-    """ReLU or ReLU6, written as a clamp."""
-    return _act({(0, None): "relu", (0, 6): "relu6"}.get((low, high)), x, inplace)
+def _chosen(x: Node, *given: Any) -> Call | None:
+    """An activation that the other arguments choose."""
+    names = {("none",): "gelu", ("tanh",): "gelu_tanh", (0, None): "relu", (0, 6): "relu6"}
+    *key, inplace = given
+    return _act(names.get(tuple(key)), x, inplace)
 
 
 def _add(a: Node, b: Any, alpha: Any) -> Call | None:
@@ -225,9 +221,9 @@ _BY_NAME: dict[str, tuple[Callable[..., Call | None], Callable[..., Any]]] = {
     "conv2d": (_conv, lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: ...),
     "pad": (_pad, lambda input, pad, mode="constant", value=None: ...),
     "add": (_add, lambda input, other, alpha=1: ...),
-    "clamp": (_clamp, lambda input, min=None, max=None: ...),
-    "hardtanh": (_clamp, lambda input, min_val=-1.0, max_val=1.0, inplace=False: ...),
-    "gelu": (_gelu, lambda input, approximate="none": ...),
+    "clamp": (_chosen, lambda input, min=None, max=None, inplace=False: ...),
+    "hardtanh": (_chosen, lambda input, min_val=-1.0, max_val=1.0, inplace=False: ...),
+    "gelu": (_chosen, lambda input, approximate="none", inplace=False: ...),
     "elu": (partial(_act, "elu"), lambda input, alpha=1.0, inplace=False: ...),
     "leaky_relu": (partial(_act, "leaky_relu"), lambda input, negative_slope=0.01, inplace=False: ...),
 }

@@ -250,7 +250,7 @@ def build_overlay(
             blocks[key] = f"blocks.{len(blocks)}"
             if freeze:
                 snapshots += [block.conv, block.norm, block.act]
-            modules[blocks[key]] = FrozenConv.from_block(block) if freeze else block
+            modules[blocks[key]] = FrozenConv(block) if freeze else block
             modules[blocks[key]].group_name = str(group.conv.target)  # type: ignore[assignment]
         rewriter.emit_block(group, blocks[key])
     values = values_as_inputs(traced.graph)
