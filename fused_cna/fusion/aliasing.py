@@ -25,9 +25,6 @@ _LAYOUT_DECIDES = {"contiguous", "reshape", "view", "flatten", "to", torch.resha
 _INPLACE_NAMES = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem"
 _INPLACE_OPERATORS = {getattr(operator, name) for name in _INPLACE_NAMES.split()}
 
-# Keywords that make a function overwrite its input or running statistics.
-_OVERWRITING_FLAGS = ("inplace", "training", "use_input_stats")
-
 
 class Aliasing:
     """May-share-memory and may-overwrite of a graph's nodes, erring on the careful side."""
@@ -123,7 +120,9 @@ def _may_overwrite(node: Node) -> bool:
     if isinstance(target, OpOverloadPacket):
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     name = target if node.op == "call_method" else getattr(target, "__name__", "")
-    is_flagged = any(node.kwargs.get(flag, False) is not False for flag in _OVERWRITING_FLAGS)
+    is_flagged = any(
+        node.kwargs.get(flag, False) is not False for flag in ("inplace", "training", "use_input_stats")
+    )
     if is_flagged or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")):
         return True
     module = getattr(target, "__module__", None) or ""

@@ -253,9 +253,10 @@ def keep_layout(graph_module: fx.GraphModule) -> None:
         if kind == "":
             for x in node.all_input_nodes:
                 make_plain(x, node)
+        elif kind == "frozen" and node.meta.get(RESIDUAL_FIRST):
+            source = node.args[1]
         elif kind == "frozen":
-            decides = 1 if node.meta.get(RESIDUAL_FIRST) else 0
-            source = node.args[decides] if decides or not modules[str(node.target)].channels_last else None
+            source = None if modules[str(node.target)].channels_last else node.args[0]
         elif kind != "blind":
             source = next((x for x in node.all_input_nodes if x in answers), None)
         if source is not None:
@@ -265,36 +266,24 @@ def keep_layout(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def multiply_into(x: Tensor, scale: Tensor) -> Tensor:
-    """``x * scale``, in the memory of ``x`` where it fits there and nothing keeps ``x``."""
-    if not isinstance(scale, Tensor) or not _takes_onednn(x.dtype, x, scale):
-        return x * scale
-    return x.mul_(scale) if torch.broadcast_shapes(x.shape, scale.shape) == x.shape else x * scale
-
-
 def reuse_memory(graph_module: fx.GraphModule) -> None:
-    """Let residual additions and multiplications overwrite what nothing reads later, in place.
+    """Let a ``FrozenConv`` overwrite its residual where nothing reads that later, in place.
 
-    A ``FrozenConv`` overwrites its residual, and ``x * scale`` becomes :func:`multiply_into`, where the
-    overwritten tensor was made by a ``FrozenConv`` and everything else that reads it runs before and returns
-    no view of it. Fresh memory is dear on a CPU: the system clears every page that it hands out, which takes
-    longer than a layer bound by memory.
+    Another has made it, and everything else that reads it runs before and returns no view of it. Fresh memory
+    is dear on a CPU: the system clears every page that it hands out.
     """
     modules = dict(graph_module.named_modules())
 
-    def is_last_use(x: Any, node: Node) -> bool:
-        return (_kind(x, modules) == "frozen" and node.args.count(x) == 1) and all(
-            user is node or (user < node and _kind(user, modules) not in ("", "alias")) for user in x.users
-        )
+    def is_harmless(user: Node, node: Node) -> bool:
+        return user is node or (user < node and _kind(user, modules) not in ("", "alias"))
 
     for node in graph_module.graph.nodes:
-        if len(node.args) != 2 or node.kwargs:
-            continue
-        x, scale = node.args
-        if _kind(node, modules) == "frozen" and is_last_use(scale, node):
-            node.kwargs = {"overwrites_residual": True}
-        elif node.target in (operator.mul, torch.mul) and is_last_use(x, node):
-            node.target = multiply_into
-        elif node.target in (operator.mul, torch.mul) and is_last_use(scale, node):
-            node.target, node.args = multiply_into, (scale, x)
+        x, *residual = node.args if _kind(node, modules) == "frozen" else (None,)
+        for one in residual:
+            if (
+                one is not x
+                and _kind(one, modules) == "frozen"
+                and all(is_harmless(u, node) for u in one.users)
+            ):
+                node.kwargs = {"overwrites_residual": True}
     graph_module.recompile()
