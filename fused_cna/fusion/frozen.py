@@ -44,15 +44,6 @@ if torch.backends.mkldnn.is_available():
     _onednn_dtypes += (torch.float16,) * torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def _takes_onednn(dtype: torch.dtype, *tensors: Any) -> bool:
-    """Whether oneDNN's operators may have them, which know no derivative, transform, autocast or subclass."""
-    grad = torch.is_grad_enabled()
-    for x in tensors:
-        if type(x) is not Tensor or x.dtype is not dtype or not x.is_cpu or (grad and x.requires_grad):
-            return False
-    return eager.is_plain_call() and torch._C._get_mkldnn_enabled() and not torch.is_autocast_enabled("cpu")
-
-
 def fold(weight: Tensor, bias: Tensor | None, vectors: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """The weight and bias of the one convolution that equals a convolution and the batch norm behind it.
 
@@ -154,10 +145,8 @@ class FrozenConv(nn.Module):
     def _run(
         self, x: Tensor, residual: Any, act: str, params: Sequence[float], overwrites: bool = False
     ) -> Tensor:
-        tensors = (x, self.weight) if residual is None else (x, self.weight, residual)
         adds_first = residual is not None and self.residual_order == "add_act"
-        weight = self._packed_weight(x) if _takes_onednn(self.weight.dtype, *tensors) else None
-        if weight is None:
+        if (weight := self._packed_weight(x, residual)) is None:
             options: Any = {"residual": residual, "residual_order": self.residual_order, **self.geometry}
             return ops.conv_norm_act(x, self.weight, self.bias, act=act, act_params=params, **options)
         conv = (x, weight, self.bias, *self.geometry.values())
@@ -173,12 +162,23 @@ class FrozenConv(nn.Module):
         y = y if known else activation.apply(y, act, params, inplace=True)
         return y if residual is None or adds_first else y.add_(residual)
 
-    def _packed_weight(self, x: Tensor) -> Tensor | None:
-        """The weight packed for the shape of ``x``; None where oneDNN does not take the two.
+    def _packed_weight(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The weight packed for the shape of ``x``; None where oneDNN does not take the call.
 
+        Its operators know no derivative, transform, autocast or subclass, such as the tensors of a compiler.
         Threads may pack the same at once: what they share is replaced whole, never written to.
         """
-        packed, weight = self._packed, self.weight
+        packed, weight, grad = self._packed, self.weight, torch.is_grad_enabled()
+        for one in (x, weight) if residual is None else (x, weight, residual):
+            is_plain = type(one) is Tensor and one.dtype is weight.dtype and one.is_cpu
+            if not is_plain or (grad and one.requires_grad):
+                return None
+        if (
+            not eager.is_plain_call()
+            or not torch._C._get_mkldnn_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
         if x.shape in packed:
             return packed[x.shape]
         fits = x.dim() == 4 and x.shape[1] == weight.shape[1] * self.geometry["groups"]
