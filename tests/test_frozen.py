@@ -111,7 +111,7 @@ def test_every_convolution(conv: dict[str, Any], order: str, memory_format: torc
     x = image(2, 4, 12, 11).to(memory_format=memory_format)
     residual = torch.randn_like(block(x))
     given = residual.clone()
-    module = FrozenConv.from_block(block)
+    module = FrozenConv(block)
     check_error(module, block, x)
     check_error(module, block, x, residual)
     assert torch.equal(residual, given)
@@ -122,7 +122,7 @@ def test_every_convolution(conv: dict[str, Any], order: str, memory_format: torc
 @residual_orders
 def test_every_activation(act: Callable[[], nn.Module], order: str) -> None:
     block = make(act=act, residual_order=order)
-    module, x = FrozenConv.from_block(block), image(2, 4, 9, 8)
+    module, x = FrozenConv(block), image(2, 4, 9, 8)
     check_error(module, block, x)
     check_error(module, block, x, image(2, 8, 9, 8))
 
@@ -131,7 +131,7 @@ def test_every_activation(act: Callable[[], nn.Module], order: str) -> None:
 def test_padding_by_the_size_of_the_image(stride: int) -> None:
     conv = pytest.importorskip("timm.layers.conv2d_same").Conv2dSame(4, 8, 3, stride)
     block = ConvNormAct.from_modules(conv, nn.BatchNorm2d(8), nn.SiLU()).eval()
-    module = FrozenConv.from_block(block)
+    module = FrozenConv(block)
     for size in ((9, 8), (10, 7)):
         check_error(module, block, x := image(2, 4, *size), torch.randn_like(block(x)))
 
@@ -139,9 +139,9 @@ def test_padding_by_the_size_of_the_image(stride: int) -> None:
 @needs_onednn
 def test_one_call_to_onednn(onednn_calls: list[str]) -> None:
     for conv in ("3x3", "depthwise", "asymmetric", "reflect", "no norm"):
-        FrozenConv.from_block(make(act=nn.SiLU, **CONVS[conv]))(image(2, 4, 9, 8))
+        FrozenConv(make(act=nn.SiLU, **CONVS[conv]))(image(2, 4, 9, 8))
     assert onednn_calls == ["_convolution"] * 5
-    FrozenConv.from_block(make())(image(2, 4, 9, 8), image(2, 8, 9, 8))
+    FrozenConv(make())(image(2, 4, 9, 8), image(2, 8, 9, 8))
     assert onednn_calls[5:] == ["_convolution_add"]
 
 
@@ -149,7 +149,7 @@ def test_one_call_to_onednn(onednn_calls: list[str]) -> None:
 @residual_orders
 def test_dtypes(dtype: torch.dtype, order: str) -> None:
     block = make(act=nn.SiLU, residual_order=order).to(dtype)
-    module = FrozenConv.from_block(block)
+    module = FrozenConv(block)
     x, residual = image(2, 4, 9, 8).to(dtype), image(2, 8, 9, 8).to(dtype)
     assert module(x).dtype == dtype
     for inputs in ((x,), (x, residual)):
@@ -163,7 +163,7 @@ def test_folded_in_float64_and_rounded_once() -> None:
     weight = block.conv.weight.double() * scale[:, None, None, None]
     assert block.conv.bias is not None
     bias = (block.conv.bias.double() - norm.running_mean.double()) * scale + norm.bias.double()
-    module = FrozenConv.from_block(block)
+    module = FrozenConv(block)
     torch.testing.assert_close(module.weight, weight.float(), rtol=1e-7, atol=0)
     torch.testing.assert_close(module.bias, bias.float(), rtol=1e-7, atol=0)
     before = module(image(2, 4, 9, 8))
@@ -176,16 +176,16 @@ def test_folded_in_float64_and_rounded_once() -> None:
 @pytest.mark.parametrize("size", [(4, 9, 8), (0, 4, 9, 8), (1, 4, 3, 3)])
 def test_shapes(size: tuple[int, ...]) -> None:
     block = make()
-    assert_close_in_any_order(FrozenConv.from_block(block)(image(*size)), block(image(*size)))
+    assert_close_in_any_order(FrozenConv(block)(image(*size)), block(image(*size)))
 
 
 def test_many_shapes_of_input() -> None:
     block = make()
-    module = FrozenConv.from_block(block)
+    module = FrozenConv(block)
     for size in [*range(3, 30), 3]:
         check_error(module, block, image(1, 4, size, 5))
     assert len(module._packed) <= frozen._MOST_SHAPES
-    module = FrozenConv.from_block(make(kernel_size=1))
+    module = FrozenConv(make(kernel_size=1))
     for size in (8, 16):
         module(image(1, 4, size, size))
     assert len({id(weight) for weight in module._packed.values()}) <= 1
@@ -195,7 +195,7 @@ def test_many_shapes_of_input() -> None:
 def test_residuals_of_another_shape_or_dtype(order: str) -> None:
     """Python code that adds broadcasts and promotes, and a frozen block stands for such code."""
     block = make(residual_order=order)
-    module, x = FrozenConv.from_block(block), image(2, 4, 9, 8)
+    module, x = FrozenConv(block), image(2, 4, 9, 8)
     for residual in (image(1, 8, 1, 1), image(2, 8, 9, 8).double(), 2.0):
         z = block.norm(block.conv(x))
         expected = block.act(z + residual) if order == "add_act" else block.act(z) + residual
@@ -205,7 +205,7 @@ def test_residuals_of_another_shape_or_dtype(order: str) -> None:
 
 
 def test_inputs_that_do_not_fit() -> None:
-    module = FrozenConv.from_block(make())
+    module = FrozenConv(make())
     for size, words in (
         ((2, 5, 9, 8), "to have 4 channels, but got 5"),
         ((2, 4, 9, 0), "Kernel size can't be greater"),
@@ -215,7 +215,7 @@ def test_inputs_that_do_not_fit() -> None:
         with pytest.raises(RuntimeError, match=words):
             module(image(*size))
     with pytest.raises(RuntimeError, match=r"Kernel size can't be greater"):
-        FrozenConv.from_block(make(kernel_size=5, padding=1))(image(2, 4, 2, 9))
+        FrozenConv(make(kernel_size=5, padding=1))(image(2, 4, 2, 9))
     with pytest.raises(RuntimeError, match=r"[Ff]loat"):
         module(image(2, 4, 9, 8).double())
 
@@ -224,7 +224,7 @@ def test_inputs_that_do_not_fit() -> None:
 def test_gradients_of_the_input(inference: bool) -> None:
     block = make(act=nn.SiLU).requires_grad_(False)
     with torch.inference_mode(inference):
-        module = FrozenConv.from_block(block)
+        module = FrozenConv(block)
         module(image(2, 4, 9, 8))
     x, residual = image(2, 4, 9, 8), image(2, 8, 9, 8)
     close = assert_close_in_any_order
@@ -238,7 +238,7 @@ def test_gradients_of_the_input(inference: bool) -> None:
 
 def test_where_onednn_may_not_run(onednn_calls: list[str]) -> None:
     block, x = make(), image(2, 4, 9, 8)
-    module = FrozenConv.from_block(block)
+    module = FrozenConv(block)
     with torch.backends.mkldnn.flags(enabled=False):
         assert_close_in_any_order(module(x), block(x))
     with torch.autocast("cpu", torch.bfloat16):
@@ -250,7 +250,7 @@ def test_where_onednn_may_not_run(onednn_calls: list[str]) -> None:
 @pytest.mark.parametrize("used", [False, True])
 def test_traces(used: bool) -> None:
     block = make(act=nn.SiLU, kernel_size=4, padding="same")
-    module, x, residual = FrozenConv.from_block(block), image(2, 4, 9, 8), image(2, 8, 9, 8)
+    module, x, residual = FrozenConv(block), image(2, 4, 9, 8), image(2, 8, 9, 8)
     if used:
         module(x)
     expected = block(x, residual)
@@ -265,13 +265,13 @@ def test_traces(used: bool) -> None:
 @pytest.mark.slow
 def test_inductor() -> None:
     block = make(act=nn.SiLU)
-    module, x, residual = FrozenConv.from_block(block), image(2, 4, 9, 8), image(2, 8, 9, 8)
+    module, x, residual = FrozenConv(block), image(2, 4, 9, 8), image(2, 8, 9, 8)
     assert_close_in_any_order(torch.compile(module, fullgraph=True)(x, residual), block(x, residual))
 
 
 def test_threads_pack_at_once() -> None:
     block = make()
-    module = FrozenConv.from_block(block)
+    module = FrozenConv(block)
     images = [image(1 + i % 3, 4, 9, 8, seed=i) for i in range(12)]
     results: dict[int, Tensor] = {}
     start = threading.Barrier(len(images))
@@ -307,8 +307,8 @@ def test_what_cannot_be_frozen() -> None:
         hooked,
     ):
         with pytest.raises(ValueError, match="cannot freeze this ConvNormAct"):
-            FrozenConv.from_block(block)
+            FrozenConv(block)
     block = make()
     parametrizations.weight_norm(block.conv)
     block.conv.parametrizations.weight.original0.mul_(2.0)  # type: ignore[union-attr, operator]
-    check_error(FrozenConv.from_block(block), block, image(2, 4, 9, 8))
+    check_error(FrozenConv(block), block, image(2, 4, 9, 8))

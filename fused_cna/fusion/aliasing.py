@@ -1,6 +1,7 @@
 """Which nodes of a graph may share memory, and which overwrite it: what may be computed later."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,77 +11,37 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Graph, Node
 
 from fused_cna import layers
-from fused_cna.fusion.nodes import Act, Add, Call, Conv, Norm, Pad, Refused
+from fused_cna.fusion.nodes import Act, Add, Call, Conv, Norm, Pad
 
-_FRESH_FUNCTIONS = {
-    operator.add,
-    operator.sub,
-    operator.mul,
-    operator.truediv,
-    operator.matmul,
-    torch.add,
-    torch.mul,
-    torch.cat,
-    torch.stack,
-    torch.matmul,
-    torch.mean,
-    torch.conv2d,
-    torch.conv_transpose2d,
-    F.batch_norm,
-    F.conv2d,
-    F.conv_transpose2d,
-    F.group_norm,
-    F.linear,
-    F.interpolate,
-    F.softmax,
-    F.layer_norm,
-    F.scaled_dot_product_attention,
-    F.adaptive_avg_pool2d,
-    F.avg_pool2d,
-    F.max_pool2d,
-}
-_FRESH_MODULES = (
-    nn.AdaptiveAvgPool2d,
-    nn.AvgPool2d,
-    nn.ConvTranspose2d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.Linear,
-    nn.MaxPool2d,
-    nn.Softmax,
-    nn.Upsample,
-)
+# Functions, methods and modules that make fresh memory: those whose results lie as their inputs do, and all.
+KEEPING_LAYOUT = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, "mul"}
+KEEPING_LAYOUT |= {torch.cat, F.interpolate, F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d}
+KEEPING_LAYOUT |= {torch.mean, "mean", nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Upsample}
+_FRESH = KEEPING_LAYOUT | {torch.stack, torch.matmul, operator.matmul, F.conv2d, F.conv_transpose2d}
+_FRESH |= {F.batch_norm, F.group_norm, F.layer_norm, F.linear, F.softmax}
+_FRESH |= {nn.ConvTranspose2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Softmax}
+_FRESH |= {F.scaled_dot_product_attention}
 _LAYOUT_DECIDES = {"contiguous", "reshape", "view", "flatten", "to", torch.reshape, torch.flatten}
-_INPLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in (
-        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-        *("iand", "ior", "ixor", "ilshift", "irshift", "setitem"),
-    )
-}
-
-# Keywords that make a function overwrite its input or running statistics.
-_OVERWRITING_FLAGS = ("inplace", "training", "use_input_stats")
+_INPLACE_NAMES = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem"
+_INPLACE_OPERATORS = {getattr(operator, name) for name in _INPLACE_NAMES.split()}
 
 
 class Aliasing:
     """May-share-memory and may-overwrite of a graph's nodes, erring on the careful side."""
 
     def __init__(self, graph: Graph, calls: dict[Node, Call], modules: dict[str, nn.Module]) -> None:
-        self._calls = calls
-        self._modules = modules
+        self._calls, self._modules = calls, modules
         self._order = {node: index for index, node in enumerate(graph.nodes)}
         self._root: dict[Node, Node] = {}
+        self._mutations: list[tuple[Node, Node]] = []
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         for node in graph.nodes:
             self._root[node] = node
-            for source in self._sources_of_memory(node):
-                self._root[self._find(source)] = self._find(node)
-        for node in inputs:
+            sources, overwritten = self._memory(node)
             # The caller may hand in views of one tensor.
-            self._root[self._find(node)] = self._find(inputs[0])
-        self._mutations = [(node, self._overwritten(node)) for node in graph.nodes]
-        self._mutations = [(node, roots) for node, roots in self._mutations if roots]
+            for source in inputs[:1] if node.op == "placeholder" else sources:
+                self._root[self._find(source)] = self._find(node)
+            self._mutations += [(node, one) for one in overwritten]
 
     def _find(self, node: Node) -> Node:
         while self._root[node] is not node:
@@ -94,32 +55,22 @@ class Aliasing:
 
     def changed_between(self, value: Node, first: Node, last: Node) -> Node | None:
         """A node after ``first`` and before ``last`` that may overwrite ``value``; None if there is none."""
-        for node, overwritten in self._mutations:
-            if self._order[first] < self._order[node] < self._order[last] and any(
-                self.may_alias(value, one) for one in overwritten
-            ):
+        for node, one in self._mutations:
+            if self._order[first] < self._order[node] < self._order[last] and self.may_alias(value, one):
                 return node
         return None
 
     def overwrites_values(self) -> bool:
         """Whether a parameter or buffer is overwritten, which modules may read at any time."""
-        held = [node for node in self._order if node.op == "get_attr"]
-        return any(
-            self.may_alias(node, one)
-            for _, overwritten in self._mutations
-            for one in overwritten
-            for node in held
-        )
+        return self._overwrites(lambda node: node.op == "get_attr")
 
     def depends_on_layout(self) -> bool:
         """Whether something is overwritten that shares memory with something else in some layouts only."""
-        return any(
-            self.may_alias(node, one)
-            for _, overwritten in self._mutations
-            for one in overwritten
-            for node in self._order
-            if node.target in _LAYOUT_DECIDES
-        )
+        return self._overwrites(lambda node: node.target in _LAYOUT_DECIDES)
+
+    def _overwrites(self, is_meant: Callable[[Node], bool]) -> bool:
+        meant = [node for node in self._order if is_meant(node)]
+        return any(self.may_alias(node, one) for _, one in self._mutations for node in meant)
 
     def is_forgotten(self, value: Node, last: Node) -> bool:
         """Whether nobody but ``last``, nor the caller, can read the memory of ``value`` once it runs."""
@@ -138,78 +89,43 @@ class Aliasing:
                 return False
         return True
 
-    def _sources_of_memory(self, node: Node) -> list[Node]:
-        """The inputs whose memory the result may be in."""
-        call = self._calls.get(node)
-        if self._makes_fresh_memory(node):
-            return []
-        if isinstance(call, Add) and call.overwritten is not None:
-            return [call.overwritten]
-        return _overwritten_in_place(node) or node.all_input_nodes
-
-    def _makes_fresh_memory(self, node: Node) -> bool:
-        call = self._calls.get(node)
-        if isinstance(call, Act):
-            return not call.overwrites
-        if isinstance(call, Add):
-            return call.overwritten is None
-        if isinstance(call, (Conv, Norm)):
-            return True
-        if isinstance(call, Pad):
-            return any(call.amounts)
-        if node.op == "call_function":
-            return node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
+    def _memory(self, node: Node) -> tuple[list[Node], list[Node]]:
+        """The inputs whose memory the result may be in, and those whose memory the node may overwrite."""
+        call, inputs = self._calls.get(node), node.all_input_nodes
+        overwritten = getattr(call, "overwritten", None)
+        if node.op == "call_function" and node.target in _INPLACE_OPERATORS and node.args:
+            overwritten = node.args[0]
+        if isinstance(overwritten, Node):
+            return [overwritten], [overwritten]
+        if isinstance(call, (Conv, Norm, Act, Add, Pad)):
+            return inputs if isinstance(call, Pad) and not any(call.amounts) else [], []
+        if node.op in ("placeholder", "get_attr", "output"):
+            return inputs, []
+        what: Any = node.target
         if node.op == "call_module":
-            return type(self._modules[str(node.target)]) in _FRESH_MODULES
-        return node.op in ("placeholder", "get_attr")
-
-    def _overwritten(self, node: Node) -> list[Node]:
-        """The inputs whose memory the node may overwrite."""
-        call = self._calls.get(node)
-        inputs = node.all_input_nodes
-        if isinstance(call, Act):
-            return [call.x] if call.overwrites else []
-        if isinstance(call, Add):
-            return [] if call.overwritten is None else [call.overwritten]
-        if (call is not None and not isinstance(call, Refused)) or node.op in (
-            "placeholder",
-            "get_attr",
-            "output",
-        ):
-            return []
-        if node.op == "call_module":
-            return [] if _leaves_inputs_alone(self._modules[str(node.target)]) else inputs
-        if node.op == "call_method":
-            name = str(node.target)
-            return inputs if name.endswith("_") and not name.endswith("__") else []
-        return _overwritten_in_place(node) or (inputs if _may_overwrite(node) else [])
-
-
-def _overwritten_in_place(node: Node) -> list[Node]:
-    """The one input that an in-place operator overwrites and returns; none for everything else."""
-    target = node.args[0] if node.args and node.target in _INPLACE_OPERATORS else None
-    return [target] if isinstance(target, Node) else []
-
-
-def _leaves_inputs_alone(module: nn.Module) -> bool:
-    of_torch = type(module).__module__.startswith("torch.nn") and not layers.has_hooks(module)
-    return of_torch and not getattr(module, "inplace", False)
+            module = self._modules[str(node.target)]
+            what = type(module)
+            is_known = what.__module__.startswith("torch.nn") and not layers.has_hooks(module)
+            may_overwrite = not is_known or getattr(module, "inplace", False)
+        else:
+            is_known, may_overwrite = "out" not in node.kwargs, _may_overwrite(node)
+        return [] if is_known and what in _FRESH else inputs, inputs if may_overwrite else []
 
 
 def _may_overwrite(node: Node) -> bool:
+    """Whether a function or method may overwrite an input."""
     target: Any = node.target
-    if isinstance(target, HigherOrderOperator):
-        return True
-    if isinstance(target, OpOverloadPacket):
-        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     if isinstance(target, OpOverload):
         return bool(target._schema.is_mutable)
-    if "out" in node.kwargs:
+    if isinstance(target, OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    name = target if node.op == "call_method" else getattr(target, "__name__", "")
+    is_flagged = any(
+        node.kwargs.get(flag, False) is not False for flag in ("inplace", "training", "use_input_stats")
+    )
+    if is_flagged or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")):
         return True
-    if any(node.kwargs.get(flag, False) is not False for flag in _OVERWRITING_FLAGS):
-        return True
-    name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None) or ""
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    known = module.startswith(("torch", "_operator", "operator", "math", "builtins", "collections"))
-    return not known or any(argument is True for argument in node.args)
+    module = getattr(target, "__module__", None) or ""
+    known = ("torch", "_operator", "operator", "math", "builtins", "collections")
+    is_known = module.startswith(known) and not isinstance(target, HigherOrderOperator)
+    return node.op == "call_function" and (not is_known or any(argument is True for argument in node.args))

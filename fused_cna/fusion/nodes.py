@@ -4,16 +4,18 @@ Modules, functions, methods and in-place variants that compute the same read ali
 follows a convolution asks here only. Nodes are those of a ``torch.fx`` graph, however it came about.
 """
 
+import inspect
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from fused_cna import activation, layers
 
@@ -21,22 +23,20 @@ Value = Tensor | Node | None
 """A parameter: the tensor itself where a module holds it, or the node that hands it in."""
 
 
-@dataclass(frozen=True)
-class Conv:
+class Conv(NamedTuple):
     """A 2-D convolution."""
 
     x: Node
     weight: Value
     bias: Value
     module: nn.Conv2d | None
-    stride: Any = 1
-    padding: Any = 0
-    dilation: Any = 1
-    groups: int = 1
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """A batch norm by its running statistics, and the activation that it may have inside."""
 
     x: Node
@@ -50,19 +50,17 @@ class Norm:
     act_params: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Act:
-    """An activation of the table in ``activation``."""
+class Act(NamedTuple):
+    """An activation of the table in ``activation``; ``overwritten`` is its input, if it works in place."""
 
     x: Node
     name: str
     params: tuple[float, ...]
     module: nn.Module | None
-    overwrites: bool
+    overwritten: Node | None
 
 
-@dataclass(frozen=True)
-class Add:
+class Add(NamedTuple):
     """A sum of two nodes; ``overwritten`` is the one that holds the result afterwards, if any."""
 
     a: Node
@@ -70,20 +68,17 @@ class Add:
     overwritten: Node | None
 
 
-@dataclass(frozen=True)
-class Pad:
+class Pad(NamedTuple):
     """Zeros around an image: (top, bottom, left, right)."""
 
     x: Node
     amounts: tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
-class Refused:
+class Refused(NamedTuple):
     """Something that computes one of the above, but must be left alone, and why."""
 
     kind: type
-    x: Node
     reason: str
 
 
@@ -97,34 +92,42 @@ def call_of(node: Node, modules: dict[str, nn.Module]) -> Call | None:
     """
     if node.op == "call_module":
         return _module_call(node, modules[str(node.target)])
-    if node.op in ("call_function", "call_method"):
-        describe = _FUNCTIONS.get(node.target)
-        return None if describe is None else describe(node)
-    return None
-
-
-def _module_call(node: Node, module: nn.Module) -> Call | None:
-    x = _only_tensor(node)
-    if x is None:
+    if node.target not in _FUNCTIONS:
         return None
+    describe, signature, overwrites = _FUNCTIONS[node.target]
+    try:
+        bound = signature.bind(*node.args, **node.kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    x = bound.args[0]
+    call = describe(*bound.args) if isinstance(x, Node) else None
+    return call._replace(overwritten=x) if call and overwrites else call
+
+
+def _module_call(node: Node, module: Any) -> Call | None:
+    inputs: list[Any] = [*node.args, *node.kwargs.values()]
     kind = kind_of(module)
-    if kind is None:
+    if kind is None or len(inputs) != 1 or not isinstance(inputs[0], Node):
         return None
-    reason = _why_left_alone(module)
-    if reason:
-        return Refused(kind, x, reason)
-    if isinstance(module, nn.Conv2d):
+    (x,) = inputs
+    if reason := _why_left_alone(module):
+        return Refused(kind, reason)
+    if kind is Conv:
         sizes = (module.stride, module.padding, module.dilation, module.groups)
         return Conv(x, module.weight, module.bias, module, *sizes)
-    if kind is Norm:
-        return _norm_module(x, module)
     if kind is Pad:
-        left, right, top, bottom = module.padding  # type: ignore[misc]
-        return Pad(x, (top, bottom, left, right))  # type: ignore[arg-type]
-    described = activation.describe(module)
-    if described is None:
-        return None
-    return Act(x, *described, module, bool(getattr(module, "inplace", False)))
+        left, right, top, bottom = module.padding
+        return Pad(x, (top, bottom, left, right))
+    if kind is Act:
+        overwritten = x if getattr(module, "inplace", False) else None
+        return Act(x, *activation.describe(module), module, overwritten)  # type: ignore[misc, call-arg]
+    if (known := layers.epilogue(module, layers._IDENTITY, "add_act")) is None:
+        lacks = getattr(module, "running_mean", None) is None
+        reason = "has no running statistics" if lacks else "has parts that are not understood"
+        return Refused(Norm, f"{type(module).__name__} {reason}")
+    vectors, act, _ = known
+    return Norm(*(x, *vectors, module, *(act or ())))
 
 
 def kind_of(module: nn.Module) -> type | None:
@@ -145,40 +148,11 @@ def _why_left_alone(module: nn.Module) -> str:
         return f"{layers.class_of(module).__name__} is parametrized"
     if layers.has_hooks(module) or any(map(layers.has_hooks, module.children())):
         return f"{name} has hooks, or a forward of its own"
-    if isinstance(module, nn.Conv2d) and not layers.is_conv(module):
-        return f"{name} is a subclass of Conv2d with a forward of its own"
-    if isinstance(module, nn.Conv2d) and "weight" not in module._parameters:
-        return f"{name} computes its weight"
-    if isinstance(module, nn.BatchNorm2d) and not layers.is_batch_norm(module):
-        return f"{name} is a subclass of BatchNorm2d with a forward of its own"
-    return ""
-
-
-def _norm_module(x: Node, module: nn.Module) -> Norm | Refused:
-    fusible = layers.epilogue(module, nn.Identity(), "add_act")
-    if fusible is None:
-        name = type(module).__name__
-        if getattr(module, "running_mean", None) is None:
-            return Refused(Norm, x, f"{name} has no running statistics")
-        return Refused(Norm, x, f"{name} has parts that are not understood")
-    (weight, bias, mean, var, eps), act, _ = fusible
-    return Norm(x, weight, bias, mean, var, eps, module, *(("identity", ()) if act is None else act))
-
-
-def _only_tensor(node: Node) -> Node | None:
-    """The node that a module or function is called with, by position or by keyword, if it is the only one."""
-    inputs = [*node.args, *node.kwargs.values()]
-    return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Node) else None
-
-
-def arguments(node: Node, names: Sequence[str], defaults: Sequence[Any] = ()) -> dict[str, Any] | None:
-    """The arguments of a call by name; None where they are not such."""
-    bound = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
-    if len(node.args) > len(names) or not set(node.kwargs) <= set(names):
-        return None
-    bound.update(zip(names, node.args, strict=False))
-    bound.update(node.kwargs)
-    return bound if set(bound) == set(names) else None
+    for base, is_known in ((nn.Conv2d, layers.is_conv), (nn.BatchNorm2d, layers.is_batch_norm)):
+        if isinstance(module, base) and not is_known(module):
+            return f"{name} is a subclass of {base.__name__} with a forward of its own"
+    computes = isinstance(module, nn.Conv2d) and "weight" not in module._parameters
+    return f"{name} computes its weight" if computes else ""
 
 
 def is_value(argument: object) -> bool:
@@ -186,153 +160,86 @@ def is_value(argument: object) -> bool:
     return argument is None or (isinstance(argument, Node) and argument.op in ("placeholder", "get_attr"))
 
 
-def _conv_function(node: Node) -> Call | None:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = arguments(node, names, (None, 1, 0, 1, 1))
-    if given is None or not isinstance(given["input"], Node):
-        return None
-    x, weight, bias, *sizes = (given[name] for name in names)
-    if weight is None or not is_value(weight) or not is_value(bias):
-        return Refused(Conv, x, "its weight is computed")
-    if any(
-        isinstance(part, Node)
-        for size in sizes
-        for part in (size if isinstance(size, (tuple, list)) else (size,))
-    ):
-        return Refused(Conv, x, "its stride, padding or dilation is computed")
-    return Conv(x, weight, bias, None, *sizes)
+def batch_norm_written_out(x: Tensor, *arguments: Any) -> Tensor:
+    """A batch norm in eval mode as DETR writes it, which promotes dtypes as ``F.batch_norm`` does not.
 
-
-def batch_norm_written_out(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """A batch norm in eval mode as DETR writes it, which promotes dtypes as ``F.batch_norm`` does not."""
+    The arguments are those of ``F.batch_norm``, all of them.
+    """
+    mean, var, weight, bias, _, _, eps = arguments
     scale = weight * (var + eps).rsqrt()
     shift = bias - mean * scale
     return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
 
 
-def _batch_norm_function(node: Node) -> Call | None:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    given = arguments(node, names, (None, None, False, 0.1, 1e-5))
-    if given is None or not isinstance(given["input"], Node):
-        return None
-    x, mean, var, weight, bias, training, _, eps = (given[name] for name in names)
+def _conv(x: Node, weight: Any, bias: Any, *sizes: Any) -> Call:
+    if weight is None or not is_value(weight) or not is_value(bias):
+        return Refused(Conv, "its weight is computed")
+    if any(isinstance(part, Node) for part in pytree.tree_leaves(sizes)):
+        return Refused(Conv, "its stride, padding or dilation is computed")
+    return Conv(x, weight, bias, None, *sizes)
+
+
+def _batch_norm(x: Node, mean: Any, var: Any, weight: Any, bias: Any, *options: Any) -> Call | None:
+    training, _, eps = options
     if training is not False:
-        return Refused(Norm, x, "its batch norm uses the statistics of the batch")
+        return Refused(Norm, "its batch norm uses the statistics of the batch")
     if mean is None or var is None or not all(map(is_value, (mean, var, weight, bias))):
-        return Refused(Norm, x, "its batch norm has vectors that are computed")
+        return Refused(Norm, "its batch norm has vectors that are computed")
     return Norm(x, weight, bias, mean, var, eps, None) if isinstance(eps, float) else None
 
 
-def _act(
-    name: str, *params: str, defaults: tuple[float, ...] = (), overwrites: bool = False
-) -> Callable[[Node], Call | None]:
-    def describe(node: Node) -> Call | None:
-        given = arguments(node, ("input", *params, "inplace"), (*defaults, False))
-        if given is None or not isinstance(given["input"], Node):
-            return None
-        numbers = tuple(given[param] for param in params)
-        if not all(isinstance(number, (int, float)) for number in numbers):
-            return None
-        return Act(given["input"], name, numbers, None, overwrites or bool(given["inplace"]))
-
-    return describe
+def _act(name: str | None, x: Node, *given: Any) -> Call | None:
+    """An activation by its parameters and ``inplace``; None where it is not known, or they are computed."""
+    *params, inplace = given
+    is_known = isinstance(inplace, bool) and all(isinstance(param, (int, float)) for param in params)
+    return Act(x, name, tuple(params), None, x if inplace else None) if name and is_known else None
 
 
-def _gelu(node: Node) -> Call | None:
-    given = arguments(node, ("input", "approximate"), ("none",))
-    if given is None or not isinstance(given["input"], Node) or given["approximate"] not in ("none", "tanh"):
+def _chosen(x: Node, *given: Any) -> Call | None:
+    """An activation that the other arguments choose."""
+    names = {("none",): "gelu", ("tanh",): "gelu_tanh", (0, None): "relu", (0, 6): "relu6"}
+    *key, inplace = given
+    return _act(names.get(tuple(key)), x, inplace)
+
+
+def _add(a: Node, b: Any, alpha: Any) -> Call | None:
+    is_sum = isinstance(b, Node) and a is not b and type(alpha) in (int, float) and alpha == 1
+    return Add(a, b, None) if is_sum else None
+
+
+def _pad(x: Node, amounts: Any, mode: Any, value: Any) -> Call | None:
+    if mode != "constant" or value not in (None, 0) or not isinstance(amounts, (tuple, list)):
         return None
-    return Act(given["input"], "gelu" if given["approximate"] == "none" else "gelu_tanh", (), None, False)
-
-
-def _clamp(
-    names: tuple[str, str], overwrites: bool, defaults: tuple[float | None, float | None]
-) -> Callable[[Node], Call | None]:
-    """ReLU or ReLU6, written as a clamp."""
-
-    def describe(node: Node) -> Call | None:
-        given = arguments(node, ("input", *names, "inplace"), (*defaults, False))
-        if given is None or not isinstance(given["input"], Node) or given[names[0]] != 0:
-            return None
-        name = (
-            {None: "relu", 6: "relu6"}.get(given[names[1]]) if not isinstance(given[names[1]], Node) else None
-        )
-        return name and Act(given["input"], name, (), None, overwrites or bool(given["inplace"]))  # type: ignore[return-value]
-
-    return describe
-
-
-def _add(overwrites: bool) -> Callable[[Node], Call | None]:
-    def describe(node: Node) -> Call | None:
-        given = arguments(node, ("input", "other", "alpha"), (1,))
-        if given is None or given["alpha"] != 1 or isinstance(given["alpha"], (bool, Node)):
-            return None
-        a, b = given["input"], given["other"]
-        if not isinstance(a, Node) or not isinstance(b, Node) or a is b:
-            return None
-        return Add(a, b, a if overwrites else None)
-
-    return describe
-
-
-def _pad(node: Node) -> Call | None:
-    given = arguments(node, ("input", "pad", "mode", "value"), ("constant", None))
-    if given is None or not isinstance(given["input"], Node) or not isinstance(given["pad"], (tuple, list)):
+    if len(amounts) not in (2, 4) or not all(isinstance(amount, int) for amount in amounts):
         return None
-    amounts = given["pad"]
-    if (
-        given["mode"] != "constant"
-        or given["value"] not in (None, 0)
-        or not all(isinstance(a, int) for a in amounts)
-    ):
-        return None
-    left, right, top, bottom = (*amounts, 0, 0, 0, 0)[:4] if len(amounts) in (2, 4) else (0, 0, 0, 0)
-    return Pad(given["input"], (top, bottom, left, right)) if len(amounts) in (2, 4) else None
+    left, right, top, bottom = (*amounts, 0, 0)[:4]
+    return Pad(x, (top, bottom, left, right))
 
 
-_FUNCTIONS: dict[Any, Callable[[Node], Call | None]] = {
-    torch.conv2d: _conv_function,
-    F.conv2d: _conv_function,
-    F.batch_norm: _batch_norm_function,
-    batch_norm_written_out: _batch_norm_function,
-    F.pad: _pad,
-    torch._C._nn.pad: _pad,
-    F.gelu: _gelu,
-    F.hardtanh: _clamp(("min_val", "max_val"), False, (-1.0, 1.0)),
-    F.hardtanh_: _clamp(("min_val", "max_val"), True, (-1.0, 1.0)),
-    torch.clamp: _clamp(("min", "max"), False, (None, None)),
-    torch.clamp_: _clamp(("min", "max"), True, (None, None)),
-    "clamp": _clamp(("min", "max"), False, (None, None)),
-    "clamp_": _clamp(("min", "max"), True, (None, None)),
-    operator.add: _add(False),
-    operator.iadd: _add(True),
-    torch.add: _add(False),
-    "add": _add(False),
-    "add_": _add(True),
+# By the name in torch: what describes a call, and a function that has its parameters.
+_BY_NAME: dict[str, tuple[Callable[..., Call | None], Callable[..., Any]]] = {
+    "conv2d": (_conv, lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: ...),
+    "pad": (_pad, lambda input, pad, mode="constant", value=None: ...),
+    "add": (_add, lambda input, other, alpha=1: ...),
+    "clamp": (_chosen, lambda input, min=None, max=None, inplace=False: ...),
+    "hardtanh": (_chosen, lambda input, min_val=-1.0, max_val=1.0, inplace=False: ...),
+    "gelu": (_chosen, lambda input, approximate="none", inplace=False: ...),
+    "elu": (partial(_act, "elu"), lambda input, alpha=1.0, inplace=False: ...),
+    "leaky_relu": (partial(_act, "leaky_relu"), lambda input, negative_slope=0.01, inplace=False: ...),
 }
 for _name in ("relu", "relu6", "silu", "hardswish", "hardsigmoid", "mish", "sigmoid", "tanh"):
-    for _owner in (F, torch):
-        for _spelling in (_name, _name + "_"):
+    _BY_NAME[_name] = (partial(_act, _name), lambda input, inplace=False: ...)
+
+# By function, or name of a method: what describes a call, its parameters, and whether it works in place.
+_norm = (_batch_norm, inspect.signature(F.batch_norm), False)
+_FUNCTIONS: dict[Any, tuple[Any, inspect.Signature, bool]] = {
+    F.batch_norm: _norm,
+    batch_norm_written_out: _norm,
+}
+for _name, (_describe, _parameters) in _BY_NAME.items():
+    for _spelling in (_name, _name + "_"):
+        for _owner in (F, torch, torch._C._nn, Tensor):
             if callable(_function := getattr(_owner, _spelling, None)):
-                _FUNCTIONS[_function] = _act(_name, overwrites=_spelling != _name)
-for _name in ("relu", "sigmoid", "tanh"):
-    _FUNCTIONS[_name] = _act(_name)
-    _FUNCTIONS[_name + "_"] = _act(_name, overwrites=True)
-for _owner in (F, torch._C._nn):
-    for _spelling in ("leaky_relu", "leaky_relu_"):
-        if callable(_function := getattr(_owner, _spelling, None)):
-            _FUNCTIONS[_function] = _act(
-                "leaky_relu", "negative_slope", defaults=(0.01,), overwrites=_spelling[-1] == "_"
-            )
-    for _spelling in ("elu", "elu_"):
-        if callable(_function := getattr(_owner, _spelling, None)):
-            _FUNCTIONS[_function] = _act("elu", "alpha", defaults=(1.0,), overwrites=_spelling[-1] == "_")
+                _target = _spelling if _owner is Tensor else _function
+                _FUNCTIONS[_target] = (_describe, inspect.signature(_parameters), _spelling != _name)
+_FUNCTIONS |= {operator.add: _FUNCTIONS["add"], operator.iadd: _FUNCTIONS["add_"]}

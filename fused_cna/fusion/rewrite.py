@@ -205,7 +205,7 @@ def build_overlay(
         if key not in blocks:
             blocks[key] = f"blocks.{len(blocks)}"
             snapshots += [block.conv, block.norm, block.act] if freeze else []
-            modules[blocks[key]] = FrozenConv.from_block(block) if freeze else block
+            modules[blocks[key]] = FrozenConv(block) if freeze else block
             # By this name verification speaks of it.
             modules[blocks[key]].group_name = str(group.conv.target)  # type: ignore[assignment]
         rewriter.emit_block(group, blocks[key])
