@@ -34,22 +34,19 @@ class LayerRecord:
 
 def parts_of(group: Group, matches: Matches) -> str:
     """The parts of a group in the order of computation."""
-    words = ["pad"] if group.pad is not None else []
-    words.append("conv")
-    norm = matches.calls.get(group.norm) if group.norm is not None else None
-    act = matches.calls.get(group.act) if group.act is not None else None
-    if isinstance(norm, Norm):
-        words.append("norm")
-        if norm.act != "identity":
-            words.append(norm.act)
-    tail = [act.name] if isinstance(act, Act) else []
-    if group.add is not None:
-        tail = ["add", *tail] if group.residual_order == "add_act" else [*tail, "add"]
-    return " + ".join([*words, *tail])
+    norm, act = (matches.calls[n] if n is not None else None for n in (group.norm, group.act))
+    tail = ["add" * (group.add is not None), act.name if isinstance(act, Act) else ""]
+    if group.residual_order == "act_add":
+        tail.reverse()
+    inner = norm.act.replace("identity", "") if isinstance(norm, Norm) else ""
+    words = ("pad" * (group.pad is not None), "conv", "norm" * isinstance(norm, Norm), inner, *tail)
+    return " + ".join(filter(None, words))
 
 
 CALLED_BY_PYTHON = "Python code that cannot be followed calls it"
 _OUTSIDE = "it is outside of what was fused"
+_CHANGED = "its network has changed since it was traced, and runs as it was written"
+_NOT_CALLED = "its network was not called yet, which traces it: give report() example_inputs"
 
 
 def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
@@ -63,12 +60,11 @@ def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
         uses: Counter[str] = Counter()
         for layer in found:
             seen.add(parts.get(layer.name, module))
-            name = f"{path}.{layer.name}".strip(".")
-            use = name, uses[name]
-            uses[name] += 1
+            use = f"{path}.{layer.name}".strip("."), uses[layer.name]
+            uses[layer.name] += 1
             # What one of several traces fuses counts as fused.
             if use not in layers or not layers[use].fused:
-                layers[use] = replace(layer, name=name)
+                layers[use] = replace(layer, name=use[0])
 
     def visit(path: str, module: nn.Module, reason: str) -> None:
         """``reason`` is why nothing around the module fuses its convolutions."""
@@ -81,7 +77,7 @@ def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
         inner = dict(module.named_children())
         if isinstance(module, ConvNormAct):
             norm, act, _ = fused_epilogue(module, False)
-            words = ("conv", "norm" if norm else "", "" if act == "identity" else act)
+            words = ("conv", "norm" * bool(norm), act.replace("identity", ""))
             note(path, module, [LayerRecord("conv", " + ".join(filter(None, words)))])
         elif isinstance(module, nn.Conv2d):
             note(path, module, [LayerRecord("", "conv", reason, reason == CALLED_BY_PYTHON)])
@@ -91,11 +87,11 @@ def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
             inner = {name: leaf for trace in running for name, leaf in trace.leaves.items()}
             reason = CALLED_BY_PYTHON
         elif traces:
-            reason = "its network has changed since it was traced, and runs as it was written"
-        elif refusals := list(_made(module)):
+            reason = _CHANGED
+        elif refusals := _made(module):
             untraceable[path], reason = refusals[0], CALLED_BY_PYTHON
-        elif "fused_cna_overlay" in module.__dict__ and reason == _OUTSIDE:
-            reason = "its network was not called yet, which traces it: give report() example_inputs"
+        elif "fused_cna_overlay" in vars(module) and reason == _OUTSIDE:
+            reason = _NOT_CALLED
         for name, part in inner.items():
             visit(f"{path}.{name}".lstrip("."), part, reason)
 
@@ -112,5 +108,4 @@ def traces_of(module: nn.Module) -> list[Any]:
 
 
 def _made(module: nn.Module) -> list[Any]:
-    overlays = module.__dict__.get("fused_cna_overlay")
-    return [] if overlays is None else list(overlays.made.values())
+    return [*getattr(vars(module).get("fused_cna_overlay"), "made", {}).values()]
