@@ -15,8 +15,8 @@ import contextlib
 import copy
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,9 @@ class _Comparison:
                 take_off(module)
         self._exact = copy.deepcopy(self._plain).double()
         """The plain network itself once float64 has failed."""
-        self._largest_error = 0.0
-        self._after = self._difference = ""
+        self._largest_error, self._after = 0.0, ""
+        self._difference: tuple[str, float, float] | None = None
+        """Where the first is, how large, and what is allowed."""
 
     def run(self) -> None:
         kind = type(self._plain).__name__
@@ -76,101 +77,86 @@ class _Comparison:
         try:
             outputs = self._outputs(self._network)
         except Exception as error:
-            message = (
-                f"the fused {kind} fails on example_inputs, where the original runs{self._after}: {error}"
-            )
+            message = f"the fused {kind} fails on example_inputs, where the original runs: {error}"
             raise FusionError(message) from error
         finally:
             del state.observer
-        if difference := self._difference or self._different_output(outputs, own):
+        if self._difference is None:
+            self._compare_outputs(outputs, own)
+        if self._difference is not None:
+            where, size, allowed = self._difference
+            what = "another shape or dtype, or a NaN or infinity on one side"
+            what = what if math.isinf(size) else f"relative error {size:.2g}, allowed is {allowed:.2g}"
             raise FusionError(
-                f"the fused {kind} does not compute what the original does. The first difference: "
-                f"{difference}. fuse(..., verify=False) does not compare"
+                f"the fused {kind} does not compute what the original does. The first difference: {where}: "
+                f"{what}. fuse(..., verify=False) does not compare"
             )
 
     def _copies(self, inputs: Any, network: nn.Module) -> Any:
         """Inputs that a network may overwrite, in float64 for the exact one."""
+        is_wide = network is self._exact is not self._plain
 
-        def copied(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return copy.deepcopy(leaf)
-            is_wide = network is self._exact is not self._plain and leaf.is_floating_point()
-            return leaf.detach().to(torch.float64 if is_wide else leaf.dtype, copy=True)
+        def copied(x: Tensor) -> Tensor:
+            return x.detach().to(torch.float64 if is_wide and x.is_floating_point() else x.dtype, copy=True)
 
-        return pytree.tree_map(copied, inputs)
+        return pytree.tree_map_only(Tensor, copied, inputs)
 
     def _outputs(self, network: nn.Module) -> dict[str, Any]:
-        """The leaves of what a network returns, from the same state and random numbers each time."""
-        arguments = self._copies(self._inputs, network)
+        """The leaves of what a network returns; it, and random numbers, are the same each time."""
         with left_as_it_is(network, of_tensors=True):
-            torch.manual_seed(0)
-            random.seed(0)
-            return dict(_leaves(network(*arguments)))
+            return dict(_leaves(network(*self._copies(self._inputs, network))))
 
     def _compare_nodes(self, overlay: Overlay, network: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """The result of an overlay, whose nodes are compared with those of the graph that was traced."""
-        nodes = {node.name: node for node in overlay.pairs}
-        modules, given = dict(overlay.graph.named_modules()), self._copies(tensors, network)
-        exact = self._values(self._exact, overlay, network, given)
-        own_errors: dict[str, float] = {}
-
-        def compare(name: str, value: Any) -> None:
-            node, twin = nodes[name], overlay.pairs[nodes[name]].name
-            if self._difference or twin not in exact:
-                return
-            layer = getattr(modules.get(node.target), "group_name", "")
-            layer = f"{self._paths[network]}.{layer}".strip(".") if layer else ""
+        path, modules = self._paths[network], dict(overlay.graph.named_modules())
+        given, own_errors = self._copies(tensors, network), dict[fx.Node, float]()
+        exact = self._traced_values(self._exact, overlay, path, given)
+        inputs = (*tensors, *[operator.attrgetter(name)(network) for name in overlay.values])
+        result, values = _run(overlay.graph, overlay.graph.graph, overlay.pairs, inputs)
+        for node, value in values.items() if self._difference is None else ():
+            if (twin := overlay.pairs[node]) not in exact:
+                continue
             error, allowed = _error(value, exact[twin]), _allowed(value)
             if error > allowed and self._exact is self._plain:
                 allowed = _allowed(value, 2 * allowed)
             elif error > allowed:
                 # The error of the original itself is asked for only where it matters.
                 if not own_errors:
-                    own = self._values(self._plain, overlay, network, given)
-                    errors = (_error(own[twin], exact[twin]) for twin in own)
-                    own_errors.update(zip(own, itertools.accumulate(errors, max), strict=True))
+                    own = self._traced_values(self._plain, overlay, path, given)
+                    errors = (_error(own[one], exact[one]) for one in own)
+                    own_errors = dict(zip(own, itertools.accumulate(errors, max), strict=True))
                 allowed = _allowed(value, own_errors[twin])
+            layer = getattr(modules.get(node.target), "group_name", "")
+            layer = f"{path}.{layer}".strip(".") if layer else ""
             if error > allowed:
-                self._difference = f"{layer or node.name + self._after}: {_in_words(error, allowed)}"
-            elif math.isfinite(error):
-                self._largest_error = max(self._largest_error, error)
+                self._difference = layer or node.name + self._after, error, allowed
+                break
+            self._largest_error = max(self._largest_error, error if math.isfinite(error) else 0.0)
             self._after = f", after {layer}" if layer else self._after
+        return result
 
-        watched = copy.copy(overlay)
-        watched.graph = _watched(overlay.graph, overlay.graph.graph, overlay.pairs, compare)
-        return watched(network, tensors)
-
-    def _values(
-        self, root: nn.Module, overlay: Overlay, network: nn.Module, tensors: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
+    def _traced_values(
+        self, root: nn.Module, overlay: Overlay, path: str, tensors: Any
+    ) -> dict[fx.Node, Tensor]:
         """What nodes of the graph that was traced give with the modules of the exact or the plain copy."""
-        values: dict[str, Tensor] = {}
-        part = root.get_submodule(self._paths[network])
-
-        def keep(name: str, value: Any) -> None:
-            if isinstance(value, Tensor):
-                # It may be overwritten later.
-                values[name] = value.clone()
-
-        watched = _watched(part, overlay.plain, overlay.pairs.values(), keep)
+        part = root.get_submodule(path)
         try:
             with left_as_it_is(part):
-                watched.forward(*self._copies(tensors, root))
+                return _run(part, overlay.plain, overlay.pairs.values(), self._copies(tensors, root))[1]
         # Code that is made for one dtype fails in another.
         except Exception:
             if root is self._plain:
                 raise
             self._exact = self._plain
-            return self._values(self._plain, overlay, network, tensors)
-        return values
+            return self._traced_values(self._plain, overlay, path, tensors)
 
-    def _different_output(self, outputs: dict[str, Any], own: dict[str, Any]) -> str:
-        """The first part of a result that is not the original's, and by how much; empty if there is none."""
+    def _compare_outputs(self, outputs: dict[str, Any], own: dict[str, Any]) -> None:
         kinds = [
             {(path, getattr(leaf, "dtype", None)) for path, leaf in one.items()} for one in (outputs, own)
         ]
         if other := sorted({path for path, _ in kinds[0] ^ kinds[1]}):
-            return f"the result has other parts, or of another dtype: {', '.join(other[:5])}"
+            self._difference = f"the result, in {', '.join(other[:5])}", math.inf, 0.0
+            return
         exact: dict[str, Any] = {}
         for path, value in outputs.items():
             error, own_error = _error(value, own[path]), 0.0
@@ -187,8 +173,8 @@ class _Comparison:
                         trial = self._outputs(self._plain)
                     own_error = max(own_error, _error(trial.get(path), own[path]))
             if error > (allowed := _allowed(value, own_error)):
-                return f"{path} is not what the original returns: {_in_words(error, allowed)}"
-        return ""
+                self._difference = f"{path} is not what the original returns", error, allowed
+                return
 
 
 class _Noise(TorchDispatchMode):
@@ -196,32 +182,38 @@ class _Noise(TorchDispatchMode):
 
     def __init__(self, size: float, seed: int) -> None:
         super().__init__()
-        self._size, self._random = size, random.Random(seed)
+        self._size, self._seed = size, seed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
-            x = args[0]
+            x, *others = args
             # The network's own random numbers stay as they are.
-            generator = torch.Generator(x.device).manual_seed(self._random.getrandbits(32))
+            generator = torch.Generator(x.device).manual_seed(self._seed)
             noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            args = (x + x * noise * max(self._size, torch.finfo(x.dtype).eps), *args[1:])
+            args = (x + x * noise * max(self._size, torch.finfo(x.dtype).eps), *others)
         return func(*args, **(kwargs or {}))
 
 
-def _watched(
-    root: nn.Module, graph: Any, nodes: Iterable[fx.Node], see: Callable[..., None]
-) -> fx.GraphModule:
-    """A graph that calls ``see`` with the name of some of its nodes and what they give, when they do."""
+def _run(
+    root: nn.Module, graph: Any, nodes: Iterable[fx.Node], inputs: Sequence[Any]
+) -> tuple[Any, dict[fx.Node, Tensor]]:
+    """What a graph returns, and what some of its nodes give when they do."""
+    values: dict[fx.Node, Tensor] = {}
     watched, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     watched.output(watched.graph_copy(graph, copies))
-    for node in nodes:
-        if node.op.startswith("call"):
-            with watched.inserting_after(copies[node]):
-                watched.call_function(see, (node.name, copies[node]))
-    made = fx.GraphModule(root, watched)
+    by_name = {node.name: node for node in nodes if node.op.startswith("call")}
+
+    def keep(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            values[by_name[name]] = value.clone()
+
+    for name, node in by_name.items():
+        with watched.inserting_after(copies[node]):
+            watched.call_function(keep, (name, copies[node]))
+    module = fx.GraphModule(root, watched)
     # Else they refer to each other, and the weights stay until the garbage collector comes by.
-    made.graph.owning_module = None
-    return made
+    module.graph.owning_module = None
+    return module.forward(*inputs), values
 
 
 def _leaves(value: Any, path: str = "output", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -273,12 +265,6 @@ def _allowed(value: Any, own_error: float = 0.0) -> float:
         times, least = _ALLOWED.get(value.dtype.to_real(), _ALLOWED_OF_INTEGERS)
         return max(times * own_error, least)
     return own_error
-
-
-def _in_words(error: float, allowed: float) -> str:
-    if math.isinf(error):
-        return "another shape or kind, or a NaN or infinity on one side"
-    return f"relative error {error:.2g}, allowed is {allowed:.2g}"
 
 
 @contextlib.contextmanager
