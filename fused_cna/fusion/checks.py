@@ -14,7 +14,11 @@ from fused_cna.fusion.signatures import words_of
 def check_module(model: object, function: str) -> None:
     """Refuse what is no instance of ``nn.Module`` with a ``TypeError``, in the words of a function."""
     if not isinstance(model, nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        what = (
+            f"the class {model.__name__}, no instance"
+            if isinstance(model, type)
+            else f"a {type(model).__name__}"
+        )
         raise TypeError(f"{function}() takes an nn.Module, but got {what}")
 
 

@@ -45,8 +45,6 @@ def parts_of(group: Group, matches: Matches) -> str:
 
 CALLED_BY_PYTHON = "Python code that cannot be followed calls it"
 _OUTSIDE = "it is outside of what was fused"
-_CHANGED = "its network has changed since it was traced, and runs as it was written"
-_NOT_CALLED = "its network was not called yet, which traces it: give report() example_inputs"
 
 
 def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
@@ -87,11 +85,11 @@ def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
             inner = {name: leaf for trace in running for name, leaf in trace.leaves.items()}
             reason = CALLED_BY_PYTHON
         elif traces:
-            reason = _CHANGED
+            reason = "its network has changed since it was traced, and runs as it was written"
         elif refusals := _made(module):
             untraceable[path], reason = refusals[0], CALLED_BY_PYTHON
         elif "fused_cna_overlay" in vars(module) and reason == _OUTSIDE:
-            reason = _NOT_CALLED
+            reason = "its network was not called yet, which traces it: give report() example_inputs"
         for name, part in inner.items():
             visit(f"{path}.{name}".lstrip("."), part, reason)
 

@@ -98,9 +98,6 @@ def report(model: nn.Module, example_inputs: Any = None) -> FusionReport:
     layers, untraceable = records_of(network)
     kind = getattr(model, "plain_class", type(model)).__name__
     is_frozen = any(one.frozen for one in overlays)
-    traced = {
-        path or kind: (part, traces_of(part)) for path, part in network.named_modules() if not part.training
-    }
     convs = {path: part for path, part in network.named_modules() if isinstance(part, nn.Conv2d)}
     fused = {layer.name for layer in layers if layer.fused and not is_frozen}
     return FusionReport(
@@ -109,7 +106,9 @@ def report(model: nn.Module, example_inputs: Any = None) -> FusionReport:
         layers=tuple(layers),
         untraceable=untraceable,
         as_written=tuple(
-            path for path, (part, made) in traced.items() if made and not any(one.holds(part) for one in made)
+            path or kind
+            for path, part in network.named_modules()
+            if not part.training and traces_of(part) and not any(one.holds(part) for one in traces_of(part))
         ),
         repacked=tuple(path for path, conv in convs.items() if path in fused and _is_repacked(conv)),
         is_training=model.training,
@@ -149,11 +148,8 @@ def _lines(report: FusionReport) -> Iterator[str]:
         changed = _names(report.as_written)
         yield f"Changed since it was fused, and so run as it was written: {changed}. Call fuse() again."
     if report.repacked:
-        yield (
-            f"Not in channels_last, so that a GPU repacks these weights on every call: "
-            f"{_names(report.repacked)}. model.to(memory_format=torch.channels_last) spares that; explain() "
-            "says what it costs."
-        )
+        yield f"A GPU repacks these weights on every call, which explain() prices: {_names(report.repacked)}."
+        yield "model.to(memory_format=torch.channels_last) spares that."
 
 
 def _names(names: Iterable[str]) -> str:
