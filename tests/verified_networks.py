@@ -1,4 +1,4 @@
-"""Networks to verify the fusion of, and where a test lays its hands on the fused ones."""
+"""Networks whose fusion is verified and reported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 
 class Block(nn.Module):
@@ -39,48 +39,31 @@ class Network(nn.Module):
         self.second = Block(8)
         self.head = nn.Conv2d(8, 5, 1)
 
+    def features(self, x: Tensor) -> Tensor:
+        return self.second(self.first(nn.functional.silu(self.bn(self.stem(self.pad(x))))))
+
     def forward(self, x: Tensor) -> Any:
-        x = nn.functional.silu(self.bn(self.stem(self.pad(x))))
-        return self.head(self.second(self.first(x))).mean((2, 3))
+        return self.head(self.features(x)).mean((2, 3))
 
 
 class InPython(Network):
     """A network that FX cannot follow."""
 
     def forward(self, x: Tensor) -> Any:
-        if x.isnan().any():
-            return x
-        return super().forward(x)
+        return x if x.isnan().any() else super().forward(x)
 
 
-def network(kind: Callable[[], nn.Module] = Network, dtype: torch.dtype = torch.float32) -> nn.Module:
+def network(kind: Callable[[], nn.Module] = Network, dtype: torch.dtype = torch.float32) -> Any:
     """One whose batch norms do something."""
     torch.manual_seed(0)
     made = kind()
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            for vector, low, high in (("weight", 0.5, 1.5), ("bias", -0.5, 0.5), ("running_mean", -0.5, 0.5)):
+                nn.init.uniform_(getattr(module, vector), low, high)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
     return made.eval().to(dtype)
 
 
 def image(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def graph_of(fused: nn.Module) -> fx.GraphModule:
-    return fused.fused_cna_overlay.graph
-
-
-def block_of(fused: nn.Module, name: str) -> Any:
-    return next(m for m in graph_of(fused).modules() if getattr(m, "group_name", "") == name)
-
-
-def call_of(fused: nn.Module, name: str) -> fx.Node:
-    block = block_of(fused, name)
-    graph = graph_of(fused)
-    return next(
-        n for n in graph.graph.nodes if n.op == "call_module" and graph.get_submodule(n.target) is block
-    )

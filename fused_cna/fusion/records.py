@@ -45,12 +45,11 @@ def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
         uses: Counter[str] = Counter()
         for layer in found:
             seen.add(parts.get(layer.name, module))
-            name = f"{path}.{layer.name}".strip(".")
-            use = name, uses[name]
-            uses[name] += 1
+            use = f"{path}.{layer.name}".strip("."), uses[layer.name]
+            uses[layer.name] += 1
             # What one of several traces fuses counts as fused.
             if use not in layers or not layers[use].fused:
-                layers[use] = replace(layer, name=name)
+                layers[use] = replace(layer, name=use[0])
 
     def visit(path: str, module: nn.Module, reason: str) -> None:
         """``reason`` is why nothing around the module fuses its convolutions."""
@@ -63,7 +62,7 @@ def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
         inner = dict(module.named_children())
         if isinstance(module, ConvNormAct):
             norm, act, _ = fused_epilogue(module, False)
-            words = ("conv", "norm" if norm else "", "" if act == "identity" else act)
+            words = ("conv", "norm" * bool(norm), act.replace("identity", ""))
             note(path, module, [LayerRecord("conv", " + ".join(filter(None, words)))])
         elif isinstance(module, nn.Conv2d):
             note(path, module, [LayerRecord("", "conv", reason, reason == CALLED_BY_PYTHON)])
@@ -74,9 +73,9 @@ def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
             reason = CALLED_BY_PYTHON
         elif traces:
             reason = "its network has changed since it was traced, and runs as it was written"
-        elif refusals := list(_made(module)):
+        elif refusals := _made(module):
             untraceable[path], reason = refusals[0], CALLED_BY_PYTHON
-        elif "fused_cna_overlay" in module.__dict__ and reason == _OUTSIDE:
+        elif "fused_cna_overlay" in vars(module) and reason == _OUTSIDE:
             reason = "its network was not called yet, which traces it: give report() example_inputs"
         for name, part in inner.items():
             visit(f"{path}.{name}".lstrip("."), part, reason)
@@ -94,5 +93,4 @@ def traces_of(module: nn.Module) -> list[Any]:
 
 
 def _made(module: nn.Module) -> list[Any]:
-    overlays = module.__dict__.get("fused_cna_overlay")
-    return [] if overlays is None else list(overlays.made.values())
+    return [*getattr(vars(module).get("fused_cna_overlay"), "made", {}).values()]

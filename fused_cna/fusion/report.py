@@ -1,10 +1,8 @@
 """``report``: what of a network is fused, and why the rest is not."""
 
 import copy
-import functools
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +14,6 @@ from fused_cna.fusion.fuse import fuse_in_place, run_once, trace_ahead
 from fused_cna.fusion.overlay import NAME as OVERLAYS
 from fused_cna.fusion.records import LayerRecord, records_of, traces_of
 from fused_cna.fusion.trace import left_as_it_is
-
-_wrap = functools.partial(textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False)
 
 _STEM_CHANNELS = 4
 """The kernel for so few input channels reads a weight in any layout."""
@@ -41,8 +37,6 @@ class FusionReport:
     """Fused convolutions whose weight does not lie in channels_last: a GPU repacks it on every call."""
     is_training: bool = False
     is_frozen: bool = False
-    device: str = "cpu"
-    """Where the network is."""
 
     @property
     def fused(self) -> tuple[LayerRecord, ...]:
@@ -55,11 +49,6 @@ class FusionReport:
         return tuple(layer for layer in self.layers if not layer.fused)
 
     @property
-    def by_parts(self) -> dict[str, int]:
-        """How many convolutions compute what, the most frequent first."""
-        return dict(Counter(layer.parts for layer in self.fused).most_common())
-
-    @property
     def norms_fused(self) -> int:
         """How many pairs of convolution and batch norm are one call."""
         return sum("norm" in layer.parts.split(" + ") for layer in self.layers)
@@ -70,7 +59,10 @@ class FusionReport:
         return sum("add" in layer.parts.split(" + ") for layer in self.layers)
 
     def __str__(self) -> str:
-        return "\n\n".join("\n".join(lines) for lines in map(list, _sections(self)) if lines)
+        return "\n".join(
+            textwrap.fill(line, 100, subsequent_indent=" " * 7, break_on_hyphens=False)
+            for line in _lines(self)
+        )
 
 
 def report(model: nn.Module, example_inputs: Any = None) -> FusionReport:
@@ -86,15 +78,12 @@ def report(model: nn.Module, example_inputs: Any = None) -> FusionReport:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``example_inputs`` no tensors.
-        FusionError: a plain network that :func:`fuse` refuses as a whole, such as a quantised one; or it does
-            not run on the example inputs.
-
-    >>> print(report(torchvision.models.resnet50()))
+        FusionError: a plain network that :func:`fuse` refuses, or that does not run on the example inputs.
     """
     checks.check_module(model, "report")
     inputs = checks.as_arguments(example_inputs)
     network = model = getattr(model, "_orig_mod", model)
-    overlays = [module.__dict__[OVERLAYS] for module in model.modules() if OVERLAYS in module.__dict__]
+    overlays = [vars(module)[OVERLAYS] for module in model.modules() if OVERLAYS in vars(module)]
     if not overlays:
         checks.check_network(model)
     if not overlays or (inputs is not None and any(module.training for module in model.modules())):
@@ -109,100 +98,64 @@ def report(model: nn.Module, example_inputs: Any = None) -> FusionReport:
     layers, untraceable = records_of(network)
     kind = getattr(model, "plain_class", type(model)).__name__
     is_frozen = any(one.frozen for one in overlays)
+    convs = {path: part for path, part in network.named_modules() if isinstance(part, nn.Conv2d)}
     fused = {layer.name for layer in layers if layer.fused and not is_frozen}
     return FusionReport(
         network=kind,
         is_fused=bool(overlays),
         layers=tuple(layers),
         untraceable=untraceable,
-        as_written=tuple(path or kind for path, module in network.named_modules() if _is_as_written(module)),
-        repacked=tuple(p for p, module in network.named_modules() if p in fused and _is_repacked(module)),
+        as_written=tuple(
+            path or kind
+            for path, part in network.named_modules()
+            if not part.training and traces_of(part) and not any(one.holds(part) for one in traces_of(part))
+        ),
+        repacked=tuple(path for path, conv in convs.items() if path in fused and _is_repacked(conv)),
         is_training=model.training,
         is_frozen=is_frozen,
-        device=str(next((tensor.device for tensor in model.parameters()), "cpu")),
     )
 
 
-def _is_as_written(module: nn.Module) -> bool:
-    traces = traces_of(module)
-    return not module.training and bool(traces) and not any(trace.holds(module) for trace in traces)
-
-
-def _is_repacked(module: nn.Module) -> bool:
+def _is_repacked(conv: nn.Conv2d) -> bool:
     """Whether the plans for a convolution copy its weight, as its channels are not next to each other."""
-    if not isinstance(module, nn.Conv2d) or (module.groups == 1 and module.in_channels <= _STEM_CHANNELS):
-        return False
-    return module.weight.shape[1] > 1 and module.weight.stride(1) != 1
+    is_stem = conv.groups == 1 and conv.in_channels <= _STEM_CHANNELS
+    return not is_stem and conv.weight.shape[1] > 1 and conv.weight.stride(1) != 1
 
 
-def _sections(report: FusionReport) -> Iterator[Iterable[str]]:
+def _lines(report: FusionReport) -> Iterator[str]:
     if not report.layers:
-        yield [f"{report.network}: there is no convolution (nn.Conv2d) in it, so there is nothing to fuse"]
+        yield f"{report.network}: there is no convolution (nn.Conv2d) in it, so there is nothing to fuse"
         return
-    count = f"{len(report.fused)} of {len(report.layers)} convolutions"
-    would = f"{report.network}, which is not fused: fuse() would fuse {count}"
-    yield [
-        f"{report.network}{', frozen' * report.is_frozen}: {count} are fused" if report.is_fused else would
-    ]
-    rows = [(row[0].parts, str(len(row)), name) for name, row in _rows(report.layers)]
-    width = max(len(parts) for parts, _, _ in rows)
-    head = ("computed in one call", "times", "layer")
-    yield [f"  {parts:{max(width, 20)}}  {times:>5}  {name}" for parts, times, name in (head, *rows)]
-    within = f"{report.norms_fused} batch norms and {report.additions_fused} residual additions"
-    yield [f"{within} are computed with a convolution"] if report.fused else []
-    yield _reasons(report)
-    yield _python_code(report)
-    yield _notes(report)
-
-
-def _reasons(report: FusionReport) -> Iterator[str]:
-    kinds: dict[str, list[LayerRecord]] = {}
-    for layer in (layer for layer in report.layers if layer.reason):
+    state = ("frozen" if report.is_frozen else "fused") if report.is_fused else "not fused; fuse() would fuse"
+    yield (
+        f"{report.network}, {state}: {len(report.fused)} of {len(report.layers)} convolutions, with "
+        f"{report.norms_fused} batch norms and {report.additions_fused} residual additions"
+    )
+    rows: dict[str, list[LayerRecord]] = {}
+    for layer in report.layers:
         # What follows a colon is said of this layer alone, and so are numbers.
-        kind = re.sub(r"\d+ places", "several places", layer.reason.partition(":")[0])
-        kinds.setdefault(kind, []).append(layer)
-    if kinds:
-        yield "left alone, or fused with less than it seems:"
-    for kind, layers in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        reason = re.sub(r"\d+ places", "several places", layer.reason.partition(":")[0])
+        rows.setdefault(f"{layer.parts} ({reason})" if reason else layer.parts, []).append(layer)
+    for what, layers in sorted(rows.items(), key=lambda row: -len(row[1])):
         seeming = sum(layer.looks_fusible for layer in layers)
-        hint = f" ({seeming} look{'s' * (seeming == 1)} fusible)" if seeming else ""
-        yield from _wrap(f"{len(layers):5}  {kind}{hint}: {_names(layers)}", subsequent_indent=" " * 7)
-
-
-def _python_code(report: FusionReport) -> Iterator[str]:
-    if report.untraceable:
-        yield "Python code that cannot be followed, and runs as it was written:"
+        names = _names(layer.name for layer in layers)
+        yield f"{len(layers):5}  {what}{f', {seeming} look fusible' if seeming else ''}: {names}"
     for name, reason in report.untraceable.items():
-        yield from _wrap(f"  {name or 'the network itself'}: {reason}", subsequent_indent="    ")
-
-
-def _notes(report: FusionReport) -> Iterator[str]:
+        yield f"Cannot be followed, and runs as it was written: {name or 'the network itself'}: {reason}"
     if report.is_training:
         yield "It is in training mode and runs as it was written, live; once eval() is called it runs fused."
     if report.as_written:
-        changed = (
-            f"Changed since it was fused, and so run as it was written: {', '.join(report.as_written[:3])}."
-        )
-        yield from _wrap(f"{changed} Call fuse() again.")
+        changed = _names(report.as_written)
+        yield f"Changed since it was fused, and so run as it was written: {changed}. Call fuse() again."
     if report.repacked:
-        names = _names(layer for layer in report.layers if layer.name in report.repacked)
-        repacked = f"Not in channels_last, so that a GPU repacks these weights on every call: {names}."
-        advice = "model.to(memory_format=torch.channels_last) spares that; explain() says what it costs."
-        yield from _wrap(f"{repacked} {advice}")
-    if report.is_frozen:
-        yield "Its weights are a snapshot with the batch norms folded."
-    elif report.device == "cpu":
-        yield "On a CPU, blocks run one operation after another; fuse(model, freeze=True) is faster there."
+        yield f"A GPU repacks these weights on every call, which explain() prices: {_names(report.repacked)}."
+        yield "model.to(memory_format=torch.channels_last) spares that."
 
 
-def _rows(layers: Iterable[LayerRecord]) -> list[tuple[str, list[LayerRecord]]]:
-    """Layers that compute the same and whose names differ in numbers only, by their common name."""
-    rows: dict[tuple[str, str], list[LayerRecord]] = {}
-    for layer in layers:
-        rows.setdefault((re.sub(r"\d+", "*", layer.name), layer.parts), []).append(layer)
-    return [(name if len(row) > 1 else row[0].name or "(itself)", row) for (name, _), row in rows.items()]
-
-
-def _names(layers: Iterable[LayerRecord]) -> str:
-    names = [f"{name} ({len(row)} times)" if len(row) > 1 else name for name, row in _rows(layers)]
-    return ", ".join([*names[:4], *[f"and {len(names) - 4} more"][: len(names) > 4]])
+def _names(names: Iterable[str]) -> str:
+    """The first names, one for all that differ in numbers only."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name or "(itself)")
+    said = [f"{one} ({len(same)} times)" if len(same) > 1 else same[0] for one, same in alike.items()]
+    return ", ".join([*said[:4], *[f"and {len(said) - 4} more"][: len(said) > 4]])
