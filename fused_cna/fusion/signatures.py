@@ -17,10 +17,6 @@ Key = tuple[pytree.TreeSpec, tuple[Any, ...]]
 _CONSTANTS = (bool, int, str, type(None), complex, torch.dtype, torch.device, torch.Size)
 
 
-class UnsupportedError(Exception):
-    """Arguments that no trace can stand for; the message says why."""
-
-
 @functools.lru_cache(1024)
 def parameters_of(forward: Callable[..., Any]) -> inspect.Signature:
     """The parameters of a ``forward``, without ``self``."""
@@ -31,11 +27,6 @@ def parameters_of(forward: Callable[..., Any]) -> inspect.Signature:
 def _required(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     parameters = parameters_of(forward).parameters.values()
     return [one for one in parameters if one.default is one.empty and not one.kind.name.startswith("VAR_")]
-
-
-def required_of(forward: Callable[..., Any]) -> int:
-    """How many arguments have to be given."""
-    return len(_required(forward))
 
 
 def contents_of(arguments: inspect.BoundArguments) -> tuple[list[Any], pytree.TreeSpec]:
@@ -52,12 +43,12 @@ def key_of(forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Key, li
     """The signature of a call with options at their defaults, and its tensors in order.
 
     Raises:
-        TypeError: ``forward`` does not take the arguments.
-        UnsupportedError: an argument is neither a tensor nor a constant, nor a container of such.
+        TypeError: ``forward`` does not take the arguments, or one is neither a tensor nor a constant, nor a
+            container of such.
     """
     parameters = parameters_of(forward)
     if any(isinstance(one.default, Tensor) for one in parameters.parameters.values()):
-        raise UnsupportedError("its forward has a tensor for a default")
+        raise TypeError("its forward has a tensor for a default")
     arguments = parameters.bind(*args, **kwargs)
     arguments.apply_defaults()
     leaves, containers = contents_of(arguments)
@@ -69,37 +60,31 @@ def _key(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Tensor
     if kind is float:
-        return kind, value.hex()
+        # Of which some equal others, and some not even themselves.
+        return kind, value, value.hex()
     if kind in _CONSTANTS or isinstance(value, enum.Enum):
         return kind, value
-    raise UnsupportedError(f"it is called with a {kind.__name__}")
+    raise TypeError(f"it is called with a {kind.__name__}")
 
 
-def default_key(forward: Callable[..., Any]) -> Key:
-    """The signature of a call with one tensor for each argument that has no default.
+def default_key(forward: Callable[..., Any]) -> tuple[Key, int]:
+    """The signature of a call with one tensor for each argument that has no default, and how many these are.
 
     Raises:
-        UnsupportedError: there is no such argument, or one that can only be given by keyword.
+        TypeError: there is no such argument, or one that can only be given by keyword.
     """
-    required = _required(forward)
-    for one in required:
-        if one.kind is one.KEYWORD_ONLY:
-            raise UnsupportedError(f"its forward needs {one.name} by keyword")
-    if not required:
-        raise UnsupportedError("its forward takes no input by name")
-    return key_of(forward, [torch.empty(0)] * len(required), {})[0]
+    count = len(_required(forward))
+    if count == 0:
+        raise TypeError("its forward takes no input by name")
+    return key_of(forward, [torch.empty(0)] * count, {})[0], count
 
 
 def arguments_of(forward: Callable[..., Any], key: Key, tensors: Iterator[Any]) -> inspect.BoundArguments:
     """Arguments of a signature, with what stands for its tensors in order."""
-    leaves = [next(tensors) if one is Tensor else _constant(*one) for one in key[1]]
+    leaves = [next(tensors) if one is Tensor else one[1] for one in key[1]]
     parameters = parameters_of(forward)
-    values = pytree.tree_unflatten(leaves, key[0])
-    return inspect.BoundArguments(parameters, OrderedDict(zip(parameters.parameters, values, strict=True)))
-
-
-def _constant(kind: type, value: Any) -> Any:
-    return float.fromhex(value) if kind is float else value
+    values = zip(parameters.parameters, pytree.tree_unflatten(leaves, key[0]), strict=True)
+    return inspect.BoundArguments(parameters, OrderedDict(values))
 
 
 def words_of(forward: Callable[..., Any]) -> str:

@@ -63,32 +63,41 @@ class NotTraceableError(Exception):
     """FX cannot follow the network; the message says why."""
 
 
-class SideEffects:
-    """What running Python code leaves behind besides its result: attributes of modules, random numbers."""
+@contextlib.contextmanager
+def left_as_it_is(network: nn.Module, *, of_tensors: bool = False) -> Iterator[list[str]]:
+    """A context in which a network is in eval mode, and behind which it and random numbers are as before.
 
-    def __init__(self, network: nn.Module) -> None:
-        self._random = random.getstate(), torch.get_rng_state()
-        self._held = [
-            (module, one, dict(one) if isinstance(one, dict) else list(one))
-            for module in network.modules()
-            for one in (vars(module), *vars(module).values())
-            if isinstance(one, (dict, list, set, deque))
-        ]
-
-    def undo(self) -> str:
-        """Put all back as it was; which effect there was, in words, empty for none."""
-        effect = ""
-        state, torch_state = self._random
-        if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
-            effect = "its forward draws random numbers"
-            random.setstate(state)
-            torch.set_rng_state(torch_state)
-        for module, held, before in self._held:
-            if not _is_same(held, before):
-                effect = f"its forward changes attributes of {type(module).__name__}"
-                held.clear()
-                (held.extend if isinstance(held, (list, deque)) else held.update)(before)
-        return effect
+    What is as before are the attributes of modules, and with ``of_tensors`` parameters and buffers. The
+    context gives a list that says behind it, in words, what had changed.
+    """
+    effects: list[str] = []
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    containers = [
+        (module, one, dict(one) if isinstance(one, dict) else list(one))
+        for module in network.modules()
+        for one in (vars(module), *vars(module).values())
+        if isinstance(one, (dict, list, set, deque))
+    ]
+    tensors = (*network.parameters(), *network.buffers())
+    values = [(one, one.detach().clone()) for one in tensors if of_tensors]
+    try:
+        with torch.random.fork_rng(sorted({one.device.index for one in tensors if one.is_cuda})):
+            if network.training:
+                network.eval()
+            yield effects
+            if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
+                effects.append("its forward draws random numbers")
+    finally:
+        random.setstate(state)
+        for module, one, before in containers:
+            if not _is_same(one, before):
+                effects.append(f"its forward changes attributes of {type(module).__name__}")
+                one.clear()
+                (one.extend if isinstance(one, (list, deque)) else one.update)(before)
+        for tensor, value in values:
+            # Batch norm writes its statistics without a word to autograd.
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -96,26 +105,6 @@ def _is_same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
     return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-@contextlib.contextmanager
-def left_as_it_is(network: nn.Module, *, of_tensors: bool = False) -> Iterator[None]:
-    """A context in which a network is in eval mode; behind it is as it was, and so are random numbers."""
-    before = SideEffects(network)
-    held = (*network.parameters(), *network.buffers()) if of_tensors else ()
-    values = [(one, one.detach().clone()) for one in held]
-    devices = sorted({p.device.index for p in network.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(devices):
-            if network.training:
-                network.eval()
-            yield
-    finally:
-        before.undo()
-        for tensor, value in values:
-            # Batch norm writes its statistics without a word to autograd.
-            if not torch.equal(tensor, value):
-                tensor.data.copy_(value)
 
 
 class _Proxy(fx.Proxy):
@@ -167,30 +156,22 @@ class _Attribute(_Proxy, fx.proxy.Attribute):
     own = ("tracer", "root", "attr", "_node")
 
 
-# Of other types, devices and layouts are those that torch.FloatTensor and the like tell apart.
+# Tensors that torch.FloatTensor and the like tell apart.
 _TENSORS = (torch.empty(0), torch.empty(0, dtype=torch.int8, device="meta"))
 
 
 def _isinstance(value: Any, kind: Any) -> bool:
-    """``isinstance`` for code that is being traced: what stands for a tensor is one.
-
-    Raises:
-        TraceError: what the value stands for is not known, or may be of a subclass.
-    """
+    """``isinstance`` for code that is being traced: what stands for a tensor, maybe of a subclass, is one."""
     if not issubclass(type(value), fx.Proxy):
         return isinstance(value, kind)
-    answers = {isinstance(one, kind) for one in _TENSORS}
-    subclasses = (one for one in _classes(kind) if one is not Tensor and issubclass(one, Tensor))
-    if not value.is_tensor or len(answers) > 1 or any(subclasses):
+    answers = {isinstance(one, kind) for one in _TENSORS} | {issubclass(one, kind) for one in _kinds(Tensor)}
+    if not value.is_tensor or len(answers) > 1:
         value.refuse(f"it asks for the type of what {value.node.name} returns")
     return answers.pop()
 
 
-def _classes(kind: Any) -> list[type]:
-    if isinstance(kind, type):
-        return [kind]
-    parts = kind if isinstance(kind, tuple) else getattr(kind, "__args__", ())
-    return [one for part in parts for one in _classes(part)]
+def _kinds(kind: type) -> set[type]:
+    return {kind, *(one for sub in kind.__subclasses__() for one in _kinds(sub))}
 
 
 class Tracer(fx.Tracer):
@@ -210,8 +191,7 @@ class Tracer(fx.Tracer):
         self._thread = threading.get_ident()
         named = (*network.named_parameters(), *network.named_buffers())
         self._names = {id(tensor): name for name, tensor in reversed(named)}
-        self._values: dict[str, _Proxy] = {}
-        self._made: list[weakref.ref[_Proxy]] = []
+        self.made: list[weakref.ref[_Proxy]] = []
         self._calls = [network]
         """The modules whose code runs; after an error, down to the one that failed."""
         self.entered: list[nn.Module] = []
@@ -305,14 +285,13 @@ class Tracer(fx.Tracer):
         name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
         if name is None or threading.get_ident() != self._thread:
             return attr_val
-        if name not in self._values:
-            self._values[name] = self._tensor("get_attr", name)
-            self._values[name].held = attr_val
-        return self._values[name]
+        made = self._tensor("get_attr", name)
+        made.held = attr_val
+        return made
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         made = _Proxy(node, self)
-        self._made.append(weakref.ref(made))
+        self.made.append(weakref.ref(made))
         return made
 
     def create_arg(self, a: Any) -> Any:
@@ -325,18 +304,11 @@ class Tracer(fx.Tracer):
             self.refuse("its code makes a tensor, which would become a constant")
         return super().create_arg(a)
 
-    def let_go(self) -> "Tracer":
-        """Another in its stead: FX leaves tracers in circles behind, and the weights that they know."""
-        other = copy.copy(self)
-        vars(self).clear()
-        other._values.clear()
-        return other
-
     def has_leaked(self) -> bool:
         """Whether an object outside has kept what stands for a tensor."""
-        if any(ref() is not None for ref in self._made):
+        if any(ref() is not None for ref in self.made):
             gc.collect()
-        return any(ref() is not None for ref in self._made)
+        return any(ref() is not None for ref in self.made)
 
 
 class _NoTensors(TorchDispatchMode):
@@ -377,10 +349,6 @@ def trace(network: nn.Module, forward: Callable[..., Any], key: Key, live: set[n
     Raises:
         NotTraceableError: the network cannot be followed, with the reason.
     """
-    if "forward" in network.__dict__:
-        raise NotTraceableError("it has a forward of its own")
-    if isinstance(network, torch.jit.ScriptModule):
-        raise NotTraceableError("it is scripted")
     refused: dict[nn.Module, str] = {}
     while True:
         traced = _run(network, forward, key, live, {*refused})
@@ -400,25 +368,24 @@ def _run(
     network: nn.Module, forward: Any, key: Key, live: set[nn.Module], opaque: set[nn.Module]
 ) -> Trace | tuple[str, nn.Module]:
     """A trace; else why there is none, and the innermost module to blame for it."""
-    with lock, torch.inference_mode(False), torch.enable_grad():
-        before = SideEffects(network)
-        tracer = Tracer(network, live, opaque)
-        watch = Watch(_isinstance, tracer.note_refusal)
+    with lock, torch.inference_mode(False), torch.enable_grad(), left_as_it_is(network) as effects:
+        in_circles = Tracer(network, live, opaque)
+        watch = Watch(_isinstance, in_circles.note_refusal)
         try:
-            with watch, _NoTensors(tracer.refuse):
-                graph = tracer.trace_call(network, forward, key)
+            with watch, _NoTensors(in_circles.refuse):
+                graph = in_circles.trace_call(network, forward, key)
         # Code that is not made for tracing fails in any way.
         except Exception as error:
             reason = textwrap.shorten(str(error).strip().partition("\n")[0], 200, placeholder="...")
-            tracer.note_refusal(reason or type(error).__name__)
-        finally:
-            tracer = tracer.let_go()
-            effect = before.undo()
-        if not effect and not tracer.refusal and tracer.has_leaked():
-            effect = "its forward keeps a tensor in an object that is none of its modules"
-    if effect:
+            in_circles.note_refusal(reason or type(error).__name__)
+        # FX leaves tracers behind in circles, and the weights that they know with them.
+        tracer = copy.copy(in_circles)
+        vars(in_circles).clear()
+    if effects:
         # Where an attribute is changed, others may read it, so no module alone is to blame.
-        return effect, network
+        return effects[-1], network
+    if not tracer.refusal and tracer.has_leaked():
+        tracer.note_refusal("its forward keeps a tensor in an object that is none of its modules")
     if watch.asks and tracer.unknown:
         tracer.note_refusal(f"it may ask whether what {tracer.unknown} returns is None")
     if tracer.refusal:
