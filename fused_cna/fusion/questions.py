@@ -4,14 +4,17 @@ A proxy refuses what it notices itself. The rest is refused for what the code sa
 part of a trace is looked at once, its bytecode and the names in it.
 """
 
+import builtins
 import contextlib
 import dis
 import functools
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from types import CodeType, FrameType, MappingProxyType
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -25,30 +28,30 @@ _OF_PROXIES -= {*dir(torch.Tensor)}
 _AHEAD = ("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL", "COPY", "RESUME", "NOT_TAKEN", "TO_BOOL")
 _CALLS = ("PRECALL", "CALL", "CALL_FUNCTION")
 _OF_ANYTHING = {"vars", "dir", "attrgetter", "__dict__", "__getattribute__", "eval", "exec"}
-_MUTATORS = {
-    *("append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse", "update", "setdefault"),
-    *("popitem", "add", "discard", "appendleft", "popleft"),
+_STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
+_MUTATORS = {*dir(list), *dir(dict), *dir(set), *dir(deque)} - {
+    *dir(tuple),
+    *dir(MappingProxyType({})),
+    *dir(frozenset),
 }
 
 
-class Questions(NamedTuple):
-    """What the code of one function can ask and do.
+@dataclass
+class Questions:
+    """What the code of one function can ask and do."""
 
-    Attributes:
-        refusal: what no trace can stand for, in words; empty for nothing.
-        catches: whether it catches exceptions, which would tell a proxy from a tensor.
-        asks: whether it asks if something is None, or has an attribute, that it did not read from ``self``.
-        reads: the names of attributes that it may read.
-        stores: whether it changes attributes or globals.
-        asks_own_class: whether it asks for the class of ``self``.
-    """
-
-    refusal: str
-    catches: bool
-    asks: bool
-    reads: frozenset[str]
-    stores: bool
-    asks_own_class: bool
+    reads: set[str]
+    """The names of attributes that it may read."""
+    refusal: str = ""
+    """What no trace can stand for, in words."""
+    catches: bool = False
+    """Whether it catches exceptions, which would tell a proxy from a tensor."""
+    asks: bool = False
+    """Whether it asks if something is None, or has an attribute, that it did not read from ``self``."""
+    stores: bool = False
+    """Whether it changes attributes or globals."""
+    asks_own_class: bool = False
+    """Whether it asks for the class of ``self``."""
 
 
 _Step = tuple[str, Any]
@@ -60,37 +63,35 @@ def questions_of(code: CodeType) -> Questions:
     found = [(one.opname, one.argval) for one in dis.get_instructions(code) if one.opname not in _AHEAD]
     # Steps behind the last one, and before the first.
     steps: list[_Step] = [*found, ("", None), ("", None), ("", None)]
-    refusal = ""
-    catches = asks = stores = own_class = False
-    reads = {*code.co_names, *(value for value in code.co_consts if isinstance(value, str))}
-    reads |= {ANY} if reads & _OF_ANYTHING else set()
+    its = Questions({*code.co_names, *(value for value in code.co_consts if isinstance(value, str))})
     for i, (op, value) in enumerate(found):
         before, after, then = steps[i - 1], steps[i + 1], steps[i + 2]
         called = value if op in ("LOAD_GLOBAL", "LOAD_NAME") else None
         if called in ("type", "id", "callable"):
-            own_class |= called == "type" and _is_self(after)
+            its.asks_own_class |= called == "type" and _is_self(after)
             if not _is_self(after) or (called == "type" and then[0] not in _CALLS):
-                refusal = f"it asks for {called}(...), which a trace cannot answer"
+                its.refusal = f"it asks for {called}(...), which a trace cannot answer"
         elif called in ("hasattr", "getattr"):
             name = then[1] if then[0] == "LOAD_CONST" else ANY
-            reads.add(name)
-            asks |= not _is_self(after)
+            its.reads.add(name)
+            its.asks |= not _is_self(after)
             if not _is_self(after) and name in _OF_PROXIES:
-                refusal = f"it asks by {called} for what only a stand-in of a tensor may have"
+                its.refusal = f"it asks by {called} for what only a stand-in of a tensor may have"
         elif value == "__class__" and op in ("LOAD_ATTR", "LOAD_METHOD"):
-            own_class |= _is_self(before)
-            refusal = refusal if _is_self(before) else "it asks for the class of a value"
+            its.asks_own_class |= _is_self(before)
+            its.refusal = its.refusal if _is_self(before) else "it asks for the class of a value"
         elif op.startswith("MATCH_"):
-            refusal = "it matches a value against patterns"
+            its.refusal = "it matches a value against patterns"
         elif op == "IS_OP" and before != ("LOAD_CONST", None):
-            refusal = "it asks whether one value is another"
+            its.refusal = "it asks whether one value is another"
         if op == "IS_OP" or op.endswith("_NONE"):
-            asks |= not _is_read_of_self(steps, i - (2 if op == "IS_OP" else 1))
-        catches |= op == "SETUP_FINALLY" or (op == "PUSH_EXC_INFO" and after[0] != "WITH_EXCEPT_START")
-        stores |= op in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL") or value == "setattr"
-        stores |= value in _MUTATORS and _is_read_of_self(steps, i - 1)
-        stores |= op == "STORE_SUBSCR" and any(_is_read_of_self(steps, i - back) for back in (2, 3))
-    return Questions(refusal, catches, asks, frozenset(reads), stores, own_class)
+            its.asks |= not _is_read_of_self(steps, i - (2 if op == "IS_OP" else 1))
+        its.catches |= op == "SETUP_FINALLY" or (op == "PUSH_EXC_INFO" and after[0] != "WITH_EXCEPT_START")
+        its.stores |= op in _STORES or value == "setattr"
+        its.stores |= value in _MUTATORS and _is_read_of_self(steps, i - 1)
+        its.stores |= op == "STORE_SUBSCR" and any(_is_read_of_self(steps, i - back) for back in (2, 3))
+    its.reads |= {ANY} if its.reads & _OF_ANYTHING else set()
+    return its
 
 
 def _is_self(step: _Step) -> bool:
@@ -132,35 +133,36 @@ def asks_own_class(kind: type[nn.Module]) -> bool:
 _OWN = ("torch", "fused_cna")
 _LIBRARY = sys.stdlib_module_names - {"__main__"}
 _MODULE = nn.Module.__module__
+_BY_NAME = (hasattr, getattr, vars, dir, id, callable, eval, exec)
 
 # What tells in which mode code runs, which may be another one in the next call, or a tensor from a proxy.
 _TELLING = re.compile(
     "enabled|autocast|determinis|get_default|tracing|compiling|export|is_tensor|is_storage|isinstance|has_torch"
 )
-_MODES = {
-    function
-    for space in (
-        torch,
-        torch._C,
-        torch.jit,
-        torch.compiler,
-        torch.overrides,
-        torch.onnx,
-        torch._dynamo,
-        follow,
-    )
-    for name, function in vars(space).items()
-    if callable(function) and _TELLING.search(name)
+_SPACES = (
+    builtins,
+    torch,
+    torch._C,
+    torch.jit,
+    torch.compiler,
+    torch.overrides,
+    torch.onnx,
+    torch._dynamo,
+    follow,
+)
+_ASKING = {
+    *(
+        one
+        for space in _SPACES
+        for name, one in vars(space).items()
+        if _TELLING.search(name) and callable(one)
+    ),
+    *(nn.Module._named_members, nn.Module.state_dict, contextlib.suppress.__exit__),
 }
 # Functions in Python are told by their code, as all that is seen of a call is its frame.
-_ASKING = {
-    one.__code__
-    for one in (*_MODES, nn.Module._named_members, nn.Module.state_dict, contextlib.suppress.__exit__)
-    if hasattr(one, "__code__")
-}
+_ASKING_CODE = {one.__code__ for one in _ASKING if hasattr(one, "__code__")}
 _SWITCHES = (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.autocast)
 _SWITCHING = {torch.set_grad_enabled.__init__.__code__, *(one.__enter__.__code__ for one in _SWITCHES)}
-_BY_NAME = (hasattr, getattr, vars, dir, id, callable, eval, exec)
 
 
 class Watch:
@@ -200,7 +202,7 @@ class Watch:
         if event == "c_call" and type(function) is type(len):
             # What is asked under its own name was seen in the code.
             renamed = function in _BY_NAME and function.__name__ not in frame.f_code.co_names
-            if (renamed or function in _MODES or function is isinstance) and not _is_of_torch(frame):
+            if (renamed or function in _ASKING) and not _is_of_torch(frame):
                 self._refuse(f"it calls {function.__name__}")
         elif event == "call" and frame.f_code not in self._seen:
             self._note_function(frame, frame.f_code, str(frame.f_globals.get("__name__")))
@@ -208,7 +210,7 @@ class Watch:
     def _note_function(self, frame: FrameType, code: CodeType, module: str) -> None:
         if code in _SWITCHING:
             self._refuse("it switches gradients or autocast on or off")
-        elif code in _ASKING:
+        elif code in _ASKING_CODE:
             if not _is_of_torch(frame.f_back, _MODULE):
                 self._refuse(f"it calls {code.co_name}")
         elif _root(module) in _OWN:

@@ -48,7 +48,6 @@ _REFUSED_METHODS = {
     **dict.fromkeys(("__float__", "__int__"), "it makes a number of a tensor"),
     **dict.fromkeys(("__format__", "__str__", "__repr__"), "it makes a text of a tensor"),
     "__array__": "it makes an array of a tensor",
-    **dict.fromkeys(("__copy__", "__deepcopy__"), "it copies a tensor with Python's copy"),
 }
 
 # What returns its input in eval mode.
@@ -131,6 +130,13 @@ class _Proxy(fx.Proxy):
             self.refuse(f"it sets {name} of a tensor")
         super().__setattr__(name, value)
 
+    def __copy__(self, *_: Any) -> "_Proxy":
+        # No error, as what the code keeps outside of its modules may be copied later.
+        self.tracer.note_refusal("it copies a tensor with Python's copy")  # type: ignore[attr-defined]
+        return self
+
+    __deepcopy__ = __copy__
+
     def refuse(self, reason: str, *_: Any) -> Any:
         return self.tracer.refuse(reason)  # type: ignore[attr-defined]
 
@@ -170,7 +176,7 @@ def _isinstance(value: Any, kind: Any) -> bool:
     return answers.pop()
 
 
-def _kinds(kind: type) -> set[type]:
+def _kinds(kind: Any) -> set[type]:
     return {kind, *(one for sub in kind.__subclasses__() for one in _kinds(sub))}
 
 
@@ -380,7 +386,7 @@ def _run(
             in_circles.note_refusal(reason or type(error).__name__)
         # FX leaves tracers behind in circles, and the weights that they know with them.
         tracer = copy.copy(in_circles)
-        vars(in_circles).clear()
+        in_circles.__dict__ = {"refusal": ("what stood for a tensor is used after the trace", nn.Module())}
     if effects:
         # Where an attribute is changed, others may read it, so no module alone is to blame.
         return effects[-1], network
