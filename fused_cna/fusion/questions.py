@@ -4,7 +4,6 @@ A proxy refuses what it notices itself. The rest is refused for what the code sa
 part of a trace is looked at once, its bytecode and the names in it.
 """
 
-import builtins
 import contextlib
 import dis
 import functools
@@ -29,11 +28,8 @@ _AHEAD = ("CACHE", "EXTENDED_ARG", "NOP", "PUSH_NULL", "COPY", "RESUME", "NOT_TA
 _CALLS = ("PRECALL", "CALL", "CALL_FUNCTION")
 _OF_ANYTHING = {"vars", "dir", "attrgetter", "__dict__", "__getattribute__", "eval", "exec"}
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
-_MUTATORS = {*dir(list), *dir(dict), *dir(set), *dir(deque)} - {
-    *dir(tuple),
-    *dir(MappingProxyType({})),
-    *dir(frozenset),
-}
+_MUTATORS = {*dir(list), *dir(dict), *dir(set), *dir(deque)}
+_MUTATORS -= {*dir(tuple), *dir(frozenset), *dir(MappingProxyType)}
 
 
 @dataclass
@@ -54,15 +50,12 @@ class Questions:
     """Whether it asks for the class of ``self``."""
 
 
-_Step = tuple[str, Any]
-
-
 @functools.lru_cache(4096)
 def questions_of(code: CodeType) -> Questions:
     """What the code of a function can ask; nested functions are looked at when they are called."""
     found = [(one.opname, one.argval) for one in dis.get_instructions(code) if one.opname not in _AHEAD]
     # Steps behind the last one, and before the first.
-    steps: list[_Step] = [*found, ("", None), ("", None), ("", None)]
+    steps = [*found, ("", None), ("", None), ("", None)]
     its = Questions({*code.co_names, *(value for value in code.co_consts if isinstance(value, str))})
     for i, (op, value) in enumerate(found):
         before, after, then = steps[i - 1], steps[i + 1], steps[i + 2]
@@ -94,11 +87,11 @@ def questions_of(code: CodeType) -> Questions:
     return its
 
 
-def _is_self(step: _Step) -> bool:
+def _is_self(step: tuple[str, Any]) -> bool:
     return step[0].startswith("LOAD_FAST") and step[1] == "self"
 
 
-def _is_read_of_self(steps: list[_Step], last: int) -> bool:
+def _is_read_of_self(steps: list[tuple[str, Any]], last: int) -> bool:
     """Whether the value that step ``last`` makes is an attribute of ``self``, however deep."""
     first = last
     while steps[first][0] == "LOAD_ATTR":
@@ -139,26 +132,10 @@ _BY_NAME = (hasattr, getattr, vars, dir, id, callable, eval, exec)
 _TELLING = re.compile(
     "enabled|autocast|determinis|get_default|tracing|compiling|export|is_tensor|is_storage|isinstance|has_torch"
 )
-_SPACES = (
-    builtins,
-    torch,
-    torch._C,
-    torch.jit,
-    torch.compiler,
-    torch.overrides,
-    torch.onnx,
-    torch._dynamo,
-    follow,
-)
-_ASKING = {
-    *(
-        one
-        for space in _SPACES
-        for name, one in vars(space).items()
-        if _TELLING.search(name) and callable(one)
-    ),
-    *(nn.Module._named_members, nn.Module.state_dict, contextlib.suppress.__exit__),
-}
+_SPACES = (torch, torch._C, torch.jit, torch.compiler, torch.overrides, torch.onnx, torch._dynamo, follow)
+_ASKING = {isinstance, nn.Module._named_members, nn.Module.state_dict, contextlib.suppress.__exit__}
+for _space in _SPACES:
+    _ASKING |= {one for name, one in vars(_space).items() if _TELLING.search(name) and callable(one)}
 # Functions in Python are told by their code, as all that is seen of a call is its frame.
 _ASKING_CODE = {one.__code__ for one in _ASKING if hasattr(one, "__code__")}
 _SWITCHES = (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.autocast)
@@ -219,14 +196,12 @@ class Watch:
                 self.reads.update(code.co_names)
         elif not _is_of_torch(frame):
             self._seen.add(code)
-            questions = questions_of(code)
-            if questions.refusal:
-                self._refuse(questions.refusal)
+            its = questions_of(code)
             # The errors that the standard library catches say nothing of tensors.
-            if questions.catches and _root(module) not in _LIBRARY:
-                self._refuse("it catches exceptions")
-            self.asks |= questions.asks
-            self.reads |= questions.reads
+            if its.refusal or (its.catches and _root(module) not in _LIBRARY):
+                self._refuse(its.refusal or "it catches exceptions")
+            self.asks |= its.asks
+            self.reads |= its.reads
             if "isinstance" in code.co_names and "isinstance" not in frame.f_globals:
                 self._answered.append(frame.f_globals)
                 frame.f_globals["isinstance"] = self._is_instance

@@ -135,7 +135,7 @@ class _Proxy(fx.Proxy):
         self.tracer.note_refusal("it copies a tensor with Python's copy")  # type: ignore[attr-defined]
         return self
 
-    __deepcopy__ = __copy__
+    __deepcopy__ = __copy__  # type: ignore[assignment]
 
     def refuse(self, reason: str, *_: Any) -> Any:
         return self.tracer.refuse(reason)  # type: ignore[attr-defined]
@@ -181,19 +181,14 @@ def _kinds(kind: Any) -> set[type]:
 
 
 class Tracer(fx.Tracer):
-    """Follows what is not a leaf: torch's own modules, parts of groups, and what is called with hooks.
+    """Follows what is no leaf: modules of torch, parts of groups, what has hooks, and what is ``left``."""
 
-    Args:
-        live: modules in training mode.
-        opaque: modules whose code cannot be followed.
-    """
-
-    def __init__(self, network: nn.Module, live: set[nn.Module], opaque: set[nn.Module]) -> None:
+    def __init__(self, network: nn.Module, left: set[nn.Module]) -> None:
         timm = sys.modules.get("timm.layers._fx")
         functions = [] if timm is None else [one for one in timm.get_notrace_functions() if callable(one)]
         super().__init__(autowrap_functions=tuple(functions))
         self._of_tensors = (ConvNormAct, *([] if timm is None else timm.get_notrace_modules()))
-        self._left = {*live, *opaque}
+        self._left = left
         self._thread = threading.get_ident()
         named = (*network.named_parameters(), *network.named_buffers())
         self._names = {id(tensor): name for name, tensor in reversed(named)}
@@ -264,11 +259,7 @@ class Tracer(fx.Tracer):
         return result
 
     def refuse(self, reason: str) -> Any:
-        """Give up, also where the code that is traced goes on.
-
-        Raises:
-            TraceError: always.
-        """
+        """Give up by an error, and also where the code that is traced goes on after it."""
         self.note_refusal(reason)
         raise TraceError(reason)
 
@@ -337,8 +328,6 @@ class Trace:
     """The leaves that it calls, by path."""
     entered: list[nn.Module]
     """The modules whose ``forward`` became part of the graph, the network itself excluded."""
-    live: set[nn.Module]
-    """Modules that are in training mode although the network is not, and so run as they are."""
     reads: set[str] | None
     """The names of the attributes that the code may have read; None for any."""
     refused: dict[nn.Module, str] = field(default_factory=dict)
@@ -357,7 +346,7 @@ def trace(network: nn.Module, forward: Callable[..., Any], key: Key, live: set[n
     """
     refused: dict[nn.Module, str] = {}
     while True:
-        traced = _run(network, forward, key, live, {*refused})
+        traced = _run(network, forward, key, {*live, *refused})
         if isinstance(traced, Trace):
             used = traced.modules.values()
             traced.refused = {module: why for module, why in refused.items() if module in used}
@@ -370,12 +359,10 @@ def trace(network: nn.Module, forward: Callable[..., Any], key: Key, live: set[n
         refused |= alike
 
 
-def _run(
-    network: nn.Module, forward: Any, key: Key, live: set[nn.Module], opaque: set[nn.Module]
-) -> Trace | tuple[str, nn.Module]:
+def _run(network: nn.Module, forward: Any, key: Key, left: set[nn.Module]) -> Trace | tuple[str, nn.Module]:
     """A trace; else why there is none, and the innermost module to blame for it."""
     with lock, torch.inference_mode(False), torch.enable_grad(), left_as_it_is(network) as effects:
-        in_circles = Tracer(network, live, opaque)
+        in_circles = Tracer(network, left)
         watch = Watch(_isinstance, in_circles.note_refusal)
         try:
             with watch, _NoTensors(in_circles.refuse):
@@ -402,7 +389,7 @@ def _run(
         node.type = None
         if node.op == "call_module":
             modules[str(node.target)] = network.get_submodule(str(node.target))
-    return Trace(graph, modules, tracer.entered, live, None if ANY in watch.reads else watch.reads)
+    return Trace(graph, modules, tracer.entered, None if ANY in watch.reads else watch.reads)
 
 
 def pass_through(traced: Trace) -> None:
