@@ -26,7 +26,8 @@ from bench.model_routes import EAGER, ModelRoute, routes_for
 from bench.setting import PRECISIONS, Setting
 from bench.timing import InputSets, Work, bound
 from fused_cna._device_timer import no_search
-from fused_cna.fusion import records
+from fused_cna.fusion.overlay import FusedNetwork
+from fused_cna.fusion.records import records_of
 
 ONLY_GOALS_COMPILE = (
     "on a CPU only networks with a goal are compiled, unless named by --model or given time by --budget"
@@ -203,11 +204,10 @@ _error = partial(error_of, measure=largest_image_error)
 
 def calls_of(call: nn.Module) -> tuple[int, int] | tuple[None, None]:
     """How many calls of convolutions a fused network has fused, and of how many; None for any other."""
-    for module in call.modules():
-        record = vars(module).get(records.NAME)
-        if record is not None:
-            return sum(layer.fused for layer in record.layers), len(record.layers)
-    return None, None
+    if not any(isinstance(module, FusedNetwork) for module in call.modules()):
+        return None, None
+    layers, _ = records_of(call)
+    return sum(layer.fused for layer in layers), len(layers)
 
 
 def _agreement(outputs: Sequence[Tensor], expected: Sequence[Tensor], classes: int | None) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -115,22 +117,21 @@ def test_changes_within(inner: str, kind: type[Block], parts: list[str]) -> None
 
 
 @both_inners
-def test_autocast_around(inner: str) -> None:
-    graphs = Graphs(inner)
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize(
+    ("around", "parts"),
+    [
         # The residual is float32 and what it is added to bfloat16: the sum is float32.
-        check(randomised(Block()), graphs, image(), fullgraph=True)
-    assert graphs.parts == ["norm + relu", "norm"]
-
-
-@both_inners
-def test_inference_mode(inner: str) -> None:
+        (lambda: torch.autocast("cpu", torch.bfloat16), ["norm + relu", "norm"]),
+        (torch.inference_mode, BLOCK),
+    ],
+    ids=["autocast", "inference"],
+)
+def test_modes_around(inner: str, around: Callable[[], Any], parts: list[str]) -> None:
     graphs = Graphs(inner)
-    network = randomised(Block())
-    with torch.inference_mode():
-        compiled = check(network, graphs, image(), fullgraph=True)
-        assert compiled(image()).is_inference()
-    assert graphs.parts == BLOCK
+    with around():
+        compiled = check(randomised(Block()), graphs, image(), fullgraph=True)
+        assert compiled(image()).is_inference() == torch.is_inference_mode_enabled()
+    assert graphs.parts == parts
 
 
 def test_functional_transforms_are_left_alone() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -113,34 +115,40 @@ def norm_without_effect(input: Tensor) -> Tensor:
     return input
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if name.startswith("act_module")])
-def test_the_comparison_would_see_a_lost_activation(name: str) -> None:
-    case = CASES[name]
-    if name == "act_module_identity":
-        pytest.skip("there is nothing to lose")
-    broken = case.build()
+def without_activation(broken: Any) -> None:
     broken.act = nn.Identity()
-    assert_different(case, broken, case.build())
 
 
-@pytest.mark.parametrize("name", ["add_plus", "add_after_plus", "pooled_residual", "residual_of_integers"])
-def test_the_comparison_would_see_a_lost_addition(name: str) -> None:
-    case = CASES[name]
-    broken = case.build()
+def without_addition(broken: Any) -> None:
     broken.forward = lambda *args: broken.act(broken.norm(broken.conv(args[0])))
-    assert_different(case, broken, case.build())
 
 
-def test_the_comparison_would_see_an_input_left_alone() -> None:
-    case = CASES["input_scaled_in_place"]
-    broken = case.build()
+def with_its_input_left_alone(broken: Any) -> None:
     broken.forward = lambda x: broken.act(broken.norm(broken.conv(x * 0.5 - 0.1)))
-    assert_different(case, broken, case.build())
 
 
-def test_the_comparison_would_see_another_random_number() -> None:
-    case = CASES["random"]
-    broken = case.build()
+def with_a_fixed_random_number(broken: Any) -> None:
     frozen = torch.rand(4, 1, 1, dtype=torch.float64)
     broken.forward = lambda x: broken.act(broken.norm(broken.conv(x)) + frozen)
-    assert_different(case, broken, case.build())
+
+
+ACTIVATIONS = [name for name in CASES if name.startswith("act_module") and name != "act_module_identity"]
+ADDITIONS = ["add_plus", "add_after_plus", "pooled_residual", "residual_of_integers"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (without_activation, ACTIVATIONS),
+        (without_addition, ADDITIONS),
+        (with_its_input_left_alone, ["input_scaled_in_place"]),
+        (with_a_fixed_random_number, ["random"]),
+    ],
+)
+def test_the_comparison_would_see_what_else_is_lost(
+    damage: Callable[[Any], object], names: list[str]
+) -> None:
+    for name in names:
+        broken = CASES[name].build()
+        damage(broken)
+        assert_different(CASES[name], broken, CASES[name].build())

@@ -24,15 +24,6 @@ def image() -> Tensor:
     return DRAWS[0].image()
 
 
-def quietly(make: Callable[[], Any]) -> Callable[[], Any]:
-    def made() -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return make()
-
-    return made
-
-
 def quantised() -> nn.Module:
     """A network with a dynamically quantised layer beside the convolution."""
     network = nn.Sequential(Group(), nn.Flatten(), nn.Linear(288, 4)).eval()
@@ -48,44 +39,34 @@ def prepared_for_quantisation() -> nn.Module:
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "meta": (lambda: Group().eval().to("meta"), r"(?s)meta.*(to_empty|load|materiali|before)"),
-    "mixed_devices": (lambda: nn.Sequential(Group(), Group().to("meta")).eval(), r"meta"),
-    "quantised": (quietly(quantised), r"(?i)quanti"),
-    "quantised_convolution": (
-        lambda: nn.Sequential(torch.ao.nn.quantized.Conv2d(4, 4, 3), nn.ReLU()).eval(),
-        r"(?i)quanti",
-    ),
-    "prepared_for_quantisation": (quietly(prepared_for_quantisation), r"(?i)quanti|observ"),
-    "scripted": (
-        quietly(lambda: torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3)))),
-        r"(?is)script.*before",
-    ),
+    "mixed_devices": (lambda: nn.Sequential(Group(), Group().to("meta")).eval(), "meta"),
+    "quantised": (quantised, "(?i)quanti"),
+    "quantised_convolution": (lambda: nn.Sequential(torch.ao.nn.quantized.Conv2d(4, 4, 3)), "(?i)quanti"),
+    "prepared_for_quantisation": (prepared_for_quantisation, "(?i)quanti|observ"),
+    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3))), "(?is)script.*before"),
     "traced_by_jit": (
-        quietly(lambda: torch.jit.trace(Group().eval(), torch.zeros(1, 4, 8, 8))),
-        r"(?is)script.*before",
+        lambda: torch.jit.trace(Group().eval(), torch.zeros(1, 4, 8, 8)),
+        "(?is)script.*before",
     ),
-    "exported": (lambda: torch.export.export(Group().eval(), (torch.zeros(1, 4, 8, 8),)), r"ExportedProgram"),
+    "exported": (lambda: torch.export.export(Group().eval(), (torch.zeros(1, 4, 8, 8),)), "ExportedProgram"),
     "class": (lambda: Group, r"(?i)class|instance|Group\(\)"),
-    "function": (lambda: lambda x: x, r"(?i)nn\.Module"),
     "tensor": (lambda: torch.zeros(2), r"(?i)nn\.Module.*Tensor|Tensor.*nn\.Module"),
     "none": (lambda: None, r"(?i)nn\.Module.*None|None.*nn\.Module"),
     "state_dict": (lambda: Group().state_dict(), r"(?i)nn\.Module"),
-    "list": (lambda: [Group()], r"(?i)nn\.Module.*(list|\[)"),
 }
 
 
 @pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
-@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.filterwarnings("ignore")
 def test_refused(make: Callable[[], Any], words: str, inplace: bool) -> None:
     given = make()
     snapshot = None
+    # A quantised network has more than tensors in its state_dict, and a script makes new ones each time.
     if isinstance(given, nn.Module) and not isinstance(given, torch.jit.ScriptModule):
-        tensors = given.state_dict(keep_vars=True).values()
-        snapshot = (
-            Snapshot(given)
-            if all(isinstance(value, Tensor) and not value.is_quantized for value in tensors)
-            else None
-        )
+        values = given.state_dict().values()
+        if all(isinstance(value, Tensor) and not value.is_quantized for value in values):
+            snapshot = Snapshot(given)
     with pytest.raises((fused_cna.FusionError, TypeError), match=words) as caught:
         fused_cna.fuse(given, inplace=inplace)
     assert len(str(caught.value)) < 1000
@@ -151,16 +132,6 @@ def test_lazy_modules_get_their_sizes_from_the_first_call() -> None:
     assert list(fused.state_dict()) == list(network.state_dict())
 
 
-def test_example_inputs_are_left_alone() -> None:
-    """Even by a network that overwrites its input."""
-    for name in ("input_scaled_in_place", "branch_on_values"):
-        x = image()
-        before, version = x.clone(), x._version
-        fused_cna.fuse(CASES[name].build(), example_inputs=(x,), verify=True)
-        assert torch.equal(x, before)
-        assert x._version == version
-
-
 def test_training_mode_is_fused_and_says_that_it_stays_live() -> None:
     network = group().train()
     snapshot = Snapshot(network)
@@ -176,13 +147,8 @@ def test_training_mode_is_fused_and_says_that_it_stays_live() -> None:
     assert fused_cna.report(fused).layers[0].fused
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU()), lambda: nn.Linear(4, 3), nn.Identity, nn.Sequential],
-    ids=["linear", "root", "identity", "empty"],
-)
-def test_without_convolutions(make: Callable[[], nn.Module]) -> None:
-    network = make().eval()
+@pytest.mark.parametrize("network", [nn.Linear(4, 3).eval(), nn.Sequential().eval()], ids=["linear", "empty"])
+def test_without_convolutions(network: nn.Module) -> None:
     snapshot = Snapshot(network)
     fused = fused_cna.fuse(network)
     snapshot.check(network)
@@ -191,11 +157,6 @@ def test_without_convolutions(make: Callable[[], nn.Module]) -> None:
     assert "no convolution" in str(report).lower()
     x = torch.randn(2, 4)
     assert_same(fused(x), network(x), 0)
-
-
-def test_report_of_what_was_not_fused() -> None:
-    with pytest.raises((fused_cna.FusionError, TypeError, ValueError), match=r"nn.Module"):
-        fused_cna.report(3)
 
 
 def test_unfuse_of_what_was_not_fused() -> None:

@@ -72,6 +72,12 @@ class Softsign(Swish):
         return F.softsign(x)
 
 
+def step(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(network.parameters(), 0.5).step()
+
+
 CHANGES: dict[str, Callable[[Any], object]] = {
     "attribute": lambda net: setattr(net, "public", 3.0),
     "private attribute": lambda net: setattr(net, "_private", 3.0),
@@ -109,6 +115,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "statistics": lambda net: net.norm.running_var.mul_(4),
     "buffer": lambda net: setattr(net.norm, "running_mean", net.norm.running_mean + 1),
     "parameter": lambda net: setattr(net.conv, "weight", nn.Parameter(net.conv.weight.detach() * 0.5)),
+    "checkpoint": lambda net: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}),
+    "optimizer": lambda net: step(net),
     "data": lambda net: setattr(net.conv.weight, "data", net.conv.weight.data * 3),
     "data in place": lambda net: net.norm.weight.data.copy_(torch.linspace(1, 2, 4)),
 }

@@ -210,17 +210,6 @@ def test_in_place_and_back(name: str, freeze: bool) -> None:
 
 
 @every_network
-def test_training_goes_on_as_before(name: str) -> None:
-    fused, plain = pair(name)
-    assert_equal_answers(fused, plain)
-    for network in (fused.train(), plain.train()):
-        assert all(module.training for module in network.modules())
-    for seed in (0, 1, 3):
-        assert step(fused, seed) == pytest.approx(step(plain, seed), rel=1e-9)
-    assert_same(dict(fused.state_dict()), dict(plain.state_dict()), 1e-8)
-
-
-@every_network
 def test_checkpoints_are_checked(name: str) -> None:
     fused, plain = pair(name)
     state = plain.state_dict()

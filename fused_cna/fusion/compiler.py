@@ -20,9 +20,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fused_cna import ops
 from fused_cna._checks import explicit_padding
-from fused_cna.fusion.groups import Group, Matches, match, values_of
+from fused_cna.fusion.groups import Group, Matches, match
 from fused_cna.fusion.nodes import Refused, call_of
-from fused_cna.fusion.records import parts_of
 from fused_cna.fusion.rewrite import Rewriter
 from fused_cna.fusion.written_out import gather_norms
 
@@ -80,10 +79,10 @@ def fuse_graph(graph_module: fx.GraphModule) -> Matches:
     changes = [node.op == "call_function" and "example_value" not in node.meta for node in graph.nodes]
     regions = dict(zip(graph.nodes, accumulate(changes), strict=True))
     for group in matches.groups:
-        if group.is_fused and (reason := _obstacle(group, matches, regions)):
+        if group.is_fused and (reason := _obstacle(group, regions)):
             group.leave(reason)
     _log(matches)
-    rewriter = Rewriter(graph, matches)
+    rewriter = Rewriter(graph)
     for group in matches.groups:
         if group.is_fused:
             _prepare(rewriter.emit_call(group))
@@ -139,7 +138,7 @@ def _settled(number: Node) -> Any:
 
 
 def _log(matches: Matches) -> None:
-    fused = Counter(parts_of(group, matches) for group in matches.groups if group.is_fused)
+    fused = Counter(group.parts() for group in matches.groups if group.is_fused)
     kinds = "".join(f", {count} x {parts}" for parts, count in fused.most_common())
     if total := len(matches.groups) + len(matches.refused):
         log.info("%d of %d convolutions are fused%s", fused.total(), total, kinds)
@@ -163,9 +162,9 @@ def _same_shape(a: Node, b: Node) -> bool:
     return same_sizes and one.dtype == other.dtype and one.device == other.device
 
 
-def _obstacle(group: Group, matches: Matches, regions: dict[Node, int]) -> str:
+def _obstacle(group: Group, regions: dict[Node, int]) -> str:
     """What keeps a group that matches from being one call, in words; empty for nothing."""
-    nodes, values = group.nodes, values_of(group, matches.calls)
+    nodes, values = group.nodes, group.values
     operands = [*nodes, *nodes[0].all_input_nodes, *values]
     result = _tensor(nodes[-1])
     if any("functorch" in (getattr(node.target, "__module__", None) or "") for node in regions):

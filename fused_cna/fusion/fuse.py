@@ -13,11 +13,11 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fused_cna.fusion import checks
-from fused_cna.fusion.groups import Group, Matches, match
-from fused_cna.fusion.nodes import Norm, kind_of
+from fused_cna.fusion.groups import match
+from fused_cna.fusion.nodes import kind_of
 from fused_cna.fusion.overlay import NAME, FusedNetwork, Overlay, Overlays, lay_over, state, take_off
 from fused_cna.fusion.questions import asks_own_class
-from fused_cna.fusion.records import FusionError, LayerRecord, parts_of, records_of
+from fused_cna.fusion.records import FusionError, LayerRecord, records_of
 from fused_cna.fusion.rewrite import build_overlay
 from fused_cna.fusion.signatures import Key
 from fused_cna.fusion.trace import NotTraceableError, left_as_it_is, lock, pass_through, trace
@@ -143,10 +143,9 @@ def make_overlay(network: nn.Module, key: Key, freeze: bool) -> Overlay:
     if matches.aliasing.overwrites_values():
         raise NotTraceableError("its forward overwrites a parameter or buffer")
     for group in matches.groups:
-        norm = matches.calls.get(group.norm) if group.norm is not None else None
-        if isinstance(norm, Norm) and norm.module in live:
+        if group.norm_call is not None and group.norm_call.module in live:
             group.leave("its norm is in training mode")
-    layers = [_record(group, matches) for group in matches.groups]
+    layers = [LayerRecord(_name_of(g.conv), g.parts(), g.reason, g.missed) for g in matches.groups]
     layers += [LayerRecord(_name_of(node), "conv", why, True) for node, why in matches.refused.items()]
     return build_overlay(
         network, traced, matches, layers, freeze=freeze, keep=getattr(state, "keeps_plain", False)
@@ -157,10 +156,6 @@ def _are_vectors(network: nn.Module, nodes: Sequence[Node]) -> bool:
     """Whether parameters of a network are vectors of one dtype."""
     held = [operator.attrgetter(str(node.target))(network) for node in nodes if node.op == "get_attr"]
     return len(held) == len(nodes) and {(one.dim(), one.dtype) for one in held} == {(1, held[0].dtype)}
-
-
-def _record(group: Group, matches: Matches) -> LayerRecord:
-    return LayerRecord(_name_of(group.conv), parts_of(group, matches), group.reason, group.missed)
 
 
 def run_once(network: nn.Module, inputs: tuple[Any, ...]) -> None:

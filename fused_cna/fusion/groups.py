@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.fx import Graph, Node
@@ -13,7 +14,6 @@ from fused_cna.fusion.nodes import Act, Add, Call, Conv, Norm, Pad, Refused, Val
 SameShape = Callable[[Node, Node], bool | None]
 """Whether two nodes are tensors of one shape, dtype and device; None where only the call will show."""
 
-
 RESIDUAL_FIRST = "residual_first"
 """In the ``meta`` of a group's node: whether the residual stood before the convolution in the sum."""
 
@@ -23,7 +23,8 @@ class Group:
     """A convolution with what is computed in the same call; without parts, why there are none."""
 
     conv: Node
-    call: Conv
+    calls: dict[Any, Any]
+    """What the nodes of the graph compute."""
     pad: Node | None = None
     norm: Node | None = None
     add: Node | None = None
@@ -38,19 +39,51 @@ class Group:
     """The addition that could not be taken in."""
 
     @property
+    def call(self) -> Conv:
+        return self.calls[self.conv]  # type: ignore[no-any-return]
+
+    @property
+    def norm_call(self) -> Norm | None:
+        return self.calls.get(self.norm)
+
+    @property
+    def act_call(self) -> Act | None:
+        return self.calls.get(self.act)
+
+    @property
     def nodes(self) -> list[Node]:
         """Its nodes in the order in which they run."""
         tail = (self.add, self.act) if self.residual_order == "add_act" else (self.act, self.add)
         return [node for node in (self.pad, self.conv, self.norm, *tail) if node is not None]
+
+    @property
+    def values(self) -> list[Value]:
+        """Its parameters and buffers, without those that are None."""
+        norm = self.norm_call
+        vectors = [] if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
+        return [value for value in (self.call.weight, self.call.bias, *vectors) if value is not None]
+
+    @property
+    def is_fused(self) -> bool:
+        return any((self.norm, self.add, self.act))
+
+    @property
+    def is_of_modules(self) -> bool:
+        """Whether its parts are modules, so that a module can stand for it."""
+        return self.call.module is not None and (self.norm_call is None or self.norm_call.module is not None)
 
     def leave(self, reason: str) -> None:
         """Take the group apart, although it looks as if it could be fused."""
         self.pad = self.norm = self.add = self.act = self.residual = None
         self.reason, self.missed = reason, True
 
-    @property
-    def is_fused(self) -> bool:
-        return any((self.norm, self.add, self.act))
+    def parts(self) -> str:
+        """What is computed in one call, in order, such as "conv + norm + add + relu"."""
+        norm, act = self.norm_call, self.act_call
+        words = ["pad"] * (self.pad is not None) + ["conv"] + ["norm"] * (norm is not None)
+        words += [norm.act] if norm is not None and norm.act != "identity" else []
+        tail = ["add"] * (self.add is not None) + ([] if act is None else [act.name])
+        return " + ".join(words + (tail if self.residual_order == "add_act" else tail[::-1]))
 
 
 @dataclass
@@ -58,7 +91,6 @@ class Matches:
     """All convolutions of a graph in their order, and those that are left alone."""
 
     groups: list[Group]
-    calls: dict[Node, Call]
     refused: dict[Node, str]
     aliasing: Aliasing
 
@@ -77,34 +109,29 @@ def match(graph: Graph, modules: dict[str, nn.Module], same_shape: SameShape) ->
     refused = {
         node: call.reason for node, call in calls.items() if isinstance(call, Refused) and call.kind is Conv
     }
-    return Matches(finder.find(), calls, refused, finder.aliasing)
+    return Matches(finder.find(), refused, finder.aliasing)
 
 
+@dataclass
 class _Finder:
-    def __init__(
-        self,
-        calls: dict[Node, Call],
-        modules: dict[str, nn.Module],
-        aliasing: Aliasing,
-        same_shape: SameShape,
-    ) -> None:
-        self.calls = calls
-        self.modules = modules
-        self.aliasing = aliasing
-        self.same_shape = same_shape
-        self.convs = [(node, call) for node, call in calls.items() if isinstance(call, Conv)]
-        self.taken: set[Node] = set()
+    calls: dict[Any, Call]
+    modules: dict[str, nn.Module]
+    aliasing: Aliasing
+    same_shape: SameShape
 
     def find(self) -> list[Group]:
         """The groups in the order of the graph."""
+        self.taken: set[Node | None] = set()
         groups = []
-        for node, call in reversed(self.convs):
-            group = Group(node, call)
+        for node in [node for node, call in self.calls.items() if isinstance(call, Conv)][::-1]:
+            group = Group(node, self.calls)
             self._extend(group)
-            changed = self._changed_value(group) if group.is_fused else None
+            nodes, values = group.nodes, [value for value in group.values if isinstance(value, Node)]
+            found = (self.aliasing.changed_between(value, nodes[0], nodes[-1]) for value in values)
+            changed = next(filter(None, found), None) if group.is_fused else None
             if changed is not None:
                 group.leave(f"a parameter may be overwritten within it, by {changed.name}")
-            if group.is_fused:
+            elif group.is_fused:
                 self._take_pad(group)
             groups.append(group)
         for group in groups:
@@ -114,53 +141,36 @@ class _Finder:
         return groups[::-1]
 
     def _extend(self, group: Group) -> None:
-        last = self._take_norm(group)
-        last = self._take_add(group, last, "add_act")
-        following = self._following(last)
-        call = self.calls.get(following) if following is not None else None
-        if isinstance(call, Act) and not self._has_own_activation(group):
-            group.act = last = self._take(following)
+        last = group.conv
+        norm, call = self._following(last, Norm)
+        if call is not None and call.module is None and _pads_by_itself(group.call.module):
+            group.reason, group.missed = "its norm is a function, and no call has its kind of padding", True
+        elif norm is not None:
+            group.norm = last = norm
+        has_activation = group.norm_call is not None and group.norm_call.act != "identity"
+        last = self._take_add(group, last, "act_add" if has_activation else "add_act")
+        act, _ = (None, None) if has_activation else self._following(last, Act)
+        if act is not None:
+            group.act = act
             if group.add is None:
-                last = self._take_add(group, last, "act_add")
+                self._take_add(group, act, "act_add")
+        self.taken.update(group.nodes)
         if not group.is_fused:
             reason, missed = self._why_nothing(group)
-            group.reason = group.reason or reason
-            group.missed = group.missed or missed
+            group.reason, group.missed = group.reason or reason, group.missed or missed
 
-    def _take(self, node: Node | None) -> Node:
-        assert node is not None
-        self.taken.add(node)
-        return node
-
-    def _take_norm(self, group: Group) -> Node:
-        following = self._following(group.conv)
-        call = self.calls.get(following) if following is not None else None
-        if isinstance(call, Norm):
-            if call.module is None and _pads_by_itself(group.call.module):
-                group.reason, group.missed = (
-                    "its norm is a function, and no call has its kind of padding",
-                    True,
-                )
-                return group.conv
-            group.norm = self._take(following)
-            return group.norm
-        return group.conv
-
-    def _has_own_activation(self, group: Group) -> bool:
-        call = self.calls.get(group.norm) if group.norm is not None else None
-        return isinstance(call, Norm) and call.act != "identity"
-
-    def _following(self, node: Node) -> Node | None:
-        """The only node that takes the result, if it takes it once and no one has claimed it."""
+    def _following(self, node: Node, kind: type) -> tuple[Node | None, Any]:
+        """The only node that takes the result, if it is of a kind, takes it once and is not claimed."""
         if len(node.users) != 1:
-            return None
+            return None, None
         (user,) = node.users
-        return user if user.all_input_nodes.count(node) == 1 and user not in self.taken else None
+        call = self.calls.get(user)
+        fits = isinstance(call, kind) and user.all_input_nodes.count(node) == 1 and user not in self.taken
+        return (user, call) if fits else (None, None)
 
     def _take_add(self, group: Group, last: Node, order: str) -> Node:
-        add = self._following(last)
-        call = self.calls.get(add) if add is not None else None
-        if add is None or not isinstance(call, Add):
+        add, call = self._following(last, Add)
+        if add is None:
             return last
         residual = call.b if call.a is last else call.a
         reason = self._why_not_added(group, add, call, last, residual)
@@ -171,9 +181,7 @@ class _Finder:
                 add,
             )
             return last
-        if order == "add_act" and self._has_own_activation(group):
-            order = "act_add"
-        group.add, group.residual, group.residual_order = self._take(add), residual, order
+        group.add, group.residual, group.residual_order = add, residual, order
         return add
 
     def _why_not_added(self, group: Group, add: Node, call: Add, last: Node, residual: Node) -> str:
@@ -188,27 +196,13 @@ class _Finder:
             return f"the input of the convolution may be overwritten before the addition, by {changed.name}"
         return ""
 
-    def _changed_value(self, group: Group) -> Node | None:
-        """A node that may overwrite a parameter of the group while it runs."""
-        first, *_, last = group.nodes
-        for value in values_of(group, self.calls):
-            changed = self.aliasing.changed_between(value, first, last) if isinstance(value, Node) else None
-            if changed is not None:
-                return changed
-        return None
-
-    def _is_block(self, group: Group) -> bool:
-        """Whether its parts are modules, so that a module can stand for it, which looks at each residual."""
-        norm = self.calls.get(group.norm) if group.norm is not None else None
-        return group.call.module is not None and (not isinstance(norm, Norm) or norm.module is not None)
-
     def _take_pad(self, group: Group) -> None:
         """Zeros around the input join the convolution where nothing else sees them."""
         pad = group.call.x
         call = self.calls.get(pad)
         if not isinstance(call, Pad) or len(pad.users) != 1:
             return
-        if not self._is_block(group) and (isinstance(group.call.padding, str) or min(call.amounts) < 0):
+        if not group.is_of_modules and (isinstance(group.call.padding, str) or min(call.amounts) < 0):
             return
         if self.aliasing.changed_between(call.x, pad, group.add or group.conv) is None:
             group.pad = pad
@@ -219,33 +213,26 @@ class _Finder:
         if not users:
             return "its result is not used", False
         if len(users) > 1:
-            parts = [user for user in users if isinstance(self.calls.get(user), Norm)]
-            return f"its result goes to {len(users)} places: {_names(users, self.modules)}", bool(parts)
+            is_missed = any(isinstance(self.calls.get(user), Norm) for user in users)
+            return f"its result goes to {len(users)} places: {self._names(users)}", is_missed
         call = self.calls.get(users[0])
         if isinstance(call, Refused) and call.kind in (Norm, Act):
             return f"what follows is left alone: {call.reason}", call.kind is Norm
         if isinstance(call, Add):
-            return group.reason or "the addition after it belongs to another convolution", group.missed
-        return f"nothing that could be fused follows: its result goes to {_names(users, self.modules)}", False
+            return "the addition after it belongs to another convolution", False
+        return f"nothing that could be fused follows: its result goes to {self._names(users)}", False
 
-
-def values_of(group: Group, calls: dict[Node, Call]) -> list[Value]:
-    """The parameters and buffers of a group, without those that are None."""
-    norm = calls.get(group.norm) if group.norm is not None else None
-    vectors = [norm.weight, norm.bias, norm.mean, norm.var] if isinstance(norm, Norm) else []
-    return [value for value in (group.call.weight, group.call.bias, *vectors) if value is not None]
+    def _names(self, nodes: Iterable[Node]) -> str:
+        kinds = {
+            node: f"{node.target} ({type(self.modules[str(node.target)]).__name__})"
+            for node in nodes
+            if node.op == "call_module"
+        }
+        return ", ".join(
+            kinds.get(node, "the output" if node.op == "output" else node.name) for node in nodes
+        )
 
 
 def _pads_by_itself(conv: nn.Conv2d | None) -> bool:
     """Whether a convolution pads with other values than zeros, or as many as the input size asks for."""
     return conv is not None and (conv.padding_mode != "zeros" or layers.pads_same(conv))
-
-
-def _names(nodes: Iterable[Node], modules: dict[str, nn.Module]) -> str:
-    return ", ".join(_name(node, modules) for node in nodes)
-
-
-def _name(node: Node, modules: dict[str, nn.Module]) -> str:
-    if node.op == "call_module":
-        return f"{node.target} ({type(modules[str(node.target)]).__name__})"
-    return "the output" if node.op == "output" else node.name

@@ -14,6 +14,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,49 +35,34 @@ state = threading.local()
 """``observer``, if set, runs the overlays of this thread: ``observer(overlay, network, tensors)``."""
 
 
+@dataclass(eq=False)
 class Overlay:
-    """The graph of fused blocks over a network for one signature, and what has to hold for it.
+    """The graph of fused blocks over a network for one signature, and what has to hold for it."""
 
-    Args:
-        graph: takes the tensors of the call, then the values of ``values``.
-        values: paths of the parameters and buffers, from the network on, that the graph takes.
-        guard: what the network was like.
-        layers: what became of its convolutions.
-        leaves: the modules that the graph calls as they are, by path.
-    """
-
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        values: Sequence[str],
-        guard: Guard,
-        layers: list[LayerRecord],
-        leaves: dict[str, nn.Module],
-    ) -> None:
-        self.graph = graph
-        self.values = tuple(values)
-        self.layers = layers
-        self.leaves = leaves
-        self._guard = guard
-        self.is_idle = not any(layer.fused for layer in layers) and not self.blocks()
-        """Whether nothing is fused, so that the network may as well run as it was written."""
-        self.plain: fx.Graph | None = None
-        """The graph before it was fused, where it is to be verified."""
-        self.pairs: dict[fx.Node, fx.Node] = {}
-        """For nodes of the fused graph those of the plain one that compute the same."""
+    graph: fx.GraphModule
+    """Takes the tensors of the call, then the values of ``values``."""
+    values: list[str]
+    """Paths of the parameters and buffers, from the network on, that the graph takes."""
+    guard: Guard
+    """What the network was like."""
+    layers: list[LayerRecord]
+    """What became of its convolutions."""
+    leaves: dict[str, nn.Module]
+    """The modules that the graph calls as they are, by path."""
+    is_idle: bool
+    """Whether nothing is fused, so that the network may as well run as it was written."""
+    plain: fx.Graph | None = None
+    """The graph before it was fused, where it is to be verified."""
+    pairs: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """For nodes of the fused graph those of the plain one that compute the same."""
 
     def holds(self, network: nn.Module) -> bool:
         """Whether the network still is what was traced, as :class:`Guard` knows."""
-        return self._guard.holds(network)
+        return self.guard.holds(network)
 
     def __call__(self, network: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """What ``network`` returns for the tensors of a call."""
         return self.graph(*tensors, *[operator.attrgetter(path)(network) for path in self.values])
-
-    def blocks(self) -> list[tuple[str, nn.Module]]:
-        """The fused blocks by the name of their convolution."""
-        modules = self.graph.modules()
-        return [(str(module.group_name), module) for module in modules if hasattr(module, "group_name")]
 
 
 class Overlays:
@@ -98,10 +84,8 @@ class Overlays:
         """Copies trace anew: what was traced are other modules."""
         return Overlays, (self._make, self.frozen)
 
-    def find(
-        self, network: "FusedNetwork", args: Any, kwargs: Any
-    ) -> tuple[Overlay | None, Sequence[Tensor]]:
-        """The overlay for a call, if one holds, and the tensors to call it with."""
+    def find(self, network: "FusedNetwork", args: Any, kwargs: Any) -> tuple[Any, Sequence[Tensor]]:
+        """The overlay for a call, None if none holds, and the tensors to call it with."""
         # The operators of a snapshot are known to no transform.
         if self.frozen and not eager.is_plain_call():
             return None, ()
@@ -114,14 +98,10 @@ class Overlays:
             # The network's own code says what is wrong with the arguments.
             except TypeError:
                 return None, ()
-            if not tensors:
-                return None, ()
-            overlay = self.made.get(key) or self.make(network, key)
+            overlay = (self.made.get(key) or self.make(network, key)) if tensors else None
             if only_tensors and overlay is not None:
                 self.by_count = {**self.by_count, len(args): overlay}
-        if not isinstance(overlay, Overlay) or overlay.is_idle or not overlay.holds(network):
-            return None, ()
-        return overlay, tensors
+        return (overlay, tensors) if _runs(overlay, network) else (None, ())
 
     def make_default(self, network: "FusedNetwork") -> Overlay | str | None:
         """The overlay for calls with one tensor for each argument that has to be given."""
@@ -137,22 +117,23 @@ class Overlays:
     def make(self, network: nn.Module, key: Key) -> Overlay | str | None:
         """The overlay for a signature, or why there is none; None where now is no time to make one."""
         # Neither a trace nor folded weights may be made of what a compiler or a transform looks on with.
-        if not eager.is_plain_call() or getattr(state, "is_making", False):
+        if not eager.is_plain_call():
             return None
         with lock:
             if key not in self.made and len(self.made) < _MOST_SIGNATURES:
-                state.is_making = True
                 try:
                     made = self._make(network, key, self.frozen)
                 except NotTraceableError as error:
                     made = str(error)
-                finally:
-                    state.is_making = False
                 self.made = {**self.made, key: made}
             return self.made.get(key)
 
     def clear(self) -> None:
         self.made, self.by_count = {}, {}
+
+
+def _runs(overlay: Any, network: nn.Module) -> bool:
+    return isinstance(overlay, Overlay) and not overlay.is_idle and overlay.holds(network)
 
 
 class FusedNetwork(nn.Module):
@@ -162,22 +143,16 @@ class FusedNetwork(nn.Module):
 
     # Of a method without arguments, since torch 2.11 takes no module as a constant one.
     @torch.compiler.assume_constant_result
-    def _counts_that_hold(self) -> tuple[int, ...]:
-        made = self.__dict__[NAME].by_count.items()
-        return tuple(
-            count for count, one in made if isinstance(one, Overlay) and not one.is_idle and one.holds(self)
-        )
+    def _counts_that_run(self) -> tuple[int, ...]:
+        return tuple(count for count, one in self.__dict__[NAME].by_count.items() if _runs(one, self))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A class that makes more of its own kind, as a slice of nn.Sequential is made, makes plain ones.
         overlays: Any = self.__dict__.get(NAME)
         if overlays is not None and not self.training:
             if torch.compiler.is_compiling():
-                if (
-                    not kwargs
-                    and all(isinstance(x, Tensor) for x in args)
-                    and len(args) in self._counts_that_hold()
-                ):
+                only_tensors = not kwargs and all(isinstance(x, Tensor) for x in args)
+                if only_tensors and len(args) in self._counts_that_run():
                     return overlays.by_count[len(args)](self, args)
             else:
                 overlay, tensors = overlays.find(self, args, kwargs)
@@ -205,11 +180,9 @@ class FusedNetwork(nn.Module):
         with lock:
             if _pickles_itself(plain):
                 return _as_fused, (_as_plain(self),)
-            return (
-                _new,
-                (plain,),
-                dict(self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__),
-            )
+            held = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+            # Another thread may put something there while a copy is made of it.
+            return _new, (plain,), dict(held) if type(held) is dict else held
 
 
 def _as_plain(network: FusedNetwork) -> nn.Module:

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from fused_cna.fusion.groups import Group, Matches
-from fused_cna.fusion.nodes import Act, Norm
 from fused_cna.modules import ConvNormAct, fused_epilogue
 
 
@@ -30,22 +28,6 @@ class LayerRecord:
     @property
     def fused(self) -> bool:
         return "+" in self.parts
-
-
-def parts_of(group: Group, matches: Matches) -> str:
-    """The parts of a group in the order of computation."""
-    words = ["pad"] if group.pad is not None else []
-    words.append("conv")
-    norm = matches.calls.get(group.norm) if group.norm is not None else None
-    act = matches.calls.get(group.act) if group.act is not None else None
-    if isinstance(norm, Norm):
-        words.append("norm")
-        if norm.act != "identity":
-            words.append(norm.act)
-    tail = [act.name] if isinstance(act, Act) else []
-    if group.add is not None:
-        tail = ["add", *tail] if group.residual_order == "add_act" else [*tail, "add"]
-    return " + ".join([*words, *tail])
 
 
 CALLED_BY_PYTHON = "Python code that cannot be followed calls it"

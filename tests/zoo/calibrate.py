@@ -1,6 +1,7 @@
 """Parameters and statistics under which a norm, an activation or an addition that is left out shows."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -65,11 +66,8 @@ def calibrate(network: nn.Module, run: Callable[[], Any], generator: torch.Gener
         module.running_mean.copy_(mean + 0.2 * var.sqrt() * noise)
         module.running_var.copy_(var * (0.7 + 0.7 * torch.rand(var.shape, generator=generator)))
 
-    norms = [module for module in network.modules() if module._buffers.get("running_mean") is not None]
-    handles = [norm.register_forward_pre_hook(set_statistics) for norm in norms]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for module in network.modules():
+            if module._buffers.get("running_mean") is not None:
+                hooks.enter_context(module.register_forward_pre_hook(set_statistics))
+        run()

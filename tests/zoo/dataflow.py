@@ -19,8 +19,7 @@ called several times counts if the same follows each time.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,24 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tests.zoo.compare import leaves
-
-# ATen's names, with the arguments that make the activation what it is called.
-ACTIVATIONS: dict[str, Callable[[tuple[Any, ...]], bool]] = {
-    "relu": lambda arguments: True,
-    "hardtanh": lambda arguments: tuple(arguments[1:3]) == (0, 6),
-    "leaky_relu": lambda arguments: True,
-    "elu": lambda arguments: all(factor == 1 for factor in arguments[2:4]),
-    "silu": lambda arguments: True,
-    "gelu": lambda arguments: True,
-    "hardswish": lambda arguments: True,
-    "hardsigmoid": lambda arguments: True,
-    "sigmoid": lambda arguments: True,
-    "tanh": lambda arguments: True,
-    "mish": lambda arguments: True,
-}
-_RETURNED = "(returned)"
+# ATen's names of those that are it with any arguments.
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "mish")
 
 
 @dataclass(frozen=True)
@@ -77,6 +62,10 @@ class _Operation:
         return self.users[0] if len(self.users) == 1 else None
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 class _Recorder(TorchDispatchMode):
     """Follows tensors by identity, and keeps them: the identity of one that is gone may come again."""
 
@@ -92,8 +81,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        sources = [self._made_by[id(one)] for one in leaves((args, kwargs)) if id(one) in self._made_by]
-        results = leaves(result)
+        sources = [self._made_by[id(one)] for one in _tensors((args, kwargs)) if id(one) in self._made_by]
+        results = _tensors(result)
         if results and sources:
             name = func._schema.name.removeprefix("aten::").rstrip("_")
             operation = _Operation(name, args, tuple(results[0].shape), sources, self.inside)
@@ -109,15 +98,15 @@ class _Recorder(TorchDispatchMode):
         self._kept.append(tensor)
 
     def returned(self, output: Any) -> None:
-        for tensor in leaves(output):
+        for tensor in _tensors(output):
             if id(tensor) in self._made_by:
-                self._made_by[id(tensor)].users.append(_Operation(_RETURNED, (), (), []))
+                self._made_by[id(tensor)].users.append(_Operation("(returned)", (), (), []))
 
 
 def observe(network: nn.Module, arguments: tuple[Any, ...]) -> Flow:
     """The counts of `network`, which is in eval mode, as it runs on `arguments`."""
     owners = _owners(network)
-    recorder = _Recorder(leaves(arguments))
+    recorder = _Recorder(_tensors(arguments))
     with torch.no_grad(), _inside_frozen_norms(network, recorder), recorder:
         output = network(*arguments)
     recorder.returned(output)
@@ -168,8 +157,7 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-@contextmanager
-def _inside_frozen_norms(network: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _inside_frozen_norms(network: nn.Module, recorder: _Recorder) -> ExitStack:
     """Marks what runs inside a norm that is written out as arithmetic."""
 
     def enter(module: nn.Module, arguments: Any) -> None:
@@ -178,14 +166,12 @@ def _inside_frozen_norms(network: nn.Module, recorder: _Recorder) -> Iterator[No
     def leave(module: nn.Module, arguments: Any, result: Any) -> None:
         recorder.inside = None
 
-    frozen = [module for module in network.modules() if type(module).__name__.startswith("FrozenBatchNorm")]
-    handles = [module.register_forward_pre_hook(enter) for module in frozen]
-    handles += [module.register_forward_hook(leave) for module in frozen]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = ExitStack()
+    for module in network.modules():
+        if type(module).__name__.startswith("FrozenBatchNorm"):
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+    return hooks
 
 
 def _followed(
@@ -195,26 +181,19 @@ def _followed(
 
     Of a convolution that is called several times it is the first call's add that stands for all.
     """
-    by_name: dict[str, list[_Operation]] = {}
+    behind: dict[str, list[tuple[str | None, _Operation]]] = {}
     for name, call in calls:
         if name is not None:
-            by_name.setdefault(name, []).append(call)
-    norms = {name: [_norm_after(call, owners) for call in made] for name, made in by_name.items()}
-    users: dict[str, set[str]] = {}
-    for name, behind in norms.items():
-        for norm, _ in behind:
-            if norm is not None:
-                users.setdefault(norm, set()).add(name)
+            behind.setdefault(name, []).append(_norm_after(call, owners))
+    norms = {name: {norm for norm, _ in found} for name, found in behind.items()}
+    users = Counter(norm for found in norms.values() for norm in found)
     followed: dict[str, tuple[str | None, _Operation | None]] = {}
-    for name, behind in norms.items():
-        (norm, *others) = {norm for norm, _ in behind}
-        if others:
+    for name, found in behind.items():
+        norm, *others = norms[name]
+        if others or (norm is not None and users[norm] > 1):
             followed[name] = (None, None)
             continue
-        if norm is not None and len(users[norm]) > 1:
-            followed[name] = (None, None)
-            continue
-        adds = [_add_after(last) for _, last in behind]
+        adds = [_add_after(last) for _, last in found]
         followed[name] = (norm, adds[0] if all(add is not None for add in adds) else None)
     return followed
 
@@ -240,7 +219,7 @@ def _norm_after(call: _Operation, owners: dict[int, str]) -> tuple[str | None, _
 
 def _add_after(last: _Operation) -> _Operation | None:
     following = last.only_user
-    if following is not None and following.name in ACTIVATIONS and _is_activation(following):
+    if following is not None and _is_activation(following):
         following = following.only_user
     if following is None or following.name != "add" or len(following.sources) != 2:
         return None
@@ -250,4 +229,8 @@ def _add_after(last: _Operation) -> _Operation | None:
 
 
 def _is_activation(operation: _Operation) -> bool:
-    return ACTIVATIONS[operation.name](operation.arguments)
+    if operation.name == "hardtanh":
+        return tuple(operation.arguments[1:3]) == (0, 6)
+    if operation.name == "elu":
+        return all(factor == 1 for factor in operation.arguments[2:4])
+    return operation.name in ACTIVATIONS

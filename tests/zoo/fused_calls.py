@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 
@@ -12,7 +13,12 @@ from fused_cna import eager
 from fused_cna.fusion.frozen import FrozenConv
 
 _PARAMETERS = tuple(inspect.signature(eager.conv_norm_act).parameters)
-KINDS = ("norm", "act", "add")
+_WITHOUT: dict[str, dict[str, Any]] = {
+    "norm": dict.fromkeys(("norm_weight", "norm_bias", "running_mean", "running_var")),
+    "act": {"act": "identity", "act_params": ()},
+    "add": {"residual": None},
+}
+KINDS = tuple(_WITHOUT)
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,7 @@ def spoiled(network: nn.Module, victim: FusedCall, kind: str) -> Iterator[None]:
     def spoil(given: dict[str, Any]) -> None:
         if _call(given, names) != victim:
             return
-        if kind == "norm":
-            given.update(dict.fromkeys(("norm_weight", "norm_bias", "running_mean", "running_var")))
-        elif kind == "act":
-            given.update(act="identity", act_params=())
-        else:
-            given.update(residual=None)
+        given.update(_WITHOUT[kind])
 
     with _intercepted(spoil):
         yield
@@ -80,11 +81,8 @@ def counted_frozen() -> Iterator[list[FrozenConv]]:
         run.append(self)
         return plain(self, *args, **kwargs)
 
-    FrozenConv.forward = forward  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(FrozenConv, "forward", forward):
         yield run
-    finally:
-        FrozenConv.forward = plain  # type: ignore[method-assign]
 
 
 def _call(given: dict[str, Any], names: dict[int, str]) -> FusedCall:
@@ -97,8 +95,7 @@ def _call(given: dict[str, Any], names: dict[int, str]) -> FusedCall:
     )
 
 
-@contextmanager
-def _intercepted(look: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def _intercepted(look: Callable[[dict[str, Any]], None]) -> AbstractContextManager[object]:
     plain = eager.conv_norm_act
 
     def conv_norm_act(*args: Any, **kwargs: Any) -> Tensor:
@@ -106,8 +103,4 @@ def _intercepted(look: Callable[[dict[str, Any]], None]) -> Iterator[None]:
         look(given)
         return plain(**given)
 
-    eager.conv_norm_act = conv_norm_act  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        eager.conv_norm_act = plain
+    return mock.patch.object(eager, "conv_norm_act", conv_norm_act)

@@ -29,28 +29,21 @@ def fingerprint(frozen: bool) -> str:
 
 
 class Kept:
-    """The results in a file; those of other sources are forgotten.
+    """The results in PATH; those of other sources, or of names to `forget`, are forgotten."""
 
-    Args:
-        forget: names whose results are not wanted again.
-    """
-
-    def __init__(self, path: Path, mark: str, forget: frozenset[str] = frozenset()) -> None:
-        self._path = path
+    def __init__(self, frozen: bool, forget: frozenset[str]) -> None:
+        mark = fingerprint(frozen)
+        lines = PATH.read_text().splitlines() if PATH.exists() else []
+        # The last line is cut off where a run was killed while it wrote.
+        whole = [json.loads(line) for line in lines[1:] if line.endswith("}")] if lines[:1] == [mark] else []
         self.results: dict[str, Result] = {}
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines and lines[0] == mark:
-            # The last line is cut off where a run was killed while it wrote.
-            whole = [json.loads(line) for line in lines[1:] if line.endswith("}")]
-            self.results = {one["name"]: Result(**one) for one in whole if one["name"] not in forget}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(mark + "\n" + "".join(map(_line, self.results.values())))
+        PATH.parent.mkdir(parents=True, exist_ok=True)
+        PATH.write_text(f"{mark}\n")
+        for one in whole:
+            if one["name"] not in forget:
+                self.add(Result(**one))
 
     def add(self, result: Result) -> None:
         self.results[result.name] = result
-        with self._path.open("a") as file:
-            file.write(_line(result))
-
-
-def _line(result: Result) -> str:
-    return json.dumps(asdict(result)) + "\n"
+        with PATH.open("a") as file:
+            file.write(json.dumps(asdict(result)) + "\n")

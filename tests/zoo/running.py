@@ -1,7 +1,6 @@
 """Running a network for comparison: what it returns, and what its probed modules return on the way."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -35,21 +34,12 @@ class Run:
         self.replayed: dict[str, Any] = {}
         self._dtype = next(tensor for tensor in network.parameters()).dtype
         self._first = first
-        with torch.inference_mode(), self._probed(network, which):
+        with torch.inference_mode(), ExitStack() as hooks:
+            for name in dict.fromkeys((*which.probes, *which.replayed)):
+                module = network.get_submodule(name)
+                hooks.enter_context(module.register_forward_hook(self._hook(name, which)))
             output = network(*to_dtype(arguments, self._dtype))
         self.results.update(named_leaves(output))
-
-    @contextmanager
-    def _probed(self, network: nn.Module, which: Entry) -> Iterator[None]:
-        handles = []
-        for name in dict.fromkeys((*which.probes, *which.replayed)):
-            module = network.get_submodule(name)
-            handles.append(module.register_forward_hook(self._hook(name, which)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, name: str, which: Entry) -> Any:
         def hook(module: nn.Module, arguments: Any, result: Any) -> Any:

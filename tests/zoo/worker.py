@@ -1,86 +1,64 @@
-"""Processes that judge networks one after another, so that one that dies takes one network with it.
+"""Processes that judge networks one after another, so that one that dies takes one network with it."""
 
-The child reads names from its standard input and writes a line of JSON for each to its standard output.
-"""
-
-import contextlib
 import gc
-import json
 import os
-import subprocess
-import sys
-import threading
 import warnings
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
-ROOT = Path(__file__).parents[2]
+from tests.zoo.judge import Result, fuse_frozen, judge
+
 # Seconds for one network, many times what the slowest takes.
 LIMIT = 600
 
 
+@dataclass
 class Worker:
     """A child process, started when it is needed and again after it died."""
 
-    def __init__(self, frozen: bool) -> None:
-        self._frozen = frozen
-        self._process: subprocess.Popen[str] | None = None
+    frozen: bool
+    process: BaseProcess | None = None
 
-    def judge(self, name: str) -> dict[str, object]:
-        """The fields of a `judge.Result`; a child that dies or takes too long is that network's error."""
-        process = self._process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        timer = threading.Timer(LIMIT, process.kill)
-        timer.start()
+    def judge(self, name: str) -> Result:
+        """What `judge` says; a child that dies or takes too long is that network's error."""
+        if self.process is None:
+            context = get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs, self.frozen), daemon=True)
+            self.process.start()
+            theirs.close()
         try:
-            process.stdin.write(f"{name}\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
-        if line:
-            return json.loads(line)
-        self._process = None
-        status = process.wait()
-        return {"name": name, "error": f"the process ended with status {status} (memory, or {LIMIT} s?)"}
+            self.pipe.send(name)
+            if self.pipe.poll(LIMIT):
+                return self.pipe.recv()
+            self.process.kill()
+        except (EOFError, OSError):
+            pass
+        self.process.join()
+        status, self.process = self.process.exitcode, None
+        return Result(name, error=f"the process ended with status {status} (memory, or {LIMIT} s?)")
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _start(self) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "tests.zoo.worker", *(["--frozen"] if self._frozen else [])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
+        if self.process is not None:
+            self.process.kill()
 
 
-def _serve(frozen: bool) -> None:
-    from tests.zoo.judge import fuse_frozen, judge
+def _serve(pipe: Connection, frozen: bool) -> None:
+    import torch
 
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    # Whatever a library prints is not an answer.
-    with contextlib.redirect_stdout(sys.stderr):
-        for line in sys.stdin:
-            result = judge(line.strip(), frozen=fuse_frozen if frozen else None)
-            answers.write(json.dumps(asdict(result)) + "\n")
-            answers.flush()
-            # Networks are full of cycles, and some are gigabytes.
-            gc.collect()
-
-
-if __name__ == "__main__":
-    _serve("--frozen" in sys.argv)
+    # What libraries print would disturb the progress.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    while True:
+        try:
+            name = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(judge(name, frozen=fuse_frozen if frozen else None))
+        # Networks are full of cycles, and some are gigabytes.
+        gc.collect()
