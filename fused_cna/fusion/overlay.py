@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from fused_cna import eager
 from fused_cna.fusion.guards import Guard
 from fused_cna.fusion.records import LayerRecord
-from fused_cna.fusion.signatures import Key, UnsupportedError, default_key, key_of, required_of
+from fused_cna.fusion.signatures import Key, default_key, key_of
 from fused_cna.fusion.trace import NotTraceableError, lock
 
 NAME = "fused_cna_overlay"
@@ -96,7 +96,7 @@ class Overlays:
             try:
                 key, tensors = key_of(network.plain_class.forward, args, kwargs)
             # The network's own code says what is wrong with the arguments.
-            except (TypeError, UnsupportedError):
+            except TypeError:
                 return None, ()
             overlay = (self.made.get(key) or self.make(network, key)) if tensors else None
             if only_tensors and overlay is not None:
@@ -105,13 +105,13 @@ class Overlays:
 
     def make_default(self, network: "FusedNetwork") -> Overlay | str | None:
         """The overlay for calls with one tensor for each argument that has to be given."""
-        forward = network.plain_class.forward
         try:
-            made = self.make(network, default_key(forward))
-        except UnsupportedError:
+            key, count = default_key(network.plain_class.forward)
+        except TypeError:
             return None
+        made = self.make(network, key)
         if made is not None:
-            self.by_count = {**self.by_count, required_of(forward): made}
+            self.by_count = {**self.by_count, count: made}
         return made
 
     def make(self, network: nn.Module, key: Key) -> Overlay | str | None:

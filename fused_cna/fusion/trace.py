@@ -5,10 +5,14 @@ called as it is, where the rest of the network can be.
 """
 
 import contextlib
+import copy
 import gc
+import inspect
+import itertools
 import operator
 import random
 import sys
+import textwrap
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -17,229 +21,196 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.fx.proxy import Proxy, TraceError
+from torch import Tensor, fx, nn
+from torch.fx.graph import inplace_methods
+from torch.fx.proxy import TraceError
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_cna import layers
 from fused_cna.fusion.nodes import kind_of
-from fused_cna.fusion.questions import Watch, stores_state
-from fused_cna.fusion.signatures import Key, arguments_of, is_same
+from fused_cna.fusion.questions import ANY, Watch, stores_state
+from fused_cna.fusion.signatures import Key, arguments_of, contents_of
 from fused_cna.modules import ConvNormAct
 
-_CONTROL_FLOW = "its control flow depends on the input"
+lock = threading.RLock()
+"""Held while networks are fused, traced or copied: FX patches what all threads call."""
+
 _PLAIN_ATTRIBUTES = {
     *("shape", "dtype", "device", "layout", "ndim", "T", "mT", "H", "mH", "real", "imag", "data"),
     *("requires_grad", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta", "is_mkldnn", "is_mps"),
     *("is_xpu", "itemsize", "nbytes"),
 }
+_OF_SHAPES = ("shape", "ndim", "size", "dim", "numel")
+_REFUSED_METHODS = {
+    "__hash__": "it looks up what depends on the input",
+    "__len__": "it asks for a length that depends on the input",
+    **dict.fromkeys(("__float__", "__int__"), "it makes a number of a tensor"),
+    **dict.fromkeys(("__format__", "__str__", "__repr__"), "it makes a text of a tensor"),
+    "__array__": "it makes an array of a tensor",
+}
 
-lock = threading.RLock()
-"""Held while networks are fused, traced or copied: FX patches what all threads call."""
-
-
-@contextlib.contextmanager
-def left_as_it_is(network: nn.Module, *, of_tensors: bool = False) -> Iterator[None]:
-    """A context in which a network is in eval mode; behind it is as it was, and so are random numbers."""
-    before, random_state = SideEffects(network, of_tensors=of_tensors), random.getstate()
-    devices = sorted({p.device.index for p in network.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(devices):
-            if network.training:
-                network.eval()
-            yield
-    finally:
-        random.setstate(random_state)
-        before.undo()
+# What returns its input in eval mode.
+_PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_PASSING_FUNCTIONS = (
+    *("torch.nn.functional.dropout", "torch.nn.functional.dropout2d"),
+    "torchvision.ops.stochastic_depth.stochastic_depth",
+)
 
 
 class NotTraceableError(Exception):
     """FX cannot follow the network; the message says why."""
 
 
-class _Refusing(Proxy):
-    """A proxy that refuses what would be answered for itself, and not for a tensor."""
+@contextlib.contextmanager
+def left_as_it_is(network: nn.Module, *, of_tensors: bool = False) -> Iterator[list[str]]:
+    """A context in which a network is in eval mode, and behind which it and random numbers are as before.
 
-    def _refuse(self, reason: str) -> Any:
-        return self.tracer.refuse(reason)  # type: ignore[attr-defined]
+    What is as before are the attributes of modules, and with ``of_tensors`` parameters and buffers. The
+    context gives a list that says behind it, in words, what had changed.
+    """
+    effects: list[str] = []
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    containers = [
+        (module, one, dict(one) if isinstance(one, dict) else list(one))
+        for module in network.modules()
+        for one in (vars(module), *vars(module).values())
+        if isinstance(one, (dict, list, set, deque))
+    ]
+    tensors = (*network.parameters(), *network.buffers())
+    values = [(one, one.detach().clone()) for one in tensors if of_tensors]
+    try:
+        with torch.random.fork_rng(sorted({one.device.index for one in tensors if one.is_cuda})):
+            if network.training:
+                network.eval()
+            yield effects
+            if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
+                effects.append("its forward draws random numbers")
+    finally:
+        random.setstate(state)
+        for module, one, before in containers:
+            if not _is_same(one, before):
+                effects.append(f"its forward changes attributes of {type(module).__name__}")
+                one.clear()
+                (one.extend if isinstance(one, (list, deque)) else one.update)(before)
+        for tensor, value in values:
+            # Batch norm writes its statistics without a word to autograd.
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two containers hold the very same objects."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+class _Proxy(fx.Proxy):
+    """Stands for a tensor, or what is read of one, and refuses what it would answer otherwise."""
+
+    is_tensor = False
+    """Whether it stands for a tensor, as far as is known."""
+    held: Tensor | None = None
+    """The parameter or buffer that it stands for, whose shape is part of the network."""
+    own = ("tracer", "node", "is_tensor", "held")
 
     def __getattr__(self, name: str) -> Any:
+        if self.held is not None and name in _OF_SHAPES:
+            return getattr(self.held, name)
+        if self.is_tensor:
+            if not hasattr(Tensor, name):
+                raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+            if name not in _PLAIN_ATTRIBUTES and not callable(getattr(Tensor, name)):
+                self.refuse(f"it asks for {name} of a tensor")
         return _Attribute(self, name)
 
-    def __hash__(self) -> int:
-        return self._refuse("it looks up what depends on the input")  # type: ignore[no-any-return]
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.own:
+            self.refuse(f"it sets {name} of a tensor")
+        super().__setattr__(name, value)
 
-    def __len__(self) -> int:
-        return self._refuse("it asks for a length that depends on the input")  # type: ignore[no-any-return]
-
-    def __float__(self) -> float:
-        return self._refuse("it makes a number of a tensor")  # type: ignore[no-any-return]
-
-    def __int__(self) -> int:
-        return self._refuse("it makes a number of a tensor")  # type: ignore[no-any-return]
-
-    def __format__(self, spec: str) -> str:
-        return self._refuse("it makes a text of a tensor")  # type: ignore[no-any-return]
-
-    def __str__(self) -> str:
-        return self._refuse("it makes a text of a tensor")  # type: ignore[no-any-return]
-
-    __repr__ = __str__
-
-    def __array__(self, *_: Any) -> Any:
-        return self._refuse("it makes an array of a tensor")
-
-    def __copy__(self) -> Any:
+    def __copy__(self, *_: Any) -> "_Proxy":
+        # No error, as what the code keeps outside of its modules may be copied later.
         self.tracer.note_refusal("it copies a tensor with Python's copy")  # type: ignore[attr-defined]
         return self
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self.__copy__()
+    __deepcopy__ = __copy__  # type: ignore[assignment]
+
+    def refuse(self, reason: str, *_: Any) -> Any:
+        return self.tracer.refuse(reason)  # type: ignore[attr-defined]
+
+    def emit(self, function: Callable[..., Any], *operands: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, *operands), {})
 
 
-class _TensorProxy(_Refusing):
-    """A proxy whose in-place operators stay in place, and that has no attribute that a tensor has not."""
-
-    def __getattr__(self, name: str) -> Any:
-        if self.node.meta.get("is_tensor", False):
-            if not hasattr(torch.Tensor, name):
-                raise AttributeError(f"'Tensor' object has no attribute '{name}'")
-            if name not in _PLAIN_ATTRIBUTES and not callable(getattr(torch.Tensor, name)):
-                self._refuse(f"it asks for {name} of a tensor")
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node", "held"):
-            self._refuse(f"it sets {name} of a tensor")
-        super().__setattr__(name, value)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+def _calling(method: Callable[..., Any], first: Any) -> Callable[..., Any]:
+    """What functools.partialmethod makes, without code outside of this package."""
+    return lambda self, *arguments: method(self, first, *arguments)
 
 
-def _inplace(function: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
-
-
-for _name in (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "imatmul",
-):
-    setattr(_TensorProxy, f"__{_name}__", _inplace(getattr(operator, _name)))
+for _name, _reason in _REFUSED_METHODS.items():
+    setattr(_Proxy, _name, _calling(_Proxy.refuse, _reason))
+# In-place operators stay in place.
+for _name in inplace_methods:
+    setattr(_Proxy, f"__{_name}__", _calling(_Proxy.emit, getattr(operator, _name)))
 
 
-class _Attribute(_Refusing, fx.proxy.Attribute):
+class _Attribute(_Proxy, fx.proxy.Attribute):
     """What is read of a proxy, such as a dtype."""
 
+    own = ("tracer", "root", "attr", "_node")
 
-class _HeldProxy(_TensorProxy):
-    """A parameter or buffer, whose shape is part of the network."""
 
-    held: torch.Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.held.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.held.ndim
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.held.shape if dim is None else self.held.shape[dim]
-
-    def dim(self) -> int:
-        return self.held.ndim
-
-    def numel(self) -> int:
-        return self.held.numel()
+# Tensors that torch.FloatTensor and the like tell apart.
+_TENSORS = (torch.empty(0), torch.empty(0, dtype=torch.int8, device="meta"))
 
 
 def _isinstance(value: Any, kind: Any) -> bool:
-    """``isinstance`` for code that is being traced: what stands for a tensor is one.
-
-    Raises:
-        TraceError: what the value stands for is not known.
-    """
-    if not issubclass(type(value), Proxy) or isinstance(value, kind):
+    """``isinstance`` for code that is being traced: what stands for a tensor, maybe of a subclass, is one."""
+    if not issubclass(type(value), fx.Proxy):
         return isinstance(value, kind)
-    classes = _classes(kind)
-    known = type(value) in (_TensorProxy, _HeldProxy) and value.node.meta.get("is_tensor", False)
-    if not known or any(one is not torch.Tensor and issubclass(one, torch.Tensor) for one in classes):
-        value.tracer.refuse(f"it asks for the type of what {value.node.name} returns")
-    return any(issubclass(torch.Tensor, one) for one in classes)
+    answers = {isinstance(one, kind) for one in _TENSORS} | {issubclass(one, kind) for one in _kinds(Tensor)}
+    if not value.is_tensor or len(answers) > 1:
+        value.refuse(f"it asks for the type of what {value.node.name} returns")
+    return answers.pop()
 
 
-def _classes(kind: Any) -> list[type]:
-    if isinstance(kind, tuple):
-        return [one for each in kind for one in _classes(each)]
-    return [one for one in getattr(kind, "__args__", (kind,)) if isinstance(one, type)]
-
-
-def _modes() -> tuple[bool, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-    )
+def _kinds(kind: Any) -> set[type]:
+    return {kind, *(one for sub in kind.__subclasses__() for one in _kinds(sub))}
 
 
 class Tracer(fx.Tracer):
-    """Follows what is not a leaf: torch's own modules, parts of groups, and what is called with hooks."""
+    """Follows what is no leaf: modules of torch, parts of groups, what has hooks, and what is ``left``."""
 
-    def __init__(self, live: set[nn.Module], opaque: set[nn.Module]) -> None:
+    def __init__(self, network: nn.Module, left: set[nn.Module]) -> None:
         timm = sys.modules.get("timm.layers._fx")
-        functions = [] if timm is None else [f for f in timm.get_notrace_functions() if callable(f)]
+        functions = [] if timm is None else [one for one in timm.get_notrace_functions() if callable(one)]
         super().__init__(autowrap_functions=tuple(functions))
-        self._timm = () if timm is None else tuple(timm.get_notrace_modules())
-        self._live, self._opaque = live, opaque
-        self._modes = _modes()
+        self._of_tensors = (ConvNormAct, *([] if timm is None else timm.get_notrace_modules()))
+        self._left = left
         self._thread = threading.get_ident()
-        self._proxies: list[weakref.ref[Proxy]] = []
-        self._caches: list[dict[str, Any]] = []
-        self._calls: list[nn.Module] = []
-        self._held: dict[int, str] = {}
+        named = (*network.named_parameters(), *network.named_buffers())
+        self._names = {id(tensor): name for name, tensor in reversed(named)}
+        self.made: list[weakref.ref[_Proxy]] = []
+        self._calls = [network]
+        """The modules whose code runs; after an error, down to the one that failed."""
         self.entered: list[nn.Module] = []
-        self.refused = ""
-        """Why there can be no graph, whether or not the code has caught the error."""
-        self.blamed: nn.Module | None = None
-        """The innermost module whose code could not be followed."""
+        self.refusal: tuple[str, nn.Module] | None = None
+        """Why there can be no graph, whether or not the code caught the error, and the innermost module."""
         self.unknown = ""
         """A module that may return anything, such as None."""
 
     def trace_call(self, network: nn.Module, forward: Callable[..., Any], key: Key) -> fx.Graph:
         """The graph of a call of ``forward`` with arguments of a signature."""
-        named = (*network.named_parameters(), *network.named_buffers())
-        self._held = {id(tensor): name for name, tensor in reversed(named)}
-        inputs: list[Proxy] = []
-
-        def make_input(name: str) -> Proxy:
-            inputs.append(_known(self.create_proxy("placeholder", name, (), {})))
-            return inputs[-1]
 
         def run() -> Any:
-            self._calls.append(network)
-            args, kwargs = arguments_of(forward, key, make_input)
-            result = forward(network, *args, **kwargs)
-            given, left = (*args, *kwargs.values()), iter(inputs)
-            parts = [one for one in key if one not in ((tuple,), (dict,))]
-            if len(given) == len(parts) and not all(
-                is_same(one, value, left) for one, value in zip(parts, given, strict=True)
-            ):
+            inputs = (self._tensor("placeholder", f"input_{i}") for i in itertools.count())
+            arguments = arguments_of(forward, key, inputs)
+            before, containers = contents_of(arguments)
+            result = forward(network, *arguments.args, **arguments.kwargs)
+            after, containers_after = contents_of(arguments)
+            if containers != containers_after or not _is_same(before, after):
                 self.refuse("it changes a container that it is called with")
             return result
 
@@ -249,185 +220,103 @@ class Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         return self._run, []
 
+    def _tensor(self, kind: str, target: str) -> Any:
+        made = self.create_proxy(kind, target, (), {})
+        made.is_tensor = True  # type: ignore[attr-defined]
+        return made
+
+    def _returns_something(self, m: nn.Module) -> bool:
+        """Whether a module is of a class that surely returns no None."""
+        of_torch = layers.class_of(m).__module__.startswith("torch.nn.modules.") and not isinstance(
+            m, (nn.Sequential, nn.MultiheadAttention, nn.RNNBase)
+        )
+        return of_torch or isinstance(m, self._of_tensors) or kind_of(m) is not None
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            kind_of(m) is not None
-            or layers.has_hooks(m)
-            or parametrize.is_parametrized(m)
-            or m in self._live
-            or m in self._opaque
-            or isinstance(m, (*self._timm, ConvNormAct, torch.jit.ScriptModule))
+        if m in self._left or layers.has_hooks(m) or parametrize.is_parametrized(m):
+            return True
+        return type(m) not in _PASSING and (
+            isinstance(m, torch.jit.ScriptModule)
+            or self._returns_something(m)
             or super().is_leaf_module(m, module_qualified_name)
         )
-
-    def _returns_a_tensor(self, m: nn.Module) -> bool:
-        """Whether a leaf surely returns no None."""
-        of_torch = type(m).__module__.startswith("torch.nn") and not isinstance(
-            m, (nn.MultiheadAttention, nn.RNNBase)
-        )
-        known = m not in self._opaque and (
-            of_torch or kind_of(m) is not None or isinstance(m, (*self._timm, ConvNormAct))
-        )
-        return known and not layers.has_hooks(m)
-
-    def refuse(self, reason: str) -> Any:
-        """Give up, also where the code that is traced goes on.
-
-        Raises:
-            TraceError: always.
-        """
-        self.note_refusal(reason)
-        raise TraceError(reason)
-
-    def note_refusal(self, reason: str) -> None:
-        """Give up at the next step, from where nothing can be raised."""
-        if not self.refused:
-            self.refused, self.blamed = reason, self.blamed or (self._calls[-1] if self._calls else None)
-
-    def to_bool(self, obj: Proxy) -> bool:
-        return self.refuse(_CONTROL_FLOW)  # type: ignore[no-any-return]
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if self.refused:
-            raise TraceError(self.refused)
-        if _modes() != self._modes:
-            self.refuse("it switches gradients or autocast on or off")
-        return super().create_node(*args, **kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters and buffers are values that the graph takes, whatever they hold now."""
-        if threading.get_ident() != self._thread or not isinstance(attr_val, torch.Tensor):
-            return attr_val
-        name = self._held.get(id(attr_val))
-        if name is None:
-            return attr_val
-        if name not in parameter_proxy_cache:
-            self._caches.append(parameter_proxy_cache)
-            proxy = _HeldProxy(self.create_node("get_attr", name, (), {}), self)
-            proxy.held = attr_val
-            parameter_proxy_cache[name] = _known(proxy)
-        return parameter_proxy_cache[name]
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         self._calls.append(m)
-        is_leaf = self.is_leaf_module(m, "")
-        self.entered += [] if is_leaf else [m]
-        try:
-            # What is entered may be no part of the network, such as a slice of one.
-            result = super().call_module(m, forward, args, kwargs) if is_leaf else forward(*args, **kwargs)
-        except Exception:
-            self.blamed = self.blamed or m
-            raise
-        self._calls.pop()
-        if is_leaf and isinstance(result, Proxy):
-            if kind_of(m) is not None:
-                _known(result)
-            if not self._returns_a_tensor(m):
+        if self.is_leaf_module(m, ""):
+            result: Any = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+            if layers.has_hooks(m) or not self._returns_something(m):
                 self.unknown = self.unknown or type(m).__name__
+            else:
+                result.is_tensor = kind_of(m) is not None
+        else:
+            self.entered.append(m)
+            # What is entered may be no part of the network, such as a slice of one.
+            result = args[0] if type(m) in _PASSING and args else forward(*args, **kwargs)
+        self._calls.pop()
         return result
 
-    def proxy(self, node: fx.Node) -> Proxy:
-        made = _TensorProxy(node, self)
-        self._proxies.append(weakref.ref(made))
+    def refuse(self, reason: str) -> Any:
+        """Give up by an error, and also where the code that is traced goes on after it."""
+        self.note_refusal(reason)
+        raise TraceError(reason)
+
+    def note_refusal(self, reason: str) -> None:
+        """Give up at the next step, from where nothing can be raised."""
+        self.refusal = self.refusal or (reason, self._calls[-1])
+
+    def to_bool(self, obj: fx.Proxy) -> Any:
+        return self.refuse("its control flow depends on the input")
+
+    iter = to_bool
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self.refusal:
+            raise TraceError(self.refusal[0])
+        return super().create_node(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are values that the graph takes, whatever they hold now."""
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None or threading.get_ident() != self._thread:
+            return attr_val
+        made = self._tensor("get_attr", name)
+        made.held = attr_val
         return made
 
-    def let_go(self) -> tuple[list[nn.Module], nn.Module | None]:
-        """Refer to the network no more, since FX leaves tracers in circles behind, and weights with them.
-
-        Returns:
-            The modules that were entered, and the one to blame.
-        """
-        entered, blamed = self.entered, self.blamed
-        self.root, self.submodule_paths = nn.Module(), None
-        self.entered, self.blamed, self._calls, self._run = [], None, [], lambda: None
-        self._live, self._opaque = set(), set()
-        for cache in self._caches:
-            cache.clear()
-        return entered, blamed
-
-    def has_leaked(self) -> bool:
-        """Whether an object outside has kept what stands for a tensor."""
-        if any(ref() is not None for ref in self._proxies):
-            gc.collect()
-        return any(ref() is not None for ref in self._proxies)
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = _Proxy(node, self)
+        self.made.append(weakref.ref(made))
+        return made
 
     def create_arg(self, a: Any) -> Any:
-        if issubclass(type(a), Proxy):
-            return a.node
         if type(a) is OrderedDict:
             items = [(self.create_arg(key), self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
         if isinstance(a, dict) and type(a) is not dict:
             self.refuse(f"it makes a {type(a).__name__}")
-        if isinstance(a, torch.Tensor) and id(a) not in self._held:
+        if isinstance(a, Tensor) and id(a) not in self._names:
             self.refuse("its code makes a tensor, which would become a constant")
         return super().create_arg(a)
 
+    def has_leaked(self) -> bool:
+        """Whether an object outside has kept what stands for a tensor."""
+        if any(ref() is not None for ref in self.made):
+            gc.collect()
+        return any(ref() is not None for ref in self.made)
 
-class _Computing(TorchDispatchMode):
+
+class _NoTensors(TorchDispatchMode):
     """A context in which code may not compute with tensors of its own: their dtype may depend on a mode."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, refuse: Callable[[str], Any]) -> None:
         super().__init__()
-        self._tracer = tracer
+        self._refuse = refuse
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._tracer.note_refusal("its code makes a tensor, or computes with one")
-        return func(*args, **(kwargs or {}))
-
-
-def _known(proxy: Any) -> Any:
-    """A proxy of which it is known that it stands for a tensor."""
-    proxy.node.meta["is_tensor"] = True
-    return proxy
-
-
-class SideEffects:
-    """What running Python code leaves behind besides its result: attributes, tensors, random numbers."""
-
-    def __init__(self, network: nn.Module, *, of_tensors: bool = False) -> None:
-        self._attributes = [(module, _copy_of(vars(module))) for module in network.modules()]
-        self._random = (random.getstate(), torch.get_rng_state())
-        held = (*network.parameters(), *network.buffers()) if of_tensors else ()
-        self._values = [(one, one.detach().clone()) for one in held]
-
-    def undo(self) -> str:
-        """Put attributes back as they were; which effect there was, in words, empty for none."""
-        effect = ""
-        state, torch_state = self._random
-        if random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state):
-            effect = "its forward draws random numbers"
-        for tensor, value in self._values:
-            # Batch norm writes its statistics without a word to autograd.
-            if not torch.equal(tensor, value):
-                tensor.data.copy_(value)
-        for module, before in self._attributes:
-            now = vars(module)
-            if now.keys() == before.keys() and all(_is_as_before(now[k], *old) for k, old in before.items()):
-                continue
-            effect = f"its forward changes attributes of {type(module).__name__}"
-            now.clear()
-            for name, (value, content) in before.items():
-                now[name] = value
-                if not _is_as_before(value, value, content):
-                    value.clear()
-                    value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
-        return effect
-
-
-def _copy_of(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    kinds = (dict, list, set, deque)
-    return {name: (one, one.copy() if isinstance(one, kinds) else None) for name, one in attributes.items()}
-
-
-def _is_as_before(now: Any, value: Any, content: Any) -> bool:
-    if now is not value or content is None:
-        return now is value
-    if isinstance(value, dict):
-        return value.keys() == content.keys() and all(value[key] is content[key] for key in content)
-    return len(value) == len(content) and all(map(operator.is_, value, content))
+        return self._refuse("its code makes a tensor, or computes with one")
 
 
 @dataclass
@@ -439,8 +328,6 @@ class Trace:
     """The leaves that it calls, by path."""
     entered: list[nn.Module]
     """The modules whose ``forward`` became part of the graph, the network itself excluded."""
-    live: set[nn.Module]
-    """Modules that are in training mode although the network is not, and so run as they are."""
     reads: set[str] | None
     """The names of the attributes that the code may have read; None for any."""
     refused: dict[nn.Module, str] = field(default_factory=dict)
@@ -457,100 +344,60 @@ def trace(network: nn.Module, forward: Callable[..., Any], key: Key, live: set[n
     Raises:
         NotTraceableError: the network cannot be followed, with the reason.
     """
-    if "forward" in network.__dict__:
-        raise NotTraceableError("it has a forward of its own")
-    if isinstance(network, torch.jit.ScriptModule):
-        raise NotTraceableError("it is scripted")
     refused: dict[nn.Module, str] = {}
     while True:
-        traced, blamed, reason = _run(network, forward, key, live, set(refused))
-        if traced is not None:
-            break
+        traced = _run(network, forward, key, {*live, *refused})
+        if isinstance(traced, Trace):
+            used = traced.modules.values()
+            traced.refused = {module: why for module, why in refused.items() if module in used}
+            return traced
+        reason, blamed = traced
         # What one module's code does, all of its class do.
         alike = {one: reason for one in network.modules() if type(one) is type(blamed) and one is not network}
         if blamed not in alike or blamed in refused or stores_state(blamed):
             raise NotTraceableError(reason)
         refused |= alike
-    traced.refused = {module: why for module, why in refused.items() if module in traced.modules.values()}
-    return traced
 
 
-def _run(
-    network: nn.Module, forward: Any, key: Key, live: set[nn.Module], opaque: set[nn.Module]
-) -> tuple[Trace | None, nn.Module | None, str]:
-    """A trace; else the innermost module whose code could not be followed, if one is known, and why."""
-    graph = None
-    with lock, torch.inference_mode(False), torch.enable_grad():
-        before = SideEffects(network)
-        tracer = Tracer(live, opaque)
-        watch = Watch(_isinstance, tracer.note_refusal)
-        reason = ""
+def _run(network: nn.Module, forward: Any, key: Key, left: set[nn.Module]) -> Trace | tuple[str, nn.Module]:
+    """A trace; else why there is none, and the innermost module to blame for it."""
+    with lock, torch.inference_mode(False), torch.enable_grad(), left_as_it_is(network) as effects:
+        in_circles = Tracer(network, left)
+        watch = Watch(_isinstance, in_circles.note_refusal)
         try:
-            with watch, _Computing(tracer):
-                graph = tracer.trace_call(network, forward, key)
+            with watch, _NoTensors(in_circles.refuse):
+                graph = in_circles.trace_call(network, forward, key)
         # Code that is not made for tracing fails in any way.
         except Exception as error:
-            reason = tracer.refused or _in_words(error)
-        finally:
-            entered, blamed = tracer.let_go()
-            effect = before.undo()
-        if graph is not None and not effect and tracer.has_leaked():
-            effect = "its forward keeps a tensor in an object that is none of its modules"
-        if effect:
-            # Where an attribute is changed, others may read it, so no module alone is to blame.
-            blamed, reason = None, effect
-        if not (reason or tracer.refused) and watch.asks and tracer.unknown:
-            reason = f"it may ask whether what {tracer.unknown} returns is None"
-    if graph is None or reason or tracer.refused:
-        return None, blamed, reason or tracer.refused
+            reason = textwrap.shorten(str(error).strip().partition("\n")[0], 200, placeholder="...")
+            in_circles.note_refusal(reason or type(error).__name__)
+        # FX leaves tracers behind in circles, and the weights that they know with them.
+        tracer = copy.copy(in_circles)
+        in_circles.__dict__ = {"refusal": ("what stood for a tensor is used after the trace", nn.Module())}
+    if effects:
+        # Where an attribute is changed, others may read it, so no module alone is to blame.
+        return effects[-1], network
+    if not tracer.refusal and tracer.has_leaked():
+        tracer.note_refusal("its forward keeps a tensor in an object that is none of its modules")
+    if watch.asks and tracer.unknown:
+        tracer.note_refusal(f"it may ask whether what {tracer.unknown} returns is None")
+    if tracer.refusal:
+        return tracer.refusal
     modules = {}
     for node in graph.nodes:
-        node.meta.pop("is_tensor", None)
         # Annotations say nothing about the graph, and torch 2.11 cannot pickle those that are strings.
         node.type = None
         if node.op == "call_module":
             modules[str(node.target)] = network.get_submodule(str(node.target))
-    return Trace(graph, modules, entered, live, watch.reads), None, ""
-
-
-def _in_words(error: Exception) -> str:
-    message = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(error, TraceError) and "control flow" in message:
-        return _CONTROL_FLOW
-    return message if len(message) <= 200 else message[:197] + "..."
-
-
-# What returns its input in eval mode.
-_PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_PASSING_FUNCTIONS = {
-    "torch.nn.functional.dropout": ("input", "p", "training", "inplace"),
-    "torch.nn.functional.dropout2d": ("input", "p", "training", "inplace"),
-    "torchvision.ops.stochastic_depth.stochastic_depth": ("input", "p", "mode", "training"),
-}
+    return Trace(graph, modules, tracer.entered, None if ANY in watch.reads else watch.reads)
 
 
 def pass_through(traced: Trace) -> None:
-    """Take out of the graph what hands its input on in eval mode."""
+    """Take functions out of the graph that hand their input on in eval mode."""
     for node in list(traced.graph.nodes):
-        x = _passed(node, traced)
-        if x is not None:
-            node.replace_all_uses_with(x)
-            traced.graph.erase_node(node)
-
-
-def _passed(node: fx.Node, traced: Trace) -> fx.Node | None:
-    """The input that a node returns as it is; None if it does more."""
-    if node.op == "call_module" and len(node.all_input_nodes) == len(node.args) == 1:
-        module = traced.modules[str(node.target)]
-        if type(module) in _PASSING and not layers.has_hooks(module) and module not in traced.live:
-            traced.entered.append(module)
-            return node.all_input_nodes[0]
-    if node.op == "call_function":
-        target: Any = node.target
-        names = _PASSING_FUNCTIONS.get(
-            f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
-        )
-        given = None if names is None else {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if given is not None and given.get("training", True) is False and isinstance(given["input"], fx.Node):
-            return given["input"]
-    return None
+        function: Any = node.target
+        if f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}" in _PASSING_FUNCTIONS:
+            given = inspect.signature(function).bind(*node.args, **node.kwargs).arguments
+            if given.get("training", True) is False and isinstance(given["input"], fx.Node):
+                node.replace_all_uses_with(given["input"])
+                traced.graph.erase_node(node)
