@@ -53,7 +53,9 @@ class Questions:
 @functools.lru_cache(4096)
 def questions_of(code: CodeType) -> Questions:
     """What the code of a function can ask; nested functions are looked at when they are called."""
-    found = [(one.opname, one.argval) for one in dis.get_instructions(code) if one.opname not in _AHEAD]
+    found = [
+        step for one in dis.get_instructions(code) if one.opname not in _AHEAD for step in _steps_of(one)
+    ]
     # Steps behind the last one, and before the first.
     steps = [*found, ("", None), ("", None), ("", None)]
     its = Questions({*code.co_names, *(value for value in code.co_consts if isinstance(value, str))})
@@ -85,6 +87,15 @@ def questions_of(code: CodeType) -> Questions:
         its.stores |= op == "STORE_SUBSCR" and any(_is_read_of_self(steps, i - back) for back in (2, 3))
     its.reads |= {ANY} if its.reads & _OF_ANYTHING else set()
     return its
+
+
+def _steps_of(one: dis.Instruction) -> Iterator[tuple[str, Any]]:
+    """An instruction with its operand; two where Python 3.13 makes one of two."""
+    if isinstance(one.argval, tuple) and "_FAST_" in one.opname:
+        yield ("STORE_FAST" if one.opname.startswith("STORE") else "LOAD_FAST"), one.argval[0]
+        yield ("STORE_FAST" if one.opname.endswith("STORE_FAST") else "LOAD_FAST"), one.argval[1]
+    else:
+        yield one.opname, one.argval
 
 
 def _is_self(step: tuple[str, Any]) -> bool:
