@@ -25,8 +25,8 @@ class At:
 
     def __init__(self, fused: Any, layer: str) -> None:
         (self.overlay,) = fused.fused_cna_overlay.made.values()
-        self.block = dict(self.overlay.blocks()).get(layer)
         self.node = self.call(layer)
+        self.block = dict(self.overlay.graph.named_modules()).get(self.node.target)
 
     def call(self, layer: str) -> fx.Node:
         modules = dict(self.overlay.graph.named_modules())

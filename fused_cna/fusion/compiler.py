@@ -140,11 +140,11 @@ def _settled(number: Node) -> Any:
 def _log(matches: Matches) -> None:
     fused = Counter(group.parts() for group in matches.groups if group.is_fused)
     kinds = "".join(f", {count} x {parts}" for parts, count in fused.most_common())
-    if total := len(matches.groups) + len(matches.refused):
-        log.info("%d of %d convolutions are fused%s", fused.total(), total, kinds)
-    reasons = {group.conv: group.reason for group in matches.groups if group.reason} | matches.refused
-    for node, reason in reasons.items():
-        log.debug("%s: %s", node.name, reason)
+    if matches.groups:
+        log.info("%d of %d convolutions are fused%s", fused.total(), len(matches.groups), kinds)
+    for group in matches.groups:
+        if group.reason:
+            log.debug("%s: %s", group.conv.name, group.reason)
 
 
 def _tensor(node: Node) -> FakeTensor | None:

@@ -1,6 +1,5 @@
 """``fuse`` and ``unfuse``: whole networks, by data flow."""
 
-import contextlib
 import copy
 import operator
 import warnings
@@ -15,13 +14,13 @@ from torch.utils import _pytree as pytree
 from fused_cna.fusion import checks
 from fused_cna.fusion.groups import match
 from fused_cna.fusion.nodes import kind_of
-from fused_cna.fusion.overlay import NAME, FusedNetwork, Overlay, Overlays, lay_over, state, take_off
+from fused_cna.fusion.overlay import NAME, FusedNetwork, Overlay, Overlays, lay_over, take_off
 from fused_cna.fusion.questions import asks_own_class
 from fused_cna.fusion.records import FusionError, LayerRecord, records_of
 from fused_cna.fusion.rewrite import build_overlay
 from fused_cna.fusion.signatures import Key
 from fused_cna.fusion.trace import NotTraceableError, left_as_it_is, lock, pass_through, trace
-from fused_cna.fusion.verify import keeping_plain_graphs, verify_fused
+from fused_cna.fusion.verify import verify_fused
 from fused_cna.fusion.written_out import gather_norms
 from fused_cna.modules import ConvNormAct
 
@@ -79,12 +78,10 @@ def fuse(
     inputs = checks.as_arguments(example_inputs)
     with lock:
         network = model if inplace else _copy(model)
-        verify = verify and inputs is not None
         try:
-            with keeping_plain_graphs(network) if verify else contextlib.nullcontext():
-                fuse_in_place(network, freeze=freeze)
-                if inputs is not None:
-                    (verify_fused if verify else run_once)(network, inputs)
+            fuse_in_place(network, freeze=freeze)
+            if inputs is not None:
+                (verify_fused if verify else run_once)(network, inputs)
             checks.check_result(network, *records_of(network), strict=strict)
         except BaseException:
             unfuse(network, inplace=True)
@@ -146,10 +143,7 @@ def make_overlay(network: nn.Module, key: Key, freeze: bool) -> Overlay:
         if group.norm_call is not None and group.norm_call.module in live:
             group.leave("its norm is in training mode")
     layers = [LayerRecord(_name_of(g.conv), g.parts(), g.reason, g.missed) for g in matches.groups]
-    layers += [LayerRecord(_name_of(node), "conv", why, True) for node, why in matches.refused.items()]
-    return build_overlay(
-        network, traced, matches, layers, freeze=freeze, keep=getattr(state, "keeps_plain", False)
-    )
+    return build_overlay(network, traced, matches, layers, freeze=freeze)
 
 
 def _are_vectors(network: nn.Module, nodes: Sequence[Node]) -> bool:

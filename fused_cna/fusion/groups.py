@@ -43,6 +43,11 @@ class Group:
         return self.calls[self.conv]  # type: ignore[no-any-return]
 
     @property
+    def module(self) -> nn.Conv2d | None:
+        """The convolution, where a module is that can be part of a group."""
+        return getattr(self.call, "module", None)
+
+    @property
     def norm_call(self) -> Norm | None:
         return self.calls.get(self.norm)
 
@@ -70,7 +75,7 @@ class Group:
     @property
     def is_of_modules(self) -> bool:
         """Whether its parts are modules, so that a module can stand for it."""
-        return self.call.module is not None and (self.norm_call is None or self.norm_call.module is not None)
+        return self.module is not None and (self.norm_call is None or self.norm_call.module is not None)
 
     def leave(self, reason: str) -> None:
         """Take the group apart, although it looks as if it could be fused."""
@@ -88,10 +93,9 @@ class Group:
 
 @dataclass
 class Matches:
-    """All convolutions of a graph in their order, and those that are left alone."""
+    """All convolutions of a graph in their order."""
 
     groups: list[Group]
-    refused: dict[Node, str]
     aliasing: Aliasing
 
 
@@ -105,11 +109,8 @@ def match(graph: Graph, modules: dict[str, nn.Module], same_shape: SameShape) ->
         modules: the targets of the graph's ``call_module`` nodes.
     """
     calls = {node: call for node in graph.nodes if (call := call_of(node, modules)) is not None}
-    finder = _Finder(calls, modules, Aliasing(graph, calls, modules), same_shape)
-    refused = {
-        node: call.reason for node, call in calls.items() if isinstance(call, Refused) and call.kind is Conv
-    }
-    return Matches(finder.find(), refused, finder.aliasing)
+    aliasing = Aliasing(graph, calls, modules)
+    return Matches(_Finder(calls, modules, aliasing, same_shape).find(), aliasing)
 
 
 @dataclass
@@ -123,7 +124,11 @@ class _Finder:
         """The groups in the order of the graph."""
         self.taken: set[Node | None] = set()
         groups = []
-        for node in [node for node, call in self.calls.items() if isinstance(call, Conv)][::-1]:
+        for node, call in reversed(self.calls.items()):
+            if isinstance(call, Refused) and call.kind is Conv:
+                groups.append(Group(node, self.calls, reason=call.reason, missed=True))
+            if not isinstance(call, Conv):
+                continue
             group = Group(node, self.calls)
             self._extend(group)
             nodes, values = group.nodes, [value for value in group.values if isinstance(value, Node)]

@@ -14,7 +14,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ class Overlay:
     """The modules that the graph calls as they are, by path."""
     is_idle: bool
     """Whether nothing is fused, so that the network may as well run as it was written."""
-    plain: fx.Graph | None = None
-    """The graph before it was fused, where it is to be verified."""
-    pairs: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    plain: fx.Graph
+    """The graph before it was fused, to verify what it became."""
+    pairs: dict[fx.Node, fx.Node]
     """For nodes of the fused graph those of the plain one that compute the same."""
 
     def holds(self, network: nn.Module) -> bool:

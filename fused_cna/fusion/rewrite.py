@@ -38,7 +38,7 @@ def block_of(group: Group) -> FusedBlock:
     """The block for a group of modules, which shares them."""
     norm, act = group.norm_call, group.act_call
     block: Any = FusedBlock.from_modules(
-        group.call.module,  # type: ignore[arg-type]
+        group.module,  # type: ignore[arg-type]
         nn.Identity().eval() if norm is None else norm.module,
         None if act is None else act_module(act),
         residual_order=group.residual_order,
@@ -166,33 +166,25 @@ _NORM_OPTIONS = {
 
 
 def build_overlay(
-    network: nn.Module,
-    traced: Trace,
-    matches: Matches,
-    layers: list[LayerRecord],
-    *,
-    freeze: bool,
-    keep: bool,
+    network: nn.Module, traced: Trace, matches: Matches, layers: list[LayerRecord], *, freeze: bool
 ) -> Overlay:
     """The overlay of a network, whose graph is used up.
 
     Args:
         layers: what becomes of the convolutions.
         freeze: make :class:`FrozenConv` blocks, also of convolutions that nothing is fused with.
-        keep: keep the graph as it was traced, to be verified.
     """
     graph, modules = traced.graph, dict(traced.modules)
     # A snapshot's results lie in channels_last inside the graph, so that code may not ask how they lie.
     asks = any(node.target in _READS_LAYOUT for node in graph.nodes) or matches.aliasing.depends_on_layout()
     freeze = freeze and not asks
     plain, copies = fx.Graph(), dict[Node, Node]()
-    if keep:
-        plain.output(plain.graph_copy(graph, copies))
+    plain.output(plain.graph_copy(graph, copies))
     rewriter = Rewriter(graph)
     blocks: dict[tuple[Any, ...], str] = {}
     snapshots: list[nn.Module] = []
     for group in matches.groups:
-        if not group.is_fused and not (freeze and group.call.module is not None):
+        if not group.is_fused and not (freeze and group.module is not None):
             continue
         if not group.is_of_modules:
             # Parts of it are modules that are not called any more, so hooks on them have to be looked for.
@@ -221,14 +213,18 @@ def build_overlay(
     # Else graph and module refer to each other, and the weights stay until the garbage collector comes by.
     fused.graph.owning_module = None
     leaves = {name: module for name, module in traced.modules.items() if name in called}
-    is_idle = not rewriter.replaced
-    overlay = Overlay(fused, values, Guard(network, traced, snapshots), layers, leaves, is_idle)
-    if keep:
-        stand_ins = {made: last for last, made in rewriter.replaced.items()}
-        found = {node: copies.get(stand_ins.get(node, node)) for node in fused.graph.nodes}
-        overlay.plain = plain
-        overlay.pairs = {node: copied for node, copied in found.items() if copied is not None}
-    return overlay
+    stand_ins = {made: last for last, made in rewriter.replaced.items()}
+    twins = {node: copies.get(stand_ins.get(node, node)) for node in fused.graph.nodes}
+    return Overlay(
+        fused,
+        values,
+        Guard(network, traced, snapshots),
+        layers,
+        leaves,
+        is_idle=not rewriter.replaced,
+        plain=plain,
+        pairs={node: twin for node, twin in twins.items() if twin is not None},
+    )
 
 
 # What tells how a tensor lies in memory.

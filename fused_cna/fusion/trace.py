@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -330,8 +330,6 @@ class Trace:
     """The modules whose ``forward`` became part of the graph, the network itself excluded."""
     reads: set[str] | None
     """The names of the attributes that the code may have read; None for any."""
-    refused: dict[nn.Module, str] = field(default_factory=dict)
-    """Leaves whose own code cannot be followed, and why."""
 
 
 def trace(network: nn.Module, forward: Callable[..., Any], key: Key, live: set[nn.Module]) -> Trace:
@@ -344,16 +342,14 @@ def trace(network: nn.Module, forward: Callable[..., Any], key: Key, live: set[n
     Raises:
         NotTraceableError: the network cannot be followed, with the reason.
     """
-    refused: dict[nn.Module, str] = {}
+    refused: set[nn.Module] = set()
     while True:
         traced = _run(network, forward, key, {*live, *refused})
         if isinstance(traced, Trace):
-            used = traced.modules.values()
-            traced.refused = {module: why for module, why in refused.items() if module in used}
             return traced
         reason, blamed = traced
         # What one module's code does, all of its class do.
-        alike = {one: reason for one in network.modules() if type(one) is type(blamed) and one is not network}
+        alike = {one for one in network.modules() if type(one) is type(blamed) and one is not network}
         if blamed not in alike or blamed in refused or stores_state(blamed):
             raise NotTraceableError(reason)
         refused |= alike

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_cna.fusion.checks import does_not_run
-from fused_cna.fusion.overlay import NAME, FusedNetwork, Overlay, state, take_off
+from fused_cna.fusion.overlay import FusedNetwork, Overlay, state, take_off
 from fused_cna.fusion.records import FusionError
 from fused_cna.fusion.trace import left_as_it_is
 
@@ -265,17 +265,3 @@ def _allowed(value: Any, own_error: float = 0.0) -> float:
         times, least = _ALLOWED.get(value.dtype.to_real(), _ALLOWED_OF_INTEGERS)
         return max(times * own_error, least)
     return own_error
-
-
-@contextlib.contextmanager
-def keeping_plain_graphs(network: nn.Module) -> Iterator[None]:
-    """A context in which overlays keep the graph that they are made of; behind it they have none."""
-    state.keeps_plain = True
-    try:
-        yield
-    finally:
-        state.keeps_plain = False
-        for module in network.modules():
-            for overlay in getattr(module.__dict__.get(NAME), "made", {}).values():
-                if isinstance(overlay, Overlay):
-                    overlay.plain, overlay.pairs = None, {}

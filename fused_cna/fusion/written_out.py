@@ -37,7 +37,7 @@ def gather_norms(
     calls = {node: call for node in graph.nodes if (call := call_of(node, modules)) is not None}
     aliasing = Aliasing(graph, calls, modules)
     for node, (x, vectors, eps) in found.items():
-        if any(aliasing.changed_between(one, x, node) for one in vectors) or not fits(node, x, vectors):
+        if any(aliasing.changed_between(one, one, node) for one in vectors) or not fits(node, x, vectors):
             continue
         with graph.inserting_before(node):
             made = graph.call_function(function, (x, *vectors, False, 0.1, eps))
