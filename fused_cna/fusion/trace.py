@@ -46,7 +46,7 @@ _REFUSED_METHODS = {
     "__hash__": "it looks up what depends on the input",
     "__len__": "it asks for a length that depends on the input",
     **dict.fromkeys(("__float__", "__int__"), "it makes a number of a tensor"),
-    **dict.fromkeys(("__format__", "__str__", "__repr__"), "it makes a text of a tensor"),
+    **dict.fromkeys(("__str__", "__repr__"), "it makes a text of a tensor"),
     "__array__": "it makes an array of a tensor",
 }
 
@@ -130,6 +130,9 @@ class _Proxy(fx.Proxy):
             self.refuse(f"it sets {name} of a tensor")
         super().__setattr__(name, value)
 
+    def __format__(self, spec: str) -> str:
+        return self.tracer.text()  # type: ignore[attr-defined,no-any-return]
+
     def __copy__(self, *_: Any) -> "_Proxy":
         # No error, as what the code keeps outside of its modules may be copied later.
         self.tracer.note_refusal("it copies a tensor with Python's copy")  # type: ignore[attr-defined]
@@ -194,6 +197,8 @@ class Tracer(fx.Tracer):
         self._names = {id(tensor): name for name, tensor in reversed(named)}
         self.made: list[weakref.ref[_Proxy]] = []
         self._calls = [network]
+        self._texts: list[str] = []
+        self._numbers = itertools.count()
         """The modules whose code runs; after an error, down to the one that failed."""
         self.entered: list[nn.Module] = []
         self.refusal: tuple[str, nn.Module] | None = None
@@ -209,6 +214,7 @@ class Tracer(fx.Tracer):
             arguments = arguments_of(forward, key, inputs)
             before, containers = contents_of(arguments)
             result = forward(network, *arguments.args, **arguments.kwargs)
+            self._check_texts()
             after, containers_after = contents_of(arguments)
             if containers != containers_after or not _is_same(before, after):
                 self.refuse("it changes a container that it is called with")
@@ -255,6 +261,7 @@ class Tracer(fx.Tracer):
             self.entered.append(m)
             # What is entered may be no part of the network, such as a slice of one.
             result = args[0] if type(m) in _PASSING and args else forward(*args, **kwargs)
+            self._check_texts()
         self._calls.pop()
         return result
 
@@ -272,10 +279,21 @@ class Tracer(fx.Tracer):
 
     iter = to_bool
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(self, kind: str, target: Any, args: Any, *more: Any, **kwargs: Any) -> fx.Node:
         if self.refusal:
             raise TraceError(self.refusal[0])
-        return super().create_node(*args, **kwargs)
+        if target is torch._assert:
+            self._texts = [text for text in self._texts if text not in str(args)]
+        return super().create_node(kind, target, args, *more, **kwargs)
+
+    def text(self) -> str:
+        """A text of a value that depends on the input, which may only become the message of an assertion."""
+        self._texts.append(f"<value {next(self._numbers)}>")
+        return self._texts[-1]
+
+    def _check_texts(self) -> None:
+        if self._texts:
+            self.refuse("it makes a text of a tensor")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers are values that the graph takes, whatever they hold now."""

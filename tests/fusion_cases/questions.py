@@ -331,3 +331,12 @@ ANSWERED: dict[str, Callable[[Any, Any], Any]] = {
 }
 for name, question in ANSWERED.items():
     add(f"answers_{name}", type("Answered", (Group,), {"forward": question}), fused={"conv": WHOLE})
+
+
+@case(fused={"conv": WHOLE})
+class Asserting(Group):
+    """A text of sizes may be the message of an assertion, and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[2] > 0, f"an image of {x.shape[2]} rows")
+        return super().forward(x)
