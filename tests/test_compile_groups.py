@@ -31,7 +31,7 @@ FUNCTIONS: dict[Callable[[Tensor], Tensor], str] = {
 
 
 @pytest.mark.parametrize(
-    ("act", "name"), [*((act, activation.describe(act)[0]) for act in MODULES), *FUNCTIONS.items()], ids=str
+    ("act", "name"), [*((act, activation.describe(act)[0]) for act in MODULES), *FUNCTIONS.items()]
 )
 def test_activations(act: Callable[[Tensor], Tensor], name: str, graphs: Graphs) -> None:
     check(randomised(Block(act=act)), graphs, image(), fullgraph=True)

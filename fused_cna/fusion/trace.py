@@ -197,9 +197,9 @@ class Tracer(fx.Tracer):
         self._names = {id(tensor): name for name, tensor in reversed(named)}
         self.made: list[weakref.ref[_Proxy]] = []
         self._calls = [network]
+        """The modules whose code runs; after an error, down to the one that failed."""
         self._texts: list[str] = []
         self._numbers = itertools.count()
-        """The modules whose code runs; after an error, down to the one that failed."""
         self.entered: list[nn.Module] = []
         self.refusal: tuple[str, nn.Module] | None = None
         """Why there can be no graph, whether or not the code caught the error, and the innermost module."""
