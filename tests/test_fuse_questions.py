@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -156,3 +157,20 @@ def test_who_does_not_ask_is_right_in_every_mode(mode: Callable[[nn.Module], Ten
     with torch.no_grad():
         for way in (mode, outside, mode):
             check(way, fused, plain)
+
+
+def test_what_the_garbage_collector_calls_is_not_of_the_network() -> None:
+    def collected(phase: str, info: object) -> None:
+        try:
+            assert info is not None
+        except AssertionError:
+            raise
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(collected)
+    gc.set_threshold(1, 1, 1)
+    try:
+        assert fused_cna.report(fused_cna.fuse(Group().eval())).fused
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(collected)

@@ -7,6 +7,7 @@ part of a trace is looked at once, its bytecode and the names in it.
 import contextlib
 import dis
 import functools
+import gc
 import re
 import sys
 from collections import deque
@@ -174,6 +175,9 @@ class Watch:
         """The names of attributes that the code may read."""
 
     def __enter__(self) -> "Watch":
+        # What the garbage collector calls is no code of the network.
+        self._collects = gc.isenabled()
+        gc.disable()
         self._before = sys.getprofile(), torch.is_tensor
         torch.is_tensor = lambda value: self._is_instance(value, torch.Tensor)  # type: ignore[assignment]
         sys.setprofile(self._note)
@@ -182,6 +186,8 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         profile, torch.is_tensor = self._before
         sys.setprofile(profile)
+        if self._collects:
+            gc.enable()
         for names in self._answered:
             del names["isinstance"]
 
