@@ -80,7 +80,10 @@ def left_as_it_is(network: nn.Module, *, of_tensors: bool = False) -> Iterator[l
     tensors = (*network.parameters(), *network.buffers())
     values = [(one, one.detach().clone()) for one in tensors if of_tensors]
     try:
-        with torch.random.fork_rng(sorted({one.device.index for one in tensors if one.is_cuda})):
+        # A trace runs nothing on a GPU.
+        with torch.random.fork_rng(
+            sorted({one.device.index for one in tensors if of_tensors and one.is_cuda})
+        ):
             if network.training:
                 network.eval()
             yield effects
