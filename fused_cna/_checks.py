@@ -122,6 +122,18 @@ def output_size(
     )
 
 
+def output_shape(
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """The shape of a convolution's result, [N, K, P, Q] or [K, P, Q]; see :func:`output_size`."""
+    size = output_size(shape[-2:], weight_shape[2:], stride, padding, dilation)
+    return *shape[:-3], weight_shape[0], *size
+
+
 def check_dimensions(x: Tensor, weight: Tensor) -> None:
     """Refuse an input or a weight that has not four dimensions."""
     if x.dim() != 4:

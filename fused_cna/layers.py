@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrize
 
-from fused_cna import activation
-from fused_cna._checks import explicit_padding, output_size
+from fused_cna import _checks, activation
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -90,9 +89,8 @@ def output_shape(conv: Any, shape: Sequence[int], zero_pad: Sequence[int]) -> tu
     if pads_same(conv):
         padding = same_padding(size, filter_size, stride, dilation)
     elif isinstance(padding, str):
-        padding = explicit_padding(padding, filter_size, stride, dilation)
-    size = output_size(size, filter_size, stride, padding, dilation)
-    return *shape[:-3], conv.weight.shape[0], *size
+        padding = _checks.explicit_padding(padding, filter_size, stride, dilation)
+    return _checks.output_shape((*shape[:-2], *size), conv.weight.shape, stride, padding, dilation)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch._prims_common import make_contiguous_strides_for, suggest_memory_form
 from torch.fx import Node
 
 from fused_cna import activation, eager, layers, ops
-from fused_cna._checks import explicit_padding, output_size, pair
+from fused_cna._checks import explicit_padding, output_shape, pair
 from fused_cna.fusion.aliasing import KEEPING_LAYOUT
 from fused_cna.fusion.groups import RESIDUAL_FIRST
 from fused_cna.fusion.nodes import Act, Add, Norm, Pad, call_of
@@ -139,8 +139,7 @@ class FrozenConv(nn.Module):
     def _shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of the result for an ``x`` with its borders."""
         padding, stride, dilation, _ = self.geometry.values()
-        size = output_size(x.shape[-2:], self.weight.shape[2:], stride, padding, dilation)
-        return *x.shape[:-3], self.weight.shape[0], *size
+        return output_shape(x.shape, self.weight.shape, stride, padding, dilation)
 
     def _run(
         self, x: Tensor, residual: Any, act: str, params: Sequence[float], overwrites: bool = False

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 from fused_cna.fusion import checks
 from fused_cna.fusion.groups import match
 from fused_cna.fusion.nodes import kind_of
-from fused_cna.fusion.overlay import NAME, FusedNetwork, Overlay, Overlays, lay_over, take_off
+from fused_cna.fusion.overlay import FusedNetwork, Overlay, Overlays, lay_over, take_off
 from fused_cna.fusion.questions import asks_own_class
-from fused_cna.fusion.records import FusionError, LayerRecord, records_of
+from fused_cna.fusion.records import OVERLAYS, FusionError, LayerRecord, records_of
 from fused_cna.fusion.rewrite import build_overlay
 from fused_cna.fusion.signatures import Key
 from fused_cna.fusion.trace import NotTraceableError, left_as_it_is, lock, pass_through, trace
@@ -115,7 +115,7 @@ def trace_ahead(network: nn.Module, seen: set[nn.Module]) -> None:
         return
     seen.add(network)
     parts: Any = network.children()
-    overlays = network.__dict__.get(NAME)
+    overlays = network.__dict__.get(OVERLAYS)
     if overlays is not None:
         overlay = overlays.make_default(network)
         if isinstance(overlay, Overlay):
@@ -172,8 +172,7 @@ def unfuse(model: Network, *, inplace: bool = False) -> Network:
         model: a fused network; any other is returned as it is.
         inplace: change and return ``model`` itself instead of a copy of it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"unfuse() takes an nn.Module, but got {type(model).__name__}")
+    checks.check_module(model, "unfuse")
     with lock:
         network = model if inplace else _copy(model)
         for module in list(network.modules()):

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from fused_cna import layers
+from fused_cna.fusion.records import OVERLAYS
 from fused_cna.fusion.trace import Trace
 
 # What fusing itself and a compiler add to a module.
-_NOT_COMPARED = {"fused_cna_overlay", "_compiled_call_impl", "_is_torch_compile", *vars(nn.Module())}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NOT_COMPARED = {OVERLAYS, "_compiled_call_impl", "_is_torch_compile", *vars(nn.Module())}
 _DEEPEST = 4
 # Tensors and arrays are compared elementwise, unless they are the same, and that is not true or false.
 _NO_ANSWER = (RuntimeError, TypeError, ValueError, AttributeError)
@@ -43,7 +43,9 @@ class Guard:
         parts = list(dict.fromkeys((*network.modules(), *traced.entered)))
         self._modules = [m for m in parts[1:] if m not in leaves or m in traced.entered]
         code = [network, *self._modules]
-        self._shape = self._shape_of(network)
+        self._training = [module.training for module in self._modules]
+        self._kinds = [*map(type, self._modules)]
+        self._children = [dict(module._modules) for module in code]
         self._keys = [set(vars(module)) for module in code]
         self._names = [self._names_of(module) for module in code]
         self._held = [(i, held) for i, module in enumerate(code) if (held := _tensors_of(module))]
@@ -53,29 +55,25 @@ class Guard:
             for name in self._names_of(module)
         ]
         # A module that is called runs its own hooks, as those of the network itself run around its forward.
-        self._own = dict.fromkeys((*traced.entered, *self._folded))
-        self._hooks = [vars(module)[hooks] for module in self._own for hooks in _HOOKS]
+        self._own = list(dict.fromkeys((*traced.entered, *self._folded)))
 
     def holds(self, network: nn.Module) -> bool:
         """Whether all is as it was, without hooks inside, and in eval mode."""
         try:
             return (
-                not any(self._hooks)
-                and not layers.has_global_hooks()
-                and self._shape_of(network) == self._shape
+                not layers.has_global_hooks()
+                and [module.training for module in self._modules] == self._training
+                and [*map(type, self._modules)] == self._kinds
+                and [module._modules for module in (network, *self._modules)] == self._children
                 and _versions(self._tensors) == self._versions
                 and [*map(type, self._folded)] == self._folded_kinds
                 and [_state(module) for module in self._folded] == self._states
-                and not any("forward" in vars(module) for module in (network, *self._own))
+                and not any(map(layers.has_hooks, self._own))
+                and "forward" not in vars(network)
                 and self._has_the_same_attributes(network)
             )
         except _NO_ANSWER:
             return False
-
-    def _shape_of(self, network: nn.Module) -> tuple[list[Any], ...]:
-        modules = self._modules
-        children = [dict(module._modules) for module in (network, *modules)]
-        return [module.training for module in modules], [*map(type, modules)], children
 
     def _has_the_same_attributes(self, network: nn.Module) -> bool:
         code = [network, *self._modules]

@@ -22,12 +22,9 @@ from torch import Tensor, fx, nn
 
 from fused_cna import eager
 from fused_cna.fusion.guards import Guard
-from fused_cna.fusion.records import LayerRecord
+from fused_cna.fusion.records import OVERLAYS, LayerRecord
 from fused_cna.fusion.signatures import Key, default_key, key_of
 from fused_cna.fusion.trace import NotTraceableError, lock
-
-NAME = "fused_cna_overlay"
-"""The attribute of a network that holds its overlays."""
 
 _MOST_SIGNATURES = 8
 
@@ -144,11 +141,11 @@ class FusedNetwork(nn.Module):
     # Of a method without arguments, since torch 2.11 takes no module as a constant one.
     @torch.compiler.assume_constant_result
     def _counts_that_run(self) -> tuple[int, ...]:
-        return tuple(count for count, one in self.__dict__[NAME].by_count.items() if _runs(one, self))
+        return tuple(count for count, one in self.__dict__[OVERLAYS].by_count.items() if _runs(one, self))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A class that makes more of its own kind, as a slice of nn.Sequential is made, makes plain ones.
-        overlays: Any = self.__dict__.get(NAME)
+        overlays: Any = self.__dict__.get(OVERLAYS)
         if overlays is not None and not self.training:
             if torch.compiler.is_compiling():
                 only_tensors = not kwargs and all(isinstance(x, Tensor) for x in args)
@@ -163,7 +160,7 @@ class FusedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "FusedNetwork":
         super()._apply(fn, recurse)
-        overlays = self.__dict__.get(NAME)
+        overlays = self.__dict__.get(OVERLAYS)
         # Snapshots are made anew of what moved, or was left without values.
         if overlays is not None and overlays.frozen:
             overlays.clear()
@@ -210,7 +207,7 @@ def _new(plain: type[nn.Module]) -> nn.Module:
 
 
 def _as_fused(network: nn.Module) -> nn.Module:
-    if NAME in network.__dict__:
+    if OVERLAYS in network.__dict__:
         network.__class__ = fused_class(type(network))
     return network
 
@@ -249,11 +246,11 @@ def fused_class(plain: type[nn.Module]) -> type[FusedNetwork]:
 def lay_over(network: nn.Module, overlays: Overlays) -> None:
     """Turn a network into its fused self, in place."""
     kind = fused_class(type(network))
-    network.__dict__[NAME] = overlays
+    network.__dict__[OVERLAYS] = overlays
     network.__class__ = kind
 
 
 def take_off(network: FusedNetwork) -> None:
     """Undo :func:`lay_over`."""
-    network.__dict__.pop(NAME, None)
+    network.__dict__.pop(OVERLAYS, None)
     network.__class__ = network.plain_class  # type: ignore[assignment]

@@ -30,6 +30,9 @@ class LayerRecord:
         return "+" in self.parts
 
 
+OVERLAYS = "fused_cna_overlay"
+"""The attribute of a network that holds its overlays."""
+
 CALLED_BY_PYTHON = "Python code that cannot be followed calls it"
 _OUTSIDE = "it is outside of what was fused"
 
@@ -75,7 +78,7 @@ def records_of(network: nn.Module) -> tuple[list[LayerRecord], dict[str, str]]:
             reason = "its network has changed since it was traced, and runs as it was written"
         elif refusals := _made(module):
             untraceable[path], reason = refusals[0], CALLED_BY_PYTHON
-        elif "fused_cna_overlay" in vars(module) and reason == _OUTSIDE:
+        elif OVERLAYS in vars(module) and reason == _OUTSIDE:
             reason = "its network was not called yet, which traces it: give report() example_inputs"
         for name, part in inner.items():
             visit(f"{path}.{name}".lstrip("."), part, reason)
@@ -93,4 +96,4 @@ def traces_of(module: nn.Module) -> list[Any]:
 
 
 def _made(module: nn.Module) -> list[Any]:
-    return [*getattr(vars(module).get("fused_cna_overlay"), "made", {}).values()]
+    return [*getattr(vars(module).get(OVERLAYS), "made", {}).values()]

@@ -11,8 +11,7 @@ from torch import nn
 
 from fused_cna.fusion import checks
 from fused_cna.fusion.fuse import fuse_in_place, run_once, trace_ahead
-from fused_cna.fusion.overlay import NAME as OVERLAYS
-from fused_cna.fusion.records import LayerRecord, records_of, traces_of
+from fused_cna.fusion.records import OVERLAYS, LayerRecord, records_of, traces_of
 from fused_cna.fusion.trace import left_as_it_is
 
 _STEM_CHANNELS = 4

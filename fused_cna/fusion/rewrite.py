@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from fused_cna import activation, eager, layers
-from fused_cna._checks import explicit_padding, output_size, pair
+from fused_cna._checks import explicit_padding, output_shape, pair
 from fused_cna.activation import ACTIVATIONS
 from fused_cna.fusion.frozen import FrozenConv, keep_layout, reuse_memory
 from fused_cna.fusion.groups import RESIDUAL_FIRST, Group, Matches
@@ -27,11 +27,15 @@ class FusedBlock(ConvNormAct):
 
     def forward(self, x: Tensor, residual: Any = None, *, out: Tensor | None = None) -> Tensor:
         """As :class:`ConvNormAct`, but a residual of another shape or dtype broadcasts and promotes."""
-        shape = layers.output_shape(self.conv, x.shape, self.zero_pad) if x.dim() in (3, 4) else ()
-        if residual is None or eager.is_summand(residual, x, shape):
-            return super().forward(x, residual)
+        if residual is None or out is not None or self._fits(x, residual):
+            return super().forward(x, residual, out=out)
         z = self.norm(self.conv(self._pad(x)))
         return self.act(z + residual) if self.residual_order == "add_act" else self.act(z) + residual
+
+    def _fits(self, x: Tensor, residual: Any) -> bool:
+        """Whether the residual is what the fused call can add."""
+        shape = layers.output_shape(self.conv, x.shape, self.zero_pad) if x.dim() in (3, 4) else ()
+        return eager.is_summand(residual, x, shape)
 
 
 def block_of(group: Group) -> FusedBlock:
@@ -78,20 +82,17 @@ def call_by_values(
     if fits and residual is not None:
         stride, padding, dilation, _ = of_conv.values()
         padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
-        size = output_size(x.shape[-2:], weight.shape[2:], stride, padding, dilation)
-        fits = eager.is_summand(residual, x, (*x.shape[:-3], weight.shape[0], *size))
+        shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
+        fits = eager.is_summand(residual, x, shape)
     if fits:
         return conv_norm_act(x, weight, bias, residual=residual, **options)
     z = conv_norm_act(x, weight, bias, **of_conv)
     if vectors[0] is not None:
         compute: Any = batch_norm_written_out if norm == "written out" else F.batch_norm
         z = compute(z, *vectors, False, 0.1, options["eps"])
-    act, order = (
-        (options.get("act", "identity"), options.get("act_params", ())),
-        options.get("residual_order"),
-    )
+    order = options.get("residual_order")
     z = z + residual if order == "add_act" else z
-    z = activation.apply(z, *act)
+    z = activation.apply(z, options.get("act", "identity"), options.get("act_params", ()))
     return z + residual if order == "act_add" else z
 
 
