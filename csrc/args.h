@@ -12,7 +12,15 @@ struct CUstream_st;
 
 namespace fused_cna {
 
-using Stream = CUstream_st*;
+// Where kernels are launched, and how.
+struct Stream {
+    CUstream_st* handle = nullptr;
+    // Programmatic dependent launch: a kernel may start while the one ahead of it still runs. For devices of compute
+    // capability 9.0 whose code waits for it (device::await_prerequisites).
+    bool starts_early = false;
+    // All that the host does for a launch but the launch itself, to be timed where there is no GPU.
+    bool is_dry = false;
+};
 
 enum class Activation : int32_t {
     identity,

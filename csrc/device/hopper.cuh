@@ -12,13 +12,6 @@
 
 namespace fused_cna::device {
 
-// Whether this compilation is for a target that has it. Others compile such a kernel to nothing.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-inline constexpr bool is_hopper = true;
-#else
-inline constexpr bool is_hopper = false;
-#endif
-
 // Of the block's warpgroups the one that this thread is in: the same in all of a warp, which the compiler could not know of
 // a number made from the thread's.
 __device__ __forceinline__ int warpgroup() { return __shfl_sync(0xffffffffu, thread_x() / 128, 0); }

@@ -9,6 +9,14 @@
 
 namespace fused_cna::device {
 
+// Whether this compilation is for a target that has what compute capability 9.0 alone has ("a" targets). Others compile a
+// kernel that needs it to nothing.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool is_hopper = true;
+#else
+inline constexpr bool is_hopper = false;
+#endif
+
 __device__ __forceinline__ int thread_x() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int64_t block_x() { return blockIdx.x; }
 __device__ __forceinline__ int64_t grid_x() { return gridDim.x; }
@@ -40,6 +48,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // prefetch.global.L2: asks the L2 for the line at an address of global memory, and waits for nothing.
 __device__ __forceinline__ void prefetch(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
+// griddepcontrol.wait: waits until the kernels ahead on the stream have ended, and sees all that they wrote; at once where
+// the launch was not allowed to start early. Before it nothing may be read that a kernel may have written, parameters of the
+// network among it, and nothing be written. Every thread that reads or writes calls it, and none leaves without: the kernel
+// behind takes the end of this one for the end of all ahead.
+__device__ __forceinline__ void await_prerequisites() {
+    if constexpr (is_hopper) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// griddepcontrol.launch_dependents: once every block has called it or ended, the kernel behind on the stream may start, as
+// far as it fits beside this one.
+__device__ __forceinline__ void launch_dependents() {
+    if constexpr (is_hopper) asm volatile("griddepcontrol.launch_dependents;");
 }
 
 // cp.async: copies Bytes to shared memory without waiting, or writes zeros where `valid` is false, and then reads nothing.

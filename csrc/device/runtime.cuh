@@ -47,13 +47,18 @@ const char* start(void (*kernel)(P...), const LaunchShape& shape, Stream stream,
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
     config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-    config.stream = stream;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    config.stream = stream.handle;
+    cudaLaunchAttribute attributes[2]{};
+    config.attrs = attributes;
     if (shape.cluster > 1) {
-        config.attrs = &cluster;
-        config.numAttrs = 1;
+        cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    }
+    if (stream.starts_early) {
+        cudaLaunchAttribute& early = attributes[config.numAttrs++];
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
     }
     return in_words(cudaLaunchKernelEx(&config, kernel, args...));
 }

@@ -134,7 +134,7 @@ void launch_plan(ConvArgs args, const Plan& plan, const Inputs& in) {
         workspace = at::empty({plan.workspace_bytes / int64_t{sizeof(float)}}, in.x.options().dtype(at::kFloat));
         args.workspace = workspace.mutable_data_ptr<float>();
     }
-    run(args, plan, c10::cuda::getCurrentCUDAStream());
+    run(args, plan, {.handle = c10::cuda::getCurrentCUDAStream()});
 }
 
 bool same_steps(const Tensor& a, const Tensor& b) {

@@ -65,7 +65,7 @@ T on_gpu(T value) {
 template <auto kernel, class... A>
 void run(const LaunchShape& shape, const A&... args) {
     check(cudaMemcpy(on_gpu(arena + 0), arena, arena_used, cudaMemcpyHostToDevice));
-    check(launch<kernel>(shape, nullptr, on_gpu(args)...));
+    check(launch<kernel>(shape, {}, on_gpu(args)...));
     cudaError_t state = cudaErrorNotReady;
     for (int ms = 0; ms < 5000 && (state = cudaStreamQuery(nullptr)) == cudaErrorNotReady; ++ms) usleep(1000);
     check(state == cudaErrorNotReady ? "hangs" : nullptr);

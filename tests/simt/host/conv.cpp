@@ -120,7 +120,7 @@ void run_conv(const ConvCall& call) {
     std::vector<float> workspace(plan.workspace_bytes / sizeof(float), std::numeric_limits<float>::quiet_NaN());
     args.workspace = workspace.data();
     set_seed(static_cast<uint64_t>(call.seed));
-    fused_cna::run(args, plan, nullptr);
+    fused_cna::run(args, plan, {});
 }
 
 }  // namespace simt

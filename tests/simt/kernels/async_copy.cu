@@ -21,7 +21,7 @@ using Kernel = void (*)(const float* input, float* output);
 
 template <Kernel kernel>
 const char* run(const Buffers& b) {
-    return launch<kernel>({1, threads, sizeof(Storage)}, nullptr, b.input, b.output);
+    return launch<kernel>({1, threads, sizeof(Storage)}, {}, b.input, b.output);
 }
 
 // Starts the copy of input[thread] to stage[thread].

@@ -25,7 +25,7 @@ using Kernel = void (*)(float* output, int cluster);
 template <Kernel kernel>
 const char* run(const Buffers& b) {
     const int blocks = static_cast<int>(b.input[0]), cluster = static_cast<int>(b.input[1]);
-    return launch<kernel>({blocks, threads, sizeof(Storage), cluster}, nullptr, b.output, cluster);
+    return launch<kernel>({blocks, threads, sizeof(Storage), cluster}, {}, b.output, cluster);
 }
 
 __device__ void write_own() {

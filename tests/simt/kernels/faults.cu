@@ -25,7 +25,7 @@ struct Storage {
 
 template <Kernel kernel>
 const char* run(const Buffers& b) {
-    return launch<kernel>({1, threads, sizeof(Storage)}, nullptr, b.input, b.output);
+    return launch<kernel>({1, threads, sizeof(Storage)}, {}, b.input, b.output);
 }
 
 // The neighbour's value is read without waiting for it.
@@ -130,9 +130,8 @@ __global__ void collective_against_barrier(const float* input, float* output) {
 const TestKernel use_collective_against_barrier("collective_against_barrier", run<collective_against_barrier>);
 
 __global__ void half_a_warp(const float* input, float* output) { output[0] = shuffle(input[0], 0); }
-const TestKernel use_half_a_warp("half_a_warp", [](const Buffers& b) {
-    return launch<half_a_warp>({1, 48, 0}, nullptr, b.input, b.output);
-});
+const TestKernel use_half_a_warp("half_a_warp",
+                                 [](const Buffers& b) { return launch<half_a_warp>({1, 48, 0}, {}, b.input, b.output); });
 
 __global__ void read_past_input(const float* input, float* output) { output[thread_x()] = input[thread_x() + 1]; }
 const TestKernel use_read_past_input("read_past_input", run<read_past_input>);
@@ -190,7 +189,7 @@ const TestKernel use_uninitialised_shared("uninitialised_shared", run<uninitiali
 
 __global__ void too_little_shared(const float*, float* output) { output[0] = shared_storage<Storage>().first[0]; }
 const TestKernel use_too_little_shared("too_little_shared", [](const Buffers& b) {
-    return launch<too_little_shared>({1, threads, sizeof(Storage) - 4}, nullptr, b.input, b.output);
+    return launch<too_little_shared>({1, threads, sizeof(Storage) - 4}, {}, b.input, b.output);
 });
 
 __global__ void exception(const float*, float*) {

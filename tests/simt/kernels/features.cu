@@ -23,7 +23,7 @@ __global__ void coordinates(float* output) {
 }
 
 const TestKernel use_coordinates("coordinates", [](const Buffers& b) {
-    return launch<coordinates>({b.outputs / (64 * 5), 64, 0}, nullptr, b.output);
+    return launch<coordinates>({b.outputs / (64 * 5), 64, 0}, {}, b.output);
 });
 
 template <int Threads>
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(Threads) block_sum(const float* __restrict__ i
 }
 
 const TestKernel use_block_sum("block_sum", [](const Buffers& b) {
-    return launch<block_sum<128>>({b.outputs, 128, sizeof(Sums<128>)}, nullptr, b.input, b.output);
+    return launch<block_sum<128>>({b.outputs, 128, sizeof(Sums<128>)}, {}, b.input, b.output);
 });
 
 // One row of 32 per call; what a lane gets is lane numbers (from lane 10: 100 is added for the 8-byte type).
@@ -67,7 +67,7 @@ __global__ void shuffles(float* output) {
     for (int i = 0; i < 9; ++i) output[i * 32 + lane()] = rows[i];
 }
 
-const TestKernel use_shuffles("shuffles", [](const Buffers& b) { return launch<shuffles>({1, 32, 0}, nullptr, b.output); });
+const TestKernel use_shuffles("shuffles", [](const Buffers& b) { return launch<shuffles>({1, 32, 0}, {}, b.output); });
 
 // Two warps vote on different questions.
 __global__ void votes(float* output) {
@@ -76,7 +76,7 @@ __global__ void votes(float* output) {
     output[64 + thread_x()] = static_cast<float>(ballot(warp() == 1) & 0xFFFF);
 }
 
-const TestKernel use_votes("votes", [](const Buffers& b) { return launch<votes>({1, 64, 0}, nullptr, b.output); });
+const TestKernel use_votes("votes", [](const Buffers& b) { return launch<votes>({1, 64, 0}, {}, b.output); });
 
 // Two halves of the block rotate their inputs, each at its own pace and behind its own barrier.
 __global__ void rotate_halves(const float* input, float* output) {
@@ -93,7 +93,7 @@ __global__ void rotate_halves(const float* input, float* output) {
 }
 
 const TestKernel use_rotate_halves("rotate_halves", [](const Buffers& b) {
-    return launch<rotate_halves>({1, 128, sizeof(float[128])}, nullptr, b.input, b.output);
+    return launch<rotate_halves>({1, 128, sizeof(float[128])}, {}, b.input, b.output);
 });
 
 // The last warp and one more thread leave before the barrier that the others wait at.
@@ -108,7 +108,7 @@ __global__ void early_exit(float* output) {
 }
 
 const TestKernel use_early_exit("early_exit", [](const Buffers& b) {
-    return launch<early_exit>({1, 128, sizeof(float[128])}, nullptr, b.output);
+    return launch<early_exit>({1, 128, sizeof(float[128])}, {}, b.output);
 });
 
 // Each block says whether it found its shared memory untouched, then uses it.
@@ -119,7 +119,7 @@ __global__ void fresh_shared_memory(float* output) {
 }
 
 const TestKernel use_fresh_shared_memory("fresh_shared_memory", [](const Buffers& b) {
-    return launch<fresh_shared_memory>({b.outputs / 64, 64, sizeof(float[64])}, nullptr, b.output);
+    return launch<fresh_shared_memory>({b.outputs / 64, 64, sizeof(float[64])}, {}, b.output);
 });
 
 // First half of the output: through half; second: through bfloat16.
@@ -131,7 +131,7 @@ __global__ void conversions(const float* input, float* output, int64_t count) {
 }
 
 const TestKernel use_conversions("conversions", [](const Buffers& b) {
-    return launch<conversions>({4, 64, 0}, nullptr, b.input, b.output, b.inputs);
+    return launch<conversions>({4, 64, 0}, {}, b.input, b.output, b.inputs);
 });
 
 // The value, the lower and the upper bound of each triple of the input.
@@ -141,7 +141,7 @@ __global__ void clamps(const float* input, float* output) {
 }
 
 const TestKernel use_clamps("clamps", [](const Buffers& b) {
-    return launch<clamps>({1, static_cast<int>(b.inputs / 3), 0}, nullptr, b.input, b.output);
+    return launch<clamps>({1, static_cast<int>(b.inputs / 3), 0}, {}, b.input, b.output);
 });
 
 // a * b + c with one rounding and with two, for the triples of the input.
@@ -152,7 +152,7 @@ __global__ void multiply_add(const float* input, float* output) {
 }
 
 const TestKernel use_multiply_add("multiply_add", [](const Buffers& b) {
-    return launch<multiply_add>({1, static_cast<int>(b.inputs / 3), 0}, nullptr, b.input, b.output);
+    return launch<multiply_add>({1, static_cast<int>(b.inputs / 3), 0}, {}, b.input, b.output);
 });
 
 // Nothing but barriers, as many as the first input says: for measuring.
@@ -162,7 +162,7 @@ __global__ void barriers_only(const float* input, float* output) {
 }
 
 const TestKernel use_barriers_only("barriers_only", [](const Buffers& b) {
-    return launch<barriers_only>({1, static_cast<int>(b.outputs), 0}, nullptr, b.input, b.output);
+    return launch<barriers_only>({1, static_cast<int>(b.outputs), 0}, {}, b.input, b.output);
 });
 
 struct AllSharedMemory {
@@ -180,8 +180,7 @@ __global__ void any_shape(float* output) {
 
 const TestKernel use_any_shape("any_shape", [](const Buffers& b) {
     return launch<any_shape>(
-        {static_cast<int64_t>(b.input[0]), static_cast<int>(b.input[1]), static_cast<int64_t>(b.input[2])}, nullptr,
-        b.output);
+        {static_cast<int64_t>(b.input[0]), static_cast<int>(b.input[1]), static_cast<int64_t>(b.input[2])}, {}, b.output);
 });
 
 }  // namespace

@@ -25,7 +25,7 @@ using Kernel = void (*)(const float* input, float* output);
 
 template <Kernel kernel, int Threads = threads, int Cluster = 1>
 const char* run(const Buffers& b) {
-    return launch<kernel>({Cluster, Threads, sizeof(Storage), Cluster}, nullptr, b.input, b.output);
+    return launch<kernel>({Cluster, Threads, sizeof(Storage), Cluster}, {}, b.input, b.output);
 }
 
 // Both barriers want so many arrivals.

@@ -34,14 +34,14 @@ void late_copies(const float* input, float* output) {
 }
 
 const TestKernel use_late_copies("late_copies", [](const Buffers& b) {
-    return launch<late_copies>({1, 64, sizeof(float[64])}, nullptr, b.input, b.output);
+    return launch<late_copies>({1, 64, sizeof(float[64])}, {}, b.input, b.output);
 });
 
 void block_order(float* output, int64_t* blocks_run) { output[block_x()] = static_cast<float>((*blocks_run)++); }
 
 const TestKernel use_block_order("block_order", [](const Buffers& b) {
     int64_t blocks_run = 0;
-    return launch<block_order>({b.outputs, 1, 0}, nullptr, b.output, &blocks_run);
+    return launch<block_order>({b.outputs, 1, 0}, {}, b.output, &blocks_run);
 });
 
 __global__ void any_size(float* output) { ++output[0]; }
@@ -62,15 +62,15 @@ const char* launch_two_sizes(const Buffers& b, const Launch& launch_any_size) {
     simt::before_next_launch([&] { std::thread([&] { error_beside = launch_any_size(smaller); }).join(); });
     if (const char* error = launch_any_size(larger)) return error;
     if (error_beside) return error_beside;
-    return start(any_size, larger, nullptr, b.output);
+    return start(any_size, larger, {}, b.output);
 }
 
 const TestKernel use_two_sizes("two_sizes", [](const Buffers& b) {
-    return launch_two_sizes(b, [&](const LaunchShape& shape) { return launch<any_size>(shape, nullptr, b.output); });
+    return launch_two_sizes(b, [&](const LaunchShape& shape) { return launch<any_size>(shape, {}, b.output); });
 });
 const TestKernel use_exact_limits("two_sizes_with_exact_limits", [](const Buffers& b) {
     return launch_two_sizes(
-        b, [&](const LaunchShape& shape) { return launch_with_exact_limit<any_size>(shape, nullptr, b.output); });
+        b, [&](const LaunchShape& shape) { return launch_with_exact_limit<any_size>(shape, {}, b.output); });
 });
 
 }  // namespace

@@ -130,7 +130,7 @@ const char* run_copy(const Buffers& b) {
     c.geometry.address = (Stores ? output : given).data();
     TensorMap map;
     if (const char* refusal = encode_map(c.geometry, map)) return refusal;
-    const char* refused = launch<copy_box<Stores>>(shape, nullptr, map, c.copy, (Stores ? given : output).data());
+    const char* refused = launch<copy_box<Stores>>(shape, {}, map, c.copy, (Stores ? given : output).data());
     for (int64_t i = 0; i < b.outputs; ++i) b.output[i] = output.get(i);
     return refused;
 }
@@ -169,7 +169,7 @@ const char* run(const Buffers& b) {
     Maps maps;
     if (const char* refusal = make_map(b.input, boxes, maps.input)) return refusal;
     if (const char* refusal = make_map(b.output, boxes, maps.output)) return refusal;
-    return launch<kernel>(shape, nullptr, maps, b.output);
+    return launch<kernel>(shape, {}, maps, b.output);
 }
 
 __device__ float* tile() { return shared_storage<Storage>().tile; }
@@ -356,7 +356,7 @@ const char* run_behind_the_end(const Buffers& b) {
     const int in_input = static_cast<int>(b.inputs / box_floats);
     TensorMap map;
     if (const char* refusal = make_map(b.input, in_input + 1, map)) return refusal;
-    return launch<read_behind_the_end>(shape, nullptr, map, in_input - 1 + Box, b.output);
+    return launch<read_behind_the_end>(shape, {}, map, in_input - 1 + Box, b.output);
 }
 const TestKernel behind[] = {{"read_the_last_box", run_behind_the_end<0>},
                              {"read_behind_the_last_box", run_behind_the_end<1>}};

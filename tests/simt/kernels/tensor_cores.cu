@@ -24,7 +24,7 @@ struct Storage {
 
 template <Kernel kernel>
 const char* run(const Buffers& b) {
-    return launch<kernel>({1, 32, sizeof(Storage)}, nullptr, b.input, b.output);
+    return launch<kernel>({1, 32, sizeof(Storage)}, {}, b.input, b.output);
 }
 
 // Shared memory holds its own word numbers. Lane l addresses the 16 bytes that the input says; output: its four words.
@@ -94,7 +94,7 @@ __global__ void round_all(const float* input, float* output, int64_t count) {
 }
 template <uint32_t kept>
 const char* run_round_all(const Buffers& b) {
-    return launch<round_all<kept>>({1, 32, 0}, nullptr, b.input, b.output, b.inputs);
+    return launch<round_all<kept>>({1, 32, 0}, {}, b.input, b.output, b.inputs);
 }
 const TestKernel use_round_all("round_to_tf32", run_round_all<0xFFFFE000>);
 const TestKernel use_round_unmasked("round_to_tf32_unmasked", run_round_all<0xFFFFFFFF>);

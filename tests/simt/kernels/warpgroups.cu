@@ -24,7 +24,7 @@ using Kernel = void (*)(const float* input, float* output);
 
 template <Kernel kernel, int N>
 const char* run(const Buffers& b) {
-    return launch<kernel>({1, threads, sizeof(Storage<N>)}, nullptr, b.input, b.output);
+    return launch<kernel>({1, threads, sizeof(Storage<N>)}, {}, b.input, b.output);
 }
 
 // By so many threads, of which this is one, as the input has it: bytes that are swizzled already.
@@ -166,7 +166,7 @@ __global__ void pipeline(const float* input, float* output) {
 }
 template <bool Early, bool Fences = true, int FullParity = 0>
 const char* run_pipeline(const Buffers& b) {
-    return launch<pipeline<Early, Fences, FullParity>>({1, 3 * threads, sizeof(Pipeline)}, nullptr, b.input, b.output);
+    return launch<pipeline<Early, Fences, FullParity>>({1, 3 * threads, sizeof(Pipeline)}, {}, b.input, b.output);
 }
 const TestKernel use_pipeline("wgmma_pipeline", run_pipeline<false>);
 const TestKernel use_early_release("early_release", run_pipeline<true>);

@@ -14,8 +14,6 @@
 
 namespace fused_cna::device {
 
-inline constexpr bool is_hopper = true;
-
 inline void named_barrier(int id, int threads, Where where = Where::current()) {
     simt::block().barriers.named(id).wait_for(threads, {"named_barrier", where});
 }

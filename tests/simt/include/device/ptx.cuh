@@ -18,11 +18,16 @@ namespace fused_cna::device {
 
 using Where = std::source_location;
 
+inline constexpr bool is_hopper = true;
+
 inline int thread_x() { return simt::block().thread(); }
 inline int64_t block_x() { return simt::block().index(); }
 inline int64_t grid_x() { return simt::block().grid(); }
 inline int lane() { return thread_x() % simt::warp_lanes; }
 inline int warp() { return thread_x() / simt::warp_lanes; }
+
+inline void await_prerequisites() {}
+inline void launch_dependents() {}
 
 inline void sync_threads(Where where = Where::current()) {
     simt::block().barriers.block().wait_for_block({"sync_threads", where});
