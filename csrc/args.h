@@ -139,6 +139,10 @@ struct ConvArgs {
     Strides y_strides;
     Epilogue epilogue;
     float* workspace = nullptr;  // the plan's workspace_bytes, uninitialised
+    // Of the weight, which an early start asks the L2 for; 0 where it does not.
+    uint32_t weight_lines = 0;
 };
+
+inline constexpr int64_t l2_line_bytes = 128;
 
 }  // namespace fused_cna

@@ -42,10 +42,22 @@ constexpr Row launchers[] = {
     {Kernel::stem, stem::launch},
 };
 
+// All of a weight that lies in one piece.
+uint32_t weight_lines(const ConvArgs& args) {
+    const ConvProblem& problem = args.problem;
+    const FilterStrides& strides = args.weight_strides;
+    const int64_t values = problem.k * problem.gemm_k();
+    const int64_t extent = 1 + (problem.k - 1) * strides.k + (problem.c_per_group() - 1) * strides.c +
+                           (problem.r - 1) * strides.r + (problem.s - 1) * strides.s;
+    const int64_t lines = ceil_div(values * size_in_bytes(problem.dtype), l2_line_bytes);
+    return extent == values && lines <= int_limit ? static_cast<uint32_t>(lines) : 0;
+}
+
 }  // namespace
 
-void run(const ConvArgs& args, const Plan& plan, Stream stream) {
+void run(ConvArgs args, const Plan& plan, Stream stream) {
     if (plan.blocks == 0) return;
+    if (stream.starts_early) args.weight_lines = weight_lines(args);
     const Row* row = std::ranges::find(launchers, plan.kernel, &Row::kernel);
     const bool is_ours = row != std::end(launchers);
     const char* error = is_ours ? row->launch(args, plan, stream) : "it is ATen's, which only the operator can call";

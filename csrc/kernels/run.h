@@ -9,7 +9,7 @@ namespace fused_cna {
 // Launches the planned kernel on the stream and returns without waiting. An empty output launches nothing.
 // args.workspace holds plan.workspace_bytes, and x and the weight have been copied where the plan says so.
 // Throws std::runtime_error with the problem, the plan and the cause where the launch fails.
-void run(const ConvArgs& args, const Plan& plan, Stream stream);
+void run(ConvArgs args, const Plan& plan, Stream stream);
 
 // Whether the driver encodes tensor maps, which some plans for compute capability 9.0 want.
 bool has_tensor_maps();

@@ -76,6 +76,12 @@ constexpr double mma_per_clock(const DeviceInfo& device) {
 
 constexpr double fma_per_clock(const DeviceInfo& device) { return architecture_of(device).fma_per_clock; }
 
+// Whether kernels may start while those ahead of them on a stream still run (programmatic dependent launch): only the code
+// for sm_90a waits for them.
+constexpr bool starts_early(const DeviceInfo& device) {
+    return device.compute_major == 9 && device.compute_minor == 0 && device.has_hopper_code;
+}
+
 struct NamedDevice {
     std::string_view name;
     DeviceInfo info;

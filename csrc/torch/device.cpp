@@ -3,6 +3,7 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string_view>
@@ -52,7 +53,15 @@ DeviceInfo read_device_info(c10::DeviceIndex device) {
     return info;
 }
 
+std::atomic<bool> early_starts_allowed = true;
+
 }  // namespace
+
+bool launches_start_early(const DeviceInfo& device) {
+    return starts_early(device) && early_starts_allowed.load(std::memory_order_relaxed);
+}
+
+bool allow_early_starts(bool allowed) { return early_starts_allowed.exchange(allowed); }
 
 const DeviceInfo& device_info(c10::DeviceIndex device) {
     static std::mutex mutex;

@@ -11,4 +11,10 @@ namespace fused_cna {
 // old for any kernel.
 const DeviceInfo& device_info(c10::DeviceIndex device);
 
+// Whether kernels on the device are launched to start early: where it can, unless the process has asked for none.
+bool launches_start_early(const DeviceInfo& device);
+
+// For comparisons. Returns what was set before.
+bool allow_early_starts(bool allowed);
+
 }  // namespace fused_cna

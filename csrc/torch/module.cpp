@@ -58,6 +58,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def(
         "device", [](int index) { return device_as_dict(device_info(static_cast<c10::DeviceIndex>(index))); },
         "What the plan knows of a CUDA device, as a dict.", py::arg("index"));
+    m.def("allow_early_starts", &allow_early_starts,
+          "Whether kernels may start while the one ahead on the stream ends, where the device can; returns what was set "
+          "before.",
+          py::arg("allowed"));
     m.def("set_plan_loader", &set_plan_loader,
           "Has a function called with the index of each CUDA device before the first plan for it is chosen.",
           py::arg("loader"));

@@ -118,7 +118,7 @@ Tensor dense_copy(const Tensor& tensor) { return tensor.clone(at::MemoryFormat::
 
 // Runs a plan with the copies and the workspace that it asks for. They are freed on return, which is safe: the caching
 // allocator reuses memory in stream order.
-void launch_plan(ConvArgs args, const Plan& plan, const Inputs& in) {
+void launch_plan(ConvArgs args, const Plan& plan, const DeviceInfo& device, const Inputs& in) {
     Tensor x, weight, workspace;
     if (plan.convert_x) {
         x = dense_copy(in.x);
@@ -134,7 +134,7 @@ void launch_plan(ConvArgs args, const Plan& plan, const Inputs& in) {
         workspace = at::empty({plan.workspace_bytes / int64_t{sizeof(float)}}, in.x.options().dtype(at::kFloat));
         args.workspace = workspace.mutable_data_ptr<float>();
     }
-    run(args, plan, {.handle = c10::cuda::getCurrentCUDAStream()});
+    run(args, plan, {.handle = c10::cuda::getCurrentCUDAStream(), .starts_early = launches_start_early(device)});
 }
 
 bool same_steps(const Tensor& a, const Tensor& b) {
@@ -155,9 +155,9 @@ void compute_by_cudnn(const Inputs& in, PreparedCall& call) {
     }
 }
 
-void execute(const Inputs& in, const Plan& plan, PreparedCall& call) {
+void execute(const Inputs& in, const Plan& plan, const DeviceInfo& device, PreparedCall& call) {
     if (plan.kernel == Kernel::cudnn) return compute_by_cudnn(in, call);
-    launch_plan(call.args, plan, in);
+    launch_plan(call.args, plan, device, in);
 }
 
 void choose_and_execute(const Inputs& in, PreparedCall& call) {
@@ -167,11 +167,11 @@ void choose_and_execute(const Inputs& in, PreparedCall& call) {
     load_tuned_plans_once(in.x.device().index());
     const Plan plan = memoised_plan(call.args.problem, device);
     try {
-        execute(in, plan, call);
+        execute(in, plan, device, call);
     } catch (const c10::OutOfMemoryError&) {
         // a forced plan is not replaced by another
         if (!plan.allocates() || is_plan_forced()) throw;
-        launch_plan(call.args, choose_plan_without_memory(call.args.problem, device), in);
+        launch_plan(call.args, choose_plan_without_memory(call.args.problem, device), device, in);
     }
 }
 

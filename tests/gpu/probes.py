@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fused_cna
 from fused_cna.eager import conv_norm_act
+from tests.gpu.early_start import early_starts
 from tests.gpu.evidence import write_json
 from tests.gpu.hopper import hopper
 from tests.gpu.l2 import Reading
@@ -143,7 +144,7 @@ def two_sizes_of_one_kernel() -> Answer:
     }
 
 
-PROBES = (hopper, copy_bandwidth, l2_bandwidth, poisoned_addend, two_sizes_of_one_kernel)
+PROBES = (hopper, early_starts, copy_bandwidth, l2_bandwidth, poisoned_addend, two_sizes_of_one_kernel)
 
 
 def main(result: Path) -> int:

@@ -5,6 +5,7 @@
 #include <device/device.cuh>
 
 #include "kernels/common/epilogue.cuh"
+#include "kernels/common/start.cuh"
 #include "kernels/depthwise/tile.h"
 
 namespace fused_cna::depthwise {
@@ -348,6 +349,7 @@ __global__ void __launch_bounds__(threads, Traits::tile.blocks_per_multiprocesso
     auto& shared = device::shared_storage<Shared<Traits>>();
     const Thread thread = Thread::of<Traits>(args);
     const int all_taps = Traits::tile.takes_any() ? static_cast<int>(args.conv.problem.gemm_k()) : Traits::taps;
+    await_kernels_ahead(args.conv, threads);
     const FoldTable<typename Traits::Value> folds(args.conv.epilogue, thread.slab_channel, args.chunks * Traits::values,
                                                   args.conv.problem.k - thread.slab_channel);
     if (all_taps <= Traits::taps) load_weights(args, thread, 0, all_taps, shared);

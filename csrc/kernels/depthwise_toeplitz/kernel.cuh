@@ -6,6 +6,7 @@
 
 #include <device/device.cuh>
 
+#include "kernels/common/start.cuh"
 #include "kernels/depthwise_toeplitz/operands.cuh"
 
 namespace fused_cna::depthwise_toeplitz {
@@ -214,6 +215,7 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor) depthwise_
     const Shared shared = Shared::of(args, &device::shared_storage<unsigned char>());
     const Block block = Block::of(args);
     const int thread = device::thread_x();
+    await_kernels_ahead(args.conv, threads);
     const FoldTable<T> folds(args.conv.epilogue, block.first_channel, slab_channels, block.channels);
     const FilterRow<T> filter_row(args, block, thread);
     stage_planes<T>(args, block, shared);

@@ -6,6 +6,7 @@
 
 #include <device/device.cuh>
 
+#include "kernels/common/start.cuh"
 #include "kernels/common/tile_store.cuh"
 #include "kernels/direct/tile.h"
 
@@ -74,17 +75,12 @@ struct Block {
 };
 
 template <class T, class Traits>
-__device__ void prepare_tables(const ConvArgs& args, const Block& block, Shared<T, Traits>& shared) {
-    static_assert(Traits::n <= threads, "a thread folds one channel");
-    const int thread = device::thread_x();
-    const FoldTable<T> folds(args.epilogue, block.output_channel(0), Traits::n,
-                             block.channels_in_group - block.first_channel);
+__device__ void prepare_pixels(const ConvArgs& args, const Block& block, Shared<T, Traits>& shared) {
     const OutputSize<int64_t> output{args.problem.n, args.problem.p(), args.problem.q()};
-    for (int i = thread; i < Traits::m; i += threads) {
+    for (int i = device::thread_x(); i < Traits::m; i += threads) {
         shared.pixels[i] = output.pixel_of_row(block.first_row + i);
         shared.places[i] = place_of_pixel(args, shared.pixels[i]);
     }
-    folds.store(shared.folds);
 }
 
 // Products are numbered with the input channel fastest, then s, then r: neighbours in channels_last memory.
@@ -177,8 +173,12 @@ __device__ void stage_accumulators(const float (&total)[Traits::thread_m][Traits
 template <class T, class Traits>
 __global__ void __launch_bounds__(threads, blocks_per_multiprocessor) direct(const __grid_constant__ ConvArgs args) {
     auto& shared = device::shared_storage<Shared<T, Traits>>();
+    static_assert(Traits::n <= threads, "a thread folds one channel");
     const Block block = Block::of<Traits>(args.problem);
-    prepare_tables<T>(args, block, shared);
+    prepare_pixels<T>(args, block, shared);
+    await_kernels_ahead(args, threads);
+    const FoldTable<T> folds(args.epilogue, block.output_channel(0), Traits::n,
+                             block.channels_in_group - block.first_channel);
     device::sync_threads();
 
     float total[Traits::thread_m][Traits::thread_n] = {};
@@ -195,6 +195,7 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor) direct(con
                                               {block.output_channel(0), block.channels_in_group - block.first_channel},
                                               shared.results.residual);
     output.start();
+    folds.store(shared.folds);
     stage_accumulators(total, shared);
     device::sync_threads();
     output.store(0, &shared.results.accumulators[0][0]);

@@ -8,6 +8,7 @@
 
 #include <device/device.cuh>
 
+#include "kernels/common/start.cuh"
 #include "kernels/common/tf32.cuh"
 #include "kernels/grouped/fragments.cuh"
 
@@ -157,6 +158,7 @@ __global__ void __launch_bounds__(Traits::tile.most_threads, Traits::tile.blocks
     using T = typename Traits::Value;
     const Memory memory(args);
     const Block block = Block::of(args);
+    await_kernels_ahead(args.conv, args.threads);
     load_weights(args, block, memory);
     find_columns(args, block, memory);
     device::sync_threads();

@@ -5,6 +5,7 @@
 
 #include <device/device.cuh>
 
+#include "kernels/common/start.cuh"
 #include "kernels/implicit_gemm/operands.cuh"
 
 namespace fused_cna::implicit_gemm {
@@ -185,6 +186,7 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
 
     // Operands are asked for before anything else is done, so that the tables are made while they are under way.
     OperandLoader<Traits, Rows> loader(args, block, first_step, device::shared_address(&shared.stages[0][0]));
+    await_kernels_ahead(args.conv, Traits::threads);
     load_first<Traits>(loader, steps);
     prepare_tables(args, block, shared);
     // Asked for once more behind the main loop, in which a predicate kept would be one too many.

@@ -40,6 +40,8 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
     const ColumnRange columns{group * problem.k_per_group() + column, static_cast<int>(problem.k_per_group() - column)};
 
     const int thread = device::thread_x();
+    device::await_prerequisites();
+    device::launch_dependents();
     const FoldTable<T> folds(args.conv.epilogue, columns.first_channel, Tile::columns, columns.count);
     if (thread < Tile::rows) {
         shared.places[thread] = place_of_pixel(args.conv, args.output.pixel_of_row(first_row + thread));

@@ -4,6 +4,7 @@
 
 #include <device/warpgroup.cuh>
 
+#include "kernels/common/start.cuh"
 #include "kernels/implicit_gemm_sm90/epilogue.cuh"
 #include "kernels/implicit_gemm_sm90/producer.cuh"
 
@@ -127,6 +128,7 @@ __global__ void __launch_bounds__(Traits::block_threads, 1) implicit_gemm_sm90(c
     if constexpr (device::is_hopper) {
         auto& shared = device::shared_storage<Shared<Traits>>();
         make_barriers(args, shared);
+        await_kernels_ahead(args.conv, Traits::block_threads);
         const int warpgroup = device::warpgroup();
         // One warpgroup that multiplies has registers enough.
         if (warpgroup == 0) {

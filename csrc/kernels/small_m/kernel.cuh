@@ -9,6 +9,7 @@
 #include <device/device.cuh>
 
 #include "kernels/common/epilogue.cuh"
+#include "kernels/common/start.cuh"
 #include "kernels/small_m/tile.h"
 
 namespace fused_cna::small_m {
@@ -295,6 +296,7 @@ __global__ void __launch_bounds__(Traits::threads, Tile::blocks_per_multiprocess
 
     // The first loads are under way before anything waits for memory or for another thread: in a small layer they are all.
     LaneOperands<Traits> operands(args, block);
+    await_kernels_ahead(args.conv, Traits::threads);
     operands.load_weight(0);
     prepare_rows(args, block, shared);
     device::sync_threads();

@@ -11,6 +11,7 @@
 #include <device/device.cuh>
 
 #include "kernels/common/epilogue.cuh"
+#include "kernels/common/start.cuh"
 #include "kernels/stem/operands.cuh"
 
 namespace fused_cna::stem {
@@ -24,10 +25,8 @@ struct Shared {
 };
 
 template <class Traits>
-__device__ void prepare_tables(const Args& args, int first_channel, Shared<Traits>& shared) {
-    static_assert(Traits::n <= Traits::threads, "a thread folds one channel");
+__device__ void prepare_pixels(const Args& args, Shared<Traits>& shared) {
     using T = typename Traits::Value;
-    const FoldTable<T> folds(args.conv.epilogue, first_channel, Traits::n, args.k - first_channel);
     const unsigned pixel_bytes = args.pixel_pitch * sizeof(T);
     const unsigned p_bytes = args.row_step * args.window_columns * pixel_bytes,
                    q_bytes = static_cast<unsigned>(args.stride_w) * pixel_bytes;
@@ -42,7 +41,6 @@ __device__ void prepare_tables(const Args& args, int first_channel, Shared<Trait
                             .p = exists ? static_cast<int16_t>(p) : int16_t{-1},
                             .q = static_cast<int16_t>(q)};
     }
-    folds.store(shared.folds);
 }
 
 template <class Traits>
@@ -185,7 +183,9 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     const auto operands = Operands<T>::at(&shared + 1, args, Traits::n);
     const auto block = static_cast<unsigned>(device::block_x());
     const int first_channel = static_cast<int>(block % args.tiles_n * Traits::n);
-    prepare_tables(args, first_channel, shared);
+    static_assert(Traits::n <= Traits::threads, "a thread folds one channel");
+    prepare_pixels(args, shared);
+    await_kernels_ahead(args.conv, Traits::threads);
 
     // Packing weights costs as much as a tile of pixels: where one chunk is all, a block does it once for all its tiles.
     unsigned packed_chunk = args.chunks;
@@ -198,7 +198,11 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
             const Window window = Window::of<Traits>(args, origin, chunk);
             device::sync_threads();
             load_window<Traits>(args, origin, window, operands.window);
-            if (chunk != packed_chunk) load_weights<Traits>(args, first_channel, chunk, operands);
+            if (chunk != packed_chunk) {
+                const FoldTable<T> folds(args.conv.epilogue, first_channel, Traits::n, args.k - first_channel);
+                load_weights<Traits>(args, first_channel, chunk, operands);
+                folds.store(shared.folds);
+            }
             packed_chunk = chunk;
             device::sync_threads();
             if (chunk == 0 && args.conv.residual) prefetch_residual<Traits>(args, origin, first_channel, shared);

@@ -274,7 +274,9 @@ template <class Traits>
 __device__ void load_weights(const Args& args, int first_channel, unsigned chunk,
                              const Operands<typename Traits::Value>& operands) {
     using T = typename Traits::Value;
-    constexpr unsigned rows_per_warp = Traits::n / Traits::warps;
+    // All of a word's rows are asked for before any is waited for, as far as registers go.
+    constexpr unsigned rows_per_warp = Traits::n / Traits::warps, batch = rows_per_warp < 16 ? rows_per_warp : 16;
+    static_assert(rows_per_warp % batch == 0, "rows are packed in whole batches");
     const unsigned warp = thread() / 32;
     const int first_of_warp = first_channel + static_cast<int>(column_of_row(warp));
     for (unsigned word = thread() % 32; word < args.words; word += 32) {
@@ -284,20 +286,27 @@ __device__ void load_weights(const Args& args, int first_channel, unsigned chunk
             entry.offset[word / 4 % 2] = taps.window;
             entry.mask[word / 4 % 2] = taps.mask;
         }
-#pragma unroll 4
-        for (unsigned i = 0; i < rows_per_warp; ++i) {
-            const unsigned row = i * Traits::warps + warp;
-            const int channel = first_of_warp + static_cast<int>(column_of_row(i * Traits::warps));
-            const T* filter = static_cast<const T*>(args.conv.weight) + channel * args.conv.weight_strides.k;
-            T values[Word<T>::values];
+#pragma unroll 1
+        for (unsigned first = 0; first < rows_per_warp; first += batch) {
+            T values[batch][Word<T>::values];
 #pragma unroll
-            for (int j = 0; j < Word<T>::values; ++j) {
-                const bool exists = taps.is_tap[j] && channel < args.k;
-                values[j] = exists ? as_operand(filter[taps.weight[j]]) : device::from_float<T>(0.0f);
+            for (unsigned i = 0; i < batch; ++i) {
+                const int channel = first_of_warp + static_cast<int>(column_of_row((first + i) * Traits::warps));
+                const T* filter = static_cast<const T*>(args.conv.weight) + channel * args.conv.weight_strides.k;
+#pragma unroll
+                for (int j = 0; j < Word<T>::values; ++j) {
+                    const bool exists = taps.is_tap[j] && channel < args.k;
+                    values[i][j] = exists ? filter[taps.weight[j]] : device::from_float<T>(0.0f);
+                }
             }
-            uint32_t packed;
-            memcpy(&packed, values, sizeof(packed));
-            operands.weights[row * args.weight_pitch + word] = packed;
+#pragma unroll
+            for (unsigned i = 0; i < batch; ++i) {
+#pragma unroll
+                for (T& value : values[i]) value = as_operand(value);
+                uint32_t packed;
+                memcpy(&packed, values[i], sizeof(packed));
+                operands.weights[((first + i) * Traits::warps + warp) * args.weight_pitch + word] = packed;
+            }
         }
     }
 }
