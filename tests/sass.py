@@ -117,9 +117,13 @@ def read_cubin(cubin: Path, architecture: str) -> list[CompiledKernel]:
     for name, *usage in _USAGE.findall(_output("cuobjdump", "-res-usage", str(cubin))):
         registers, stack_bytes, shared_bytes = map(int, usage)
         threads, static = _most_threads(sections[f".nv.info.{name}"]), max(shared_bytes - reserved, 0)
-        read = partial(lambda name: parse_section(_list_sections(cubin)[name]), name)
+        read = partial(_read_code, cubin, name, sections[f".text.{name}"])
         found.append(CompiledKernel(name, architecture, registers, threads, stack_bytes, static, read))
     return found
+
+
+def _read_code(cubin: Path, name: str, encoding: bytes) -> Code:
+    return parse_section(_list_sections(cubin)[name], encoding)
 
 
 def _read_sections(elf: bytes) -> dict[str, bytes]:
