@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 
+from tests.issue_model import Moment, first_product
 from tests.kernel_names import FAMILIES, Instantiation
 from tests.locks import locked
 from tests.machine_code import Code, count, main_loop, parse_section
@@ -63,6 +64,10 @@ class CompiledKernel:
     @cached_property
     def main_loop(self) -> Code:
         return main_loop(self.code, self.products)
+
+    @cached_property
+    def first_product(self) -> Moment:
+        return first_product(self.code, self.products, self.threads)
 
     def count(self, pattern: str) -> int:
         """How many instructions have an opcode, modifiers included, that ``pattern`` matches as a whole."""
