@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 
 from tests.epilogue_code import epilogue_turns, instructions_per_output
 from tests.kernel_names import FAMILIES, VALUE_BYTES, planned
@@ -26,7 +27,8 @@ from tests.sass import (
 
 KERNEL = ("kernel", "tile", "dtype", "rows", "access")
 MAIN_LOOP = ("threads", "registers", "shared KiB", "blocks", "products", "others", "share")
-ENDS = ("to first load", "an output", "with residual")
+ENDS = ("to first load", "to first product", "memory waits", "an output", "with residual")
+MEANS = ("kernel", "instantiations", "to first product", "memory waits", "at most")
 
 NOTES = """\
 Pairs are sm_80 / sm_90a, blocks those that one multiprocessor of an A100 / H100 holds at once; shared memory
@@ -39,9 +41,15 @@ instructions that a turn of the main loop issues, those that a predicate skips a
 them; share is that of the products among them all.
 
 To first load: instructions that lie before the first cp.async, or before the first load where there is none.
+To first product: cycles from the entry until the first product is issued, estimated from the instructions
+of one warp (tests/issue_model.py). Memory waits: of the loads from memory before it, the most in series, each
+asked for once the one before was there; one is the least. Both are given as means by kernel too, with the
+most memory waits that an instantiation has.
+
 An output: instructions of the shortest turn of the epilogue's loop that stores 16 bytes, for each value in
 them; its activation is the identity. With residual: of the shortest that loads 16 bytes of one as well.
-Neither is told of implicit_gemm_sm90: its warpgroups run different code, its output goes by bulk copies."""
+To first load and outputs are left out for implicit_gemm_sm90: its warpgroups run different code, its output
+goes by bulk copies."""
 
 
 def pair(values: Iterable[object]) -> str:
@@ -74,15 +82,15 @@ def row(kernels: Sequence[CompiledKernel]) -> tuple[str, ...]:
 
 
 def end_cells(kernel: CompiledKernel) -> tuple[str, ...]:
-    """What lies before the first load, and a turn of the epilogue, where the code's order tells."""
+    """What comes before the first load and the first product, and a turn of the epilogue."""
+    product = str(kernel.first_product.cycles), str(kernel.first_product.loads)
     if kernel.made.family == "implicit_gemm_sm90":
-        return "", "", ""
+        return "", *product, "", ""
     first = min(positions(kernel.code, COPIES) or positions(kernel.code, LOADS))
     value_bytes = VALUE_BYTES[kernel.made.dtype]
     turns = epilogue_turns(kernel.code)
-    return str(first), *(
-        f"{instructions_per_output(turn, value_bytes):.1f}" if turn else "" for turn in turns
-    )
+    outputs = (f"{instructions_per_output(turn, value_bytes):.1f}" if turn else "" for turn in turns)
+    return str(first), *product, *outputs
 
 
 def rows(by_architecture: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
@@ -94,18 +102,38 @@ def rows(by_architecture: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
             yield row([k for k in kernels if k.architecture in FAMILIES[family].architectures])
 
 
+def means(by_architecture: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
+    """Every family, under MEANS."""
+    for family, kind in FAMILIES.items():
+        found = [compiled.get(family, []) for compiled in by_architecture]
+        moments = [
+            [kernel.first_product for kernel in kernels]
+            for kernels in found
+            if kernels and kernels[0].architecture in kind.architectures
+        ]
+        yield (
+            family,
+            pair(map(len, moments)),
+            pair(f"{mean(each.cycles for each in of_one):.0f}" for of_one in moments),
+            pair(f"{mean(each.loads for each in of_one):.1f}" for of_one in moments),
+            pair(max(each.loads for each in of_one) for of_one in moments),
+        )
+
+
 def print_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(headings, *table, strict=True)]
     for cells in (headings, *table):
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
-def print_report(table: Sequence[Sequence[str]]) -> None:
-    """A table of the main loops, one of what lies before and after them, and what they say."""
+def print_report(table: Sequence[Sequence[str]], families: Sequence[Sequence[str]]) -> None:
+    """A table of the main loops, one of what lies before and after them, one by family, and what they say."""
     names, loops = len(KERNEL), len(KERNEL) + len(MAIN_LOOP)
     print_table(KERNEL + MAIN_LOOP, [cells[:loops] for cells in table])
     print()
     print_table(KERNEL + ENDS, [(*cells[:names], *cells[loops:]) for cells in table])
+    print()
+    print_table(MEANS, families)
     print(f"\n{NOTES}")
 
 
@@ -117,7 +145,8 @@ def main() -> int:
         print(f"This report {reason}.")
         return 1
     found = read_extension(extension)
-    print_report(list(rows([found[name] for name in SHARED_BYTES_PER_MULTIPROCESSOR if name in found])))
+    by_architecture = [found[name] for name in SHARED_BYTES_PER_MULTIPROCESSOR if name in found]
+    print_report(list(rows(by_architecture)), list(means(by_architecture)))
     return 0
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 
+from tests.issue_model import Moment, first_product
 from tests.kernel_names import FAMILIES, Instantiation
 from tests.locks import locked
 from tests.machine_code import Code, count, main_loop, parse_section
@@ -63,6 +64,10 @@ class CompiledKernel:
     @cached_property
     def main_loop(self) -> Code:
         return main_loop(self.code, self.products)
+
+    @cached_property
+    def first_product(self) -> Moment:
+        return first_product(self.code, self.products, self.threads)
 
     def count(self, pattern: str) -> int:
         """How many instructions have an opcode, modifiers included, that ``pattern`` matches as a whole."""
@@ -117,9 +122,13 @@ def read_cubin(cubin: Path, architecture: str) -> list[CompiledKernel]:
     for name, *usage in _USAGE.findall(_output("cuobjdump", "-res-usage", str(cubin))):
         registers, stack_bytes, shared_bytes = map(int, usage)
         threads, static = _most_threads(sections[f".nv.info.{name}"]), max(shared_bytes - reserved, 0)
-        read = partial(lambda name: parse_section(_list_sections(cubin)[name]), name)
+        read = partial(_read_code, cubin, name, sections[f".text.{name}"])
         found.append(CompiledKernel(name, architecture, registers, threads, stack_bytes, static, read))
     return found
+
+
+def _read_code(cubin: Path, name: str, encoding: bytes) -> Code:
+    return parse_section(_list_sections(cubin)[name], encoding)
 
 
 def _read_sections(elf: bytes) -> dict[str, bytes]:

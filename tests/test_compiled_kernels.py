@@ -134,6 +134,21 @@ MINIMUM_SHARES = {
 About five in a hundred less than at this writing, with loads of 16 bytes; of small_m for filters of one tap.
 """
 
+MOST_WAITS = {
+    "implicit_gemm_sm80": (2, 1),
+    "implicit_gemm_tf32x3": (1, 1),
+    "implicit_gemm_fp32": (2, 2),
+    "implicit_gemm_sm90": (1, 1),
+    "stem": (4,),
+    "grouped": (1,),
+    "depthwise": (4, 6),
+    "depthwise_toeplitz": (2,),
+    "small_m": (2, 33),
+    "direct": (7,),
+    "split_k": (1,),
+}
+"""Of loads from memory in series before the first product: with accesses of 16 bytes, with narrower ones."""
+
 WIDTHS = {"128": 16, "64": 8, "U16": 2}
 
 
@@ -230,6 +245,16 @@ def test_products_have_their_share_of_the_main_loop(compiled: Compiled, family: 
         actual = share(kernel.main_loop, kernel.products)
         assert actual >= minimum > 0, f"{kernel.name}: {actual:.3f} of {len(kernel.main_loop)}"
     assert found == minimums.keys()
+
+
+@every_family
+def test_few_loads_follow_one_another_before_the_first_product(compiled: Compiled, family: str) -> None:
+    """Each that is asked for only once the one before is there adds a round trip to memory to a launch."""
+    for kernel in kernels_of(compiled, family):
+        is_wide = kernel.made.fields.get("access_bytes", 16) == 16
+        most = MOST_WAITS[family][0 if is_wide else 1]
+        first = kernel.first_product
+        assert 1 <= first.loads <= most, f"{kernel.name}: {first}"
 
 
 def test_products_of_warpgroups_run_while_their_threads_go_on(compiled: Compiled) -> None:

@@ -10,7 +10,16 @@ import pytest
 
 from tests.epilogue_code import epilogue_turns, instructions_per_output
 from tests.kernel_names import Instantiation
-from tests.machine_code import TENSOR_CORES, Code, Instruction, count, main_loop, parse_section, share
+from tests.machine_code import (
+    TENSOR_CORES,
+    Code,
+    Instruction,
+    Scheduling,
+    count,
+    main_loop,
+    parse_section,
+    share,
+)
 from tests.sass import read_cubin, why_unreadable
 
 LISTING = """\
@@ -43,6 +52,32 @@ def test_instructions_are_read_from_the_listing() -> None:
     )
     assert count(code, r"(LDG|LDC)\b.*") == 2
     assert count(code, "LDG") == 0
+
+
+SCHEDULED = """\
+        /*0010*/                   S2R R5, SR_TID.X ;
+        /*2b20*/              @!P0 LDG.E.U16 R6, desc[UR28][R12.64] ;
+        /*3ad0*/                   HADD2.F32 R4, -RZ, R4.H0_H0 ;
+        /*4560*/                   DEPBAR.LE SB0, 0x4 ;
+"""
+ENCODING = """\
+1979050000000000 00210000006e0e00
+8189060c1c000000 00151e0c00620500
+307204ff04000020 0041000000e20f02
+1a79000000810000 0000000000c80f00
+"""
+"""As ptxas wrote them for sm_90a."""
+
+
+def test_scheduling_is_read_from_the_encoding() -> None:
+    assert [each.scheduling for each in parse_section(SCHEDULED, bytes.fromhex(ENCODING))] == [
+        Scheduling(stall=7, result=1),
+        Scheduling(stall=1, result=5, operands=2),
+        Scheduling(stall=1, waits=((5, 0),)),
+        Scheduling(stall=4, waits=((0, 4),)),
+    ]
+    with pytest.raises(ValueError, match="shorter"):
+        parse_section(SCHEDULED, bytes(16))
 
 
 GEMM = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.coverage_report import Hole, complaints, find_holes, read_counts, short_name
-from tests.kernel_report import ENDS, KERNEL, MAIN_LOOP, print_report, row
+from tests.kernel_report import ENDS, KERNEL, MAIN_LOOP, MEANS, means, print_report, row
 from tests.sass import CompiledKernel
 from tests.test_machine_code import GEMM, SPLIT_K, straight
 
@@ -97,8 +97,8 @@ def test_holes_and_arguments_must_match() -> None:
     ]
 
 
-MAIN = "LDGSTS.E.64 LDSM.16 HMMA.16816.F32 ?BRA>6 LDGSTS.E.64 ?BRA>2"
-EPILOGUE = "LDS.128 LDS.128 LDS ?BRA>13 LDG.E.128 FADD F2FP STG.E.128 ?BRA>7 FADD ?BRA>16 EXIT"
+MAIN = "LDGSTS.E.64 LDSM.16 HMMA.16816.F32 ?BRA>6 LDGSTS.E.64 ?BRA>2 FADD ?BRA>7"
+EPILOGUE = "LDS.128 LDS.128 LDS ?BRA>15 LDG.E.128 FADD F2FP STG.E.128 ?BRA>9 EXIT"
 HEADINGS = (*KERNEL, *MAIN_LOOP, *ENDS)
 
 
@@ -116,12 +116,14 @@ def test_a_row_of_the_kernel_report() -> None:
     assert (cells["rows"], cells["access"], cells["registers"]) == ("masked", "8 bytes", "120 / 180")
     assert cells["blocks"] == "2", "shared memory limits it on an A100, registers on an H100"
     assert [cells[heading] for heading in MAIN_LOOP[4:]] == ["1", "4", "20%"]
-    assert [cells[heading] for heading in ENDS] == ["1", "0.9", "1.1"]
+    assert [cells[heading] for heading in ENDS] == ["1", "3", "0", "0.9", "1.1"]
     assert row([kernel(SPLIT_K, "sm_80", 40)])[:3] == ("split_k", "", "float32")
 
 
 def test_the_report_prints_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     cells = row(GEMMS)
-    print_report([cells])
+    (gemms, *_) = families = list(means([{"implicit_gemm_sm80": [kernel]} for kernel in GEMMS]))
+    assert gemms == ("implicit_gemm_sm80", "1", "3", "0.0", "0")
+    print_report([cells], families)
     printed = capsys.readouterr().out
-    assert all(cell in printed for cell in (*HEADINGS, *cells))
+    assert all(cell in printed for cell in (*HEADINGS, *cells, *MEANS, *gemms))
