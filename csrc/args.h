@@ -138,6 +138,8 @@ struct ConvArgs {
     void* y = nullptr;  // [N, K, P, Q]; may lie between the elements of x, but shares none with it
     Strides y_strides;
     Epilogue epilogue;
+    // Whether every pixel's residual channels lie densely, and begin on a 16-byte boundary where those of the first do.
+    bool residual_keeps_alignment = false;
     float* workspace = nullptr;  // the plan's workspace_bytes, uninitialised
     // Of the weight, which an early start asks the L2 for; 0 where it does not.
     uint32_t weight_lines = 0;

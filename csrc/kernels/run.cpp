@@ -53,10 +53,15 @@ uint32_t weight_lines(const ConvArgs& args) {
     return extent == values && lines <= int_limit ? static_cast<uint32_t>(lines) : 0;
 }
 
+bool keeps_alignment(const Strides& strides, DType dtype) {
+    return strides.c == 1 && (strides.n | strides.h | strides.w) * size_in_bytes(dtype) % 16 == 0;
+}
+
 }  // namespace
 
 void run(ConvArgs args, const Plan& plan, Stream stream) {
     if (plan.blocks == 0) return;
+    args.residual_keeps_alignment = args.residual && keeps_alignment(args.residual_strides, args.problem.dtype);
     if (stream.starts_early) args.weight_lines = weight_lines(args);
     const Row* row = std::ranges::find(launchers, plan.kernel, &Row::kernel);
     const bool is_ours = row != std::end(launchers);

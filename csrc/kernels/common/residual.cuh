@@ -34,12 +34,10 @@ class ResidualQueue {
     }
 
     // All that there is of the next turn has been asked for. Its place is that of the turn Depth turns ago.
-    __device__ __forceinline__ void end_turn() {
-        device::commit_copies();
-        position_ += turn_bytes;
-    }
+    __device__ __forceinline__ void end_turn() { position_ += turn_bytes; }
 
-    // Waits for the turn that was asked for Depth turns ago, and takes what was copied; what was not is anything.
+    // Waits for the turn that was asked for Depth turns ago, and takes what was copied; what was not is anything. Turns are
+    // groups of copies, but for those that were waited for before.
     __device__ __forceinline__ void take(device::Packed<Rows * Width, T>& values) const {
         device::wait_copies<Depth - 1>();
 #pragma unroll

@@ -7,6 +7,10 @@
 
 namespace fused_cna {
 
+// Tables that are made of arguments alone cost nothing while the kernels ahead end. A kernel that cannot start before that
+// asks for its first operands instead, and makes them while those are under way.
+inline constexpr bool prepares_ahead = device::is_hopper;
+
 // To be called by every thread, before anything of global memory is read or written. What needs arguments alone is best done
 // ahead of it, while the kernels ahead end. Meanwhile the L2 is asked for the weight, which those most often do not touch;
 // its values are read afterwards, as one of them may have changed it. Behind it the next kernel may start in turn.

@@ -29,12 +29,6 @@ struct ColumnRange {
     int count;
 };
 
-// Whether every pixel's channels begin on a 16-byte boundary where those of the first pixel do.
-template <class T>
-__device__ __forceinline__ bool keeps_alignment(const Strides& strides) {
-    return strides.c == 1 && ((strides.n | strides.h | strides.w) % device::values_per_vector<T>) == 0;
-}
-
 template <class T, class Shape>
 class TileStore {
     static constexpr int width = Shape::width, batch = Shape::rows_per_turn;
@@ -60,8 +54,8 @@ class TileStore {
         first_column_ = (goes_down_ ? thread % Shape::stores_per_row : thread / threads_per_column) * width;
         next_row_ = goes_down_ ? rows_apart : threads_per_column;
         enter_column(first_column_);
-        is_ahead_ = has_vectors && goes_down_ && residual_ && valid_ == width && device::is_aligned_16(residual_) &&
-                    keeps_alignment<T>(args.residual_strides);
+        is_ahead_ = has_vectors && goes_down_ && args.residual_keeps_alignment && valid_ == width &&
+                    device::is_aligned_16(residual_);
     }
 
     // Asks for the residual of the first turns, once the places are there.
@@ -69,6 +63,13 @@ class TileStore {
         if (!is_ahead_) return;
 #pragma unroll
         for (int turn = 0; turn < depth; ++turn) ask(first_row_ + turn * batch * rows_apart);
+    }
+
+    // The same within the group of copies that is open. Before the first slice the caller waits for that group.
+    __device__ __forceinline__ void start_in_open_group() {
+        if (!is_ahead_) return;
+#pragma unroll
+        for (int turn = 0; turn < depth; ++turn) ask_turn(first_row_ + turn * batch * rows_apart);
     }
 
     // Finishes and stores a slice: a rolled loop, so that the activations are instantiated once.
@@ -112,6 +113,11 @@ class TileStore {
 
     // Turns follow each other down the rows, through the slices.
     __device__ __forceinline__ void ask(int row) {
+        ask_turn(row);
+        device::commit_copies();
+    }
+
+    __device__ __forceinline__ void ask_turn(int row) {
 #pragma unroll
         for (int b = 0; b < batch; ++b) {
             const int each = row + b * rows_apart;

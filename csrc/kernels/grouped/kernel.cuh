@@ -49,10 +49,7 @@ struct Warp {
     __device__ int first_column_of_block(const Block& block) const { return group * block.columns_per_group + first_column; }
 };
 
-template <class T>
-__device__ __forceinline__ void prepare_tables(const Args& args, const Block& block, const Memory& memory) {
-    // A block has a thread for every column, and for those that fill up the last eight.
-    const FoldTable<T> folds(args.conv.epilogue, block.first_channel, (args.columns + 7) / 8 * 8, block.columns());
+__device__ __forceinline__ void prepare_places(const Args& args, const Block& block, const Memory& memory) {
     // Rolled, because an unrolled loop divides by the number of threads to know how often it turns.
 #pragma unroll 1
     for (int i = device::thread_x(); i < args.pieces; i += args.threads) memory.offsets[i] = offset_of_piece(args, i);
@@ -60,7 +57,6 @@ __device__ __forceinline__ void prepare_tables(const Args& args, const Block& bl
     for (int i = device::thread_x(); i < args.slots; i += args.threads) {
         memory.places[i] = place_of_pixel(args.conv, output_pixel(args, block, i));
     }
-    folds.store(memory.folds);
 }
 
 template <class Traits>
@@ -158,13 +154,17 @@ __global__ void __launch_bounds__(Traits::tile.most_threads, Traits::tile.blocks
     using T = typename Traits::Value;
     const Memory memory(args);
     const Block block = Block::of(args);
+    if constexpr (prepares_ahead) prepare_places(args, block, memory);
     await_kernels_ahead(args.conv, args.threads);
     load_weights(args, block, memory);
     find_columns(args, block, memory);
     device::sync_threads();
     load_halo(args, block, memory);
     device::commit_copies();
-    prepare_tables<T>(args, block, memory);
+    // A block has a thread for every column, and for those that fill up the last eight.
+    const FoldTable<T> folds(args.conv.epilogue, block.first_channel, (args.columns + 7) / 8 * 8, block.columns());
+    if constexpr (!prepares_ahead) prepare_places(args, block, memory);
+    folds.store(memory.folds);
     device::wait_copies<0>();
     device::sync_threads();
 

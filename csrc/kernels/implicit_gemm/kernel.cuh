@@ -44,13 +44,14 @@ __device__ __forceinline__ int row_of_slice_order(int index) {
 }
 
 template <class Traits>
-__device__ __forceinline__ void prepare_tables(const Args& args, const Block& block, Shared<Traits>& shared) {
-    const FoldTable<typename Traits::Value> folds(args.conv.epilogue, block.first_channel(args), Traits::n, block.columns);
-    for (int i = device::thread_x(); i < Traits::m; i += Traits::threads) {
-        const int row = block.first_row + row_of_slice_order<Traits>(i);
+__device__ __forceinline__ void prepare_places(const Args& args, const Block& block, Shared<Traits>& shared) {
+    constexpr int turns = (Traits::m + Traits::threads - 1) / Traits::threads;
+#pragma unroll
+    for (int turn = 0; turn < turns; ++turn) {
+        const int i = device::thread_x() + turn * Traits::threads, row = block.first_row + row_of_slice_order<Traits>(i);
+        if (Traits::m % Traits::threads != 0 && i >= Traits::m) break;
         shared.places[i] = place_of_pixel(args.conv, args.x.output.pixel_of_row(row));
     }
-    folds.store(shared.folds);
 }
 
 // Which stage is read and which is filled, as offsets in bytes.
@@ -127,13 +128,13 @@ __device__ __forceinline__ void multiply_in_turn(Loader& loader, typename Traits
     math.end_chunk();
 }
 
-// Starts the copies of the first steps, as many as there are stages to fill.
-template <class Traits, class Loader>
+// Starts the copies of the first steps, into stages `First` to `End`. The last one's group is left open.
+template <class Traits, int First, int End, class Loader>
 __device__ __forceinline__ void load_first(Loader& loader, int steps) {
 #pragma unroll
-    for (int stage = 0; stage < Traits::stages - 1; ++stage) {
+    for (int stage = First; stage < End; ++stage) {
+        if (stage > 0) device::commit_copies();
         if (stage < steps) loader.load(stage * Traits::stage_bytes);
-        device::commit_copies();
     }
 }
 
@@ -184,17 +185,22 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     const int first_step = block.split * args.steps_per_split, remaining = args.steps - first_step;
     const int steps = remaining < args.steps_per_split ? remaining : args.steps_per_split;
 
-    // Operands are asked for before anything else is done, so that the tables are made while they are under way.
     OperandLoader<Traits, Rows> loader(args, block, first_step, device::shared_address(&shared.stages[0][0]));
+    if constexpr (prepares_ahead) prepare_places(args, block, shared);
     await_kernels_ahead(args.conv, Traits::threads);
-    load_first<Traits>(loader, steps);
-    prepare_tables(args, block, shared);
+    // What the first products wait for comes first, then what takes long.
+    load_first<Traits, 0, 1>(loader, steps);
+    const FoldTable<typename Traits::Value> folds(args.conv.epilogue, block.first_channel(args), Traits::n, block.columns);
+    load_first<Traits, 1, Traits::stages - 1>(loader, steps);
+    if constexpr (!prepares_ahead) prepare_places(args, block, shared);
     // Asked for once more behind the main loop, in which a predicate kept would be one too many.
     const auto residual_beside_operands = [&] { return args.steps <= EpilogueMemory<Traits>::untouched_after_steps; };
     if (!is_split && residual_beside_operands()) {
         device::sync_threads();
-        output_of(args, block, shared).start();
+        output_of(args, block, shared).start_in_open_group();
     }
+    device::commit_copies();
+    folds.store(shared.folds);
 
     typename Traits::Math math(&shared.stages[0][0]);
     if constexpr (Traits::reads_ahead) {

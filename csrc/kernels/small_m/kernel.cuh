@@ -17,13 +17,14 @@ namespace fused_cna::small_m {
 // Made on the host once per launch.
 struct Args {
     ConvArgs conv;
-    int rows;  // gemm_m
+    OutputRows output;  // its count is gemm_m
     int c_per_group, k_per_group;
-    int lanes;    // of a team
-    int columns;  // output channels that a block makes
-    int tiles_m, tiles_n_per_group;
-    int chunks_per_tap, chunks;  // of 16 bytes: in one tap of the filter, and in all
-    int steps;
+    Divisor lanes;    // of a team
+    int teams;        // of a block
+    Divisor columns;  // output channels that a block makes
+    Divisor tiles_m, tiles_n_per_group;
+    Divisor chunks_per_tap, s;  // chunks are of 16 bytes
+    int chunks, steps;          // of all taps
 };
 
 // VectorBytes: of one load; as narrow as a value, it takes channels at any stride. Pointwise: the filter has one tap, which
@@ -67,13 +68,13 @@ struct Block {
     template <class Traits>
     static __device__ Block of(const Args& args) {
         const int block = static_cast<int>(device::block_x());
-        const int first_row = block % args.tiles_m * Traits::rows, tile_n = block / args.tiles_m;
-        const int first_channel = tile_n % args.tiles_n_per_group * args.columns;
+        const int first_row = args.tiles_m.remainder(block) * Traits::rows, tile_n = args.tiles_m.quotient(block);
+        const int first_channel = args.tiles_n_per_group.remainder(tile_n) * args.columns.value;
         return {.first_row = first_row,
-                .rows = smaller(Traits::rows, args.rows - first_row),
-                .group = tile_n / args.tiles_n_per_group,
+                .rows = smaller(Traits::rows, args.output.count - first_row),
+                .group = args.tiles_n_per_group.quotient(tile_n),
                 .first_channel = first_channel,
-                .columns = smaller(args.columns, args.k_per_group - first_channel)};
+                .columns = smaller(args.columns.value, args.k_per_group - first_channel)};
     }
 
     __device__ int64_t output_channel(const Args& args, int column) const {
@@ -106,11 +107,10 @@ class LaneOperands {
    public:
     __device__ LaneOperands(const Args& args, const Block& block) : args_(args) {
         // Neighbouring teams have neighbouring filters, which lie side by side where they are short.
-        const int team = device::thread_x() / args.lanes, teams = Traits::threads / args.lanes;
+        const int team = args.lanes.quotient(device::thread_x());
         const ConvArgs& conv = args.conv;
-        chunk_ = device::thread_x() % args.lanes;
+        chunk_ = args.lanes.remainder(device::thread_x());
         columns_ = block.columns - team;
-        team_columns_ = teams;
         rows_ = block.rows;
         weight_ = static_cast<const T*>(conv.weight) + block.output_channel(args, team) * conv.weight_strides.k;
         x_ = static_cast<const T*>(conv.x) + static_cast<int64_t>(block.group) * args.c_per_group * conv.x_strides.c;
@@ -125,7 +125,7 @@ class LaneOperands {
             const T* source = weight_ + at.c * strides.c + at.r * strides.r + at.s * strides.s;
 #pragma unroll
             for (int j = 0; j < Traits::channels; ++j) {
-                const int column = j * team_columns_;
+                const int column = j * args_.teams;
                 weights[u][j] =
                     load_chunk<Traits>(source + column * strides.k, strides.c, column < columns_ ? at.values : 0);
             }
@@ -155,7 +155,9 @@ class LaneOperands {
     }
 
     // Whether any lane of the team has a u-th chunk in this step.
-    __device__ bool has_chunks(int step, int u) const { return (step * Traits::unroll + u) * args_.lanes < args_.chunks; }
+    __device__ bool has_chunks(int step, int u) const {
+        return (step * Traits::unroll + u) * args_.lanes.value < args_.chunks;
+    }
 
     device::Vector16 weights[Traits::unroll][Traits::channels];
     device::Vector16 x[Traits::unroll][Traits::rows];
@@ -168,22 +170,21 @@ class LaneOperands {
     };
 
     __device__ __forceinline__ Position position(int step, int u) const {
-        const int chunk = (step * Traits::unroll + u) * args_.lanes + chunk_;
+        const int chunk = (step * Traits::unroll + u) * args_.lanes.value + chunk_;
         Position at{0, 0, chunk * Traits::values, 0};
         if constexpr (!Traits::is_pointwise) {
-            const int tap = chunk / args_.chunks_per_tap, s = static_cast<int>(args_.conv.problem.s);
-            at = {tap / s, tap % s, chunk % args_.chunks_per_tap * Traits::values, 0};
+            const int tap = args_.chunks_per_tap.quotient(chunk);
+            at = {args_.s.quotient(tap), args_.s.remainder(tap), args_.chunks_per_tap.remainder(chunk) * Traits::values, 0};
         }
         if (chunk < args_.chunks) at.values = Block::smaller(Traits::values, args_.c_per_group - at.c);
         return at;
     }
 
     const Args& args_;
-    const T* weight_;   // the filter of the team's first channel
-    const T* x_;        // the group's first channel
-    int chunk_;         // the lane's place in the team
-    int columns_;       // from the team's first one to the block's last that exists
-    int team_columns_;  // from one column of a team to its next
+    const T* weight_;  // the filter of the team's first channel
+    const T* x_;       // the group's first channel
+    int chunk_;        // the lane's place in the team
+    int columns_;      // from the team's first one to the block's last that exists; its next is `teams` further
     int rows_;
 };
 
@@ -225,16 +226,17 @@ __device__ void prepare_rows(const Args& args, const Block& block, Shared<Traits
     if (i >= Traits::rows) return;
     const ConvProblem& problem = args.conv.problem;
     const Strides& strides = args.conv.x_strides;
-    const OutputSize<int> output{static_cast<int>(problem.n), static_cast<int>(problem.p()), static_cast<int>(problem.q())};
-    const Pixel pixel = output.pixel_of_row(block.first_row + i);
+    const Pixel pixel = args.output.pixel_of_row(block.first_row + i);
     const int64_t h = pixel.p * problem.stride_h - problem.pad_top, w = pixel.q * problem.stride_w - problem.pad_left;
     shared.places[i] = place_of_pixel(args.conv, pixel);
     shared.windows[i] = {pixel.n * strides.n + h * strides.h + w * strides.w, static_cast<int>(h), static_cast<int>(w)};
 }
 
+// Those of the columns beyond one for each thread, which teams of one or two lanes make.
 template <class Traits>
-__device__ void prepare_folds(const Args& args, const Block& block, Shared<Traits>& shared) {
-    for (int i = device::thread_x(); i < block.columns; i += Traits::threads) {
+__device__ void prepare_other_folds(const Args& args, const Block& block, Shared<Traits>& shared) {
+#pragma unroll 1
+    for (int i = device::thread_x() + Traits::threads; i < block.columns; i += Traits::threads) {
         const ChannelVectors<typename Traits::Value> vectors(args.conv.epilogue, block.output_channel(args, i), true);
         shared.folds[i] = vectors.fold(args.conv.epilogue);
     }
@@ -243,7 +245,7 @@ __device__ void prepare_folds(const Args& args, const Block& block, Shared<Trait
 // Adds up over the lanes of a team that lie in one warp, and leaves the results in shared memory.
 template <class Traits>
 __device__ __forceinline__ void reduce(const Args& args, Sums<Traits>& total, Shared<Traits>& shared) {
-    const int lanes_in_warp = Block::smaller(args.lanes, 32);
+    const int lanes_in_warp = Block::smaller(args.lanes.value, 32);
 #pragma unroll 1
     for (int mask = lanes_in_warp / 2; mask > 0; mask /= 2) {
 #pragma unroll
@@ -253,21 +255,20 @@ __device__ __forceinline__ void reduce(const Args& args, Sums<Traits>& total, Sh
         }
     }
     if (device::lane() % lanes_in_warp != 0) return;
-    const int team = device::thread_x() / args.lanes, teams = Traits::threads / args.lanes;
-    const int warp_of_team = device::thread_x() % args.lanes / 32;
-    float* sums = shared.sums + warp_of_team * Traits::rows * args.columns + team;
+    const int team = args.lanes.quotient(device::thread_x()), warp_of_team = args.lanes.remainder(device::thread_x()) / 32;
+    float* sums = shared.sums + warp_of_team * Traits::rows * args.columns.value + team;
 #pragma unroll
     for (int i = 0; i < Traits::rows; ++i) {
 #pragma unroll
-        for (int j = 0; j < Traits::channels; ++j) sums[i * args.columns + j * teams] = total[i][j];
+        for (int j = 0; j < Traits::channels; ++j) sums[i * args.columns.value + j * args.teams] = total[i][j];
     }
 }
 
 // Asks for the residual, so that it is on its way to the L2 while the products are made.
 template <class Traits>
 __device__ __forceinline__ void prefetch_residual(const Args& args, const Block& block, const Shared<Traits>& shared) {
-    for (int i = device::thread_x(); i < block.rows * args.columns; i += Traits::threads) {
-        const int row = i / args.columns, column = i % args.columns;
+    for (int i = device::thread_x(); i < block.rows * args.columns.value; i += Traits::threads) {
+        const int row = args.columns.quotient(i), column = args.columns.remainder(i);
         if (column >= block.columns) continue;
         prefetch_pixel_residual<typename Traits::Value>(args.conv, shared.places[row], block.output_channel(args, column));
     }
@@ -278,11 +279,12 @@ template <class Traits>
 __device__ __forceinline__ void store_sums(const Args& args, const Block& block, const Shared<Traits>& shared) {
     using T = typename Traits::Value;
 #pragma unroll 1
-    for (int i = device::thread_x(); i < block.rows * args.columns; i += Traits::threads) {
-        const int row = i / args.columns, column = i % args.columns;
+    for (int i = device::thread_x(); i < block.rows * args.columns.value; i += Traits::threads) {
+        const int row = args.columns.quotient(i), column = args.columns.remainder(i);
         if (column >= block.columns) continue;
         float sum[1] = {shared.sums[i]};
-        for (int warp = 1; warp * 32 < args.lanes; ++warp) sum[0] += shared.sums[warp * Traits::rows * args.columns + i];
+        for (int warp = 1; warp * 32 < args.lanes.value; ++warp)
+            sum[0] += shared.sums[warp * Traits::rows * args.columns.value + i];
         const ChannelFold fold[1] = {shared.folds[column]};
         finish_channels<1, T>(sum, fold, args.conv, shared.places[row], block.output_channel(args, column), 1);
     }
@@ -296,13 +298,16 @@ __global__ void __launch_bounds__(Traits::threads, Tile::blocks_per_multiprocess
 
     // The first loads are under way before anything waits for memory or for another thread: in a small layer they are all.
     LaneOperands<Traits> operands(args, block);
+    if constexpr (prepares_ahead) prepare_rows(args, block, shared);
     await_kernels_ahead(args.conv, Traits::threads);
+    const FoldTable<typename Traits::Value> folds(args.conv.epilogue, block.output_channel(args, 0), Traits::threads,
+                                                  block.columns);
     operands.load_weight(0);
-    prepare_rows(args, block, shared);
+    if constexpr (!prepares_ahead) prepare_rows(args, block, shared);
     device::sync_threads();
     operands.load_x(0, shared.windows);
     if (args.conv.residual) prefetch_residual(args, block, shared);
-    prepare_folds(args, block, shared);
+    folds.store(shared.folds);
 
     Sums<Traits> total = {};
 #pragma unroll 1
@@ -313,6 +318,7 @@ __global__ void __launch_bounds__(Traits::threads, Tile::blocks_per_multiprocess
         operands.load_x(step, shared.windows);
     }
 
+    prepare_other_folds(args, block, shared);
     reduce(args, total, shared);
     device::sync_threads();
     store_sums(args, block, shared);

@@ -275,7 +275,7 @@ __device__ void load_weights(const Args& args, int first_channel, unsigned chunk
                              const Operands<typename Traits::Value>& operands) {
     using T = typename Traits::Value;
     // All of a word's rows are asked for before any is waited for, as far as registers go.
-    constexpr unsigned rows_per_warp = Traits::n / Traits::warps, batch = rows_per_warp < 16 ? rows_per_warp : 16;
+    constexpr unsigned rows_per_warp = Traits::n / Traits::warps, batch = rows_per_warp < 8 ? rows_per_warp : 8;
     static_assert(rows_per_warp % batch == 0, "rows are packed in whole batches");
     const unsigned warp = thread() / 32;
     const int first_of_warp = first_channel + static_cast<int>(column_of_row(warp));
