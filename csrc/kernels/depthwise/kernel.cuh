@@ -12,13 +12,14 @@ namespace fused_cna::depthwise {
 
 struct Args {
     ConvArgs conv;
-    int p, q;            // of the output
-    int multiplier;      // output channels of one input channel
-    int chunks, strips;  // of a block at a time: chunks of its slab, and strips
-    int slabs;
-    int strips_per_row, band_rows, bands;  // of an image
-    uint32_t all_strips;                   // the rows that the last band lacks included
-    uint32_t strip_step;                   // from a block's strips to its next
+    int p, q;        // of the output
+    int multiplier;  // output channels of one input channel
+    Divisor chunks;  // of a block's slab
+    int strips;      // of a block at a time
+    Divisor slabs;
+    Divisor strips_per_row, band_rows, bands;  // of an image
+    int all_strips;                            // the rows that the last band lacks included
+    int strip_step;                            // from a block's strips to its next
 };
 
 // VectorBytes: the widest load of x that channels and alignment allow, 16 or 4; 0 where it is value by value.
@@ -73,10 +74,13 @@ struct Thread {
 
     template <class Traits>
     static __device__ Thread of(const Args& args) {
-        const int slab_channel = static_cast<int>(device::block_x()) % args.slabs * args.chunks * Traits::values;
-        const int chunk = device::thread_x() % args.chunks, strip = device::thread_x() / args.chunks;
-        const int first_channel = slab_channel + chunk * Traits::values;
-        const int remaining = strip < args.strips ? static_cast<int>(args.conv.problem.k) - first_channel : 0;
+        const int slab = args.slabs.remainder(static_cast<int>(device::block_x()));
+        const int slab_channel = slab * args.chunks.value * Traits::values;
+        const int chunk = args.chunks.remainder(device::thread_x()), strip = args.chunks.quotient(device::thread_x());
+        const int k = static_cast<int>(args.conv.problem.k);
+        // A thread beyond the block's strips begins behind the last channel.
+        const int first_channel = strip < args.strips ? slab_channel + chunk * Traits::values : k;
+        const int remaining = k - first_channel;
         return {.slab_channel = slab_channel,
                 .chunk = chunk,
                 .strip = strip,
@@ -93,12 +97,12 @@ struct Strip {
     __device__ bool exists() const { return n >= 0; }
 
     template <class Traits>
-    static __device__ Strip of(const Args& args, const Thread& thread, uint32_t index) {
-        const uint32_t column = index / args.band_rows, band = column / args.strips_per_row;
-        const int p = static_cast<int>(band % args.bands * args.band_rows + index % args.band_rows);
-        const bool exists = index < args.all_strips && p < args.p && thread.channels > 0;
-        return {exists ? static_cast<int>(band / args.bands) : -1, p,
-                static_cast<int>(column % args.strips_per_row) * Traits::columns};
+    static __device__ Strip of(const Args& args, const Thread& thread, int index) {
+        const int column = args.band_rows.quotient(index), band = args.strips_per_row.quotient(column);
+        const int p = args.bands.remainder(band) * args.band_rows.value + args.band_rows.remainder(index);
+        const bool exists =
+            index < args.all_strips && p < args.p && thread.first_channel < static_cast<int>(args.conv.problem.k);
+        return {exists ? args.bands.quotient(band) : -1, p, args.strips_per_row.remainder(column) * Traits::columns};
     }
 };
 
@@ -113,7 +117,7 @@ __device__ __forceinline__ void load_weights(const Args& args, const Thread& thr
     constexpr int batch = Traits::tile.takes_any() ? 4 : wanted < 16 ? wanted : 16;
     const FilterStrides& strides = args.conv.weight_strides;
     const int filter_s = Traits::tile.takes_any() ? static_cast<int>(args.conv.problem.s) : Traits::tile.filter;
-    const int count = args.chunks * Traits::values * taps;
+    const int count = args.chunks.value * Traits::values * taps;
 #pragma unroll 1
     for (int first = device::thread_x(); first < count; first += batch * threads) {
         T weights[batch];
@@ -350,16 +354,17 @@ __global__ void __launch_bounds__(threads, Traits::tile.blocks_per_multiprocesso
     const Thread thread = Thread::of<Traits>(args);
     const int all_taps = Traits::tile.takes_any() ? static_cast<int>(args.conv.problem.gemm_k()) : Traits::taps;
     await_kernels_ahead(args.conv, threads);
-    const FoldTable<typename Traits::Value> folds(args.conv.epilogue, thread.slab_channel, args.chunks * Traits::values,
+    const FoldTable<typename Traits::Value> folds(args.conv.epilogue, thread.slab_channel,
+                                                  args.chunks.value * Traits::values,
                                                   args.conv.problem.k - thread.slab_channel);
     if (all_taps <= Traits::taps) load_weights(args, thread, 0, all_taps, shared);
     folds.store(shared.folds);
     device::sync_threads();
 
-    const uint32_t begin = static_cast<uint32_t>(device::block_x()) / args.slabs * args.strips;
+    const int begin = args.slabs.quotient(static_cast<int>(device::block_x())) * args.strips;
 #pragma unroll 1
-    for (uint32_t first = begin; first < args.all_strips; first += args.strip_step) {
-        const Strip strip = Strip::of<Traits>(args, thread, first + thread.strip);
+    for (int index = begin + thread.strip; index - thread.strip < args.all_strips; index += args.strip_step) {
+        const Strip strip = Strip::of<Traits>(args, thread, index);
         if (args.conv.residual && strip.exists()) prefetch_residual<Traits>(args, thread, strip);
         accumulate(args, thread, strip, shared);
         if (strip.exists()) store_strip(args, thread, strip, shared);
