@@ -330,6 +330,17 @@ def test_sanitizers_accept_it(family: Family, shape: ConvShape) -> None:
     assert torch.equal(subject.run(given, plan, out=out, sanitized=True), expected), plan
 
 
+@each_told_shape
+def test_it_waits_for_the_kernel_ahead(family: Family, dtype: torch.dtype, shape: ConvShape) -> None:
+    """Started early it reads no operand, and writes nothing, before that has ended. Simulated only."""
+    subject = Subject(Simulator(), family, shape, dtype)
+    wanted = Wanted("relu", residual_order="add_act")
+    problem = laid_out(integer_problem(shape, dtype, wanted), channels_last)
+    plans = subject.one_of_each(problem)
+    subject.check(problem, plans, starts_early=True)
+    subject.check(problem, plans[:1], starts_early=True, sanitized=True)
+
+
 @each([torch.float32], lambda family, dtype: family.told() if family.allow_tf32 else ())
 def test_tf32_rounds_operands_once_and_nothing_else(
     family: Family, dtype: torch.dtype, shape: ConvShape

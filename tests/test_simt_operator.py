@@ -23,7 +23,10 @@ FULL = Wanted(act="silu", residual_order="add_act")
 def test_the_front_has_the_signature_of_the_real_one() -> None:
     real = inspect.signature(fused_cna.conv_norm_act).parameters
     simulated = inspect.signature(conv_norm_act).parameters
-    assert list(simulated) == [*real, "plan", "device", "allow_tf32", "seed", "sanitized"]
+    assert list(simulated) == [
+        *real,
+        *("plan", "device", "allow_tf32", "seed", "starts_early", "sanitized"),
+    ]
     for name, parameter in real.items():
         assert (simulated[name].kind, simulated[name].default) == (parameter.kind, parameter.default), name
 

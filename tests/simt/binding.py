@@ -52,6 +52,7 @@ class ConvCall(ctypes.Structure):
         ("seed", ctypes.c_int64),
         ("norm_is_float32", ctypes.c_int64),
         ("allow_tf32", ctypes.c_int64),
+        ("starts_early", ctypes.c_int64),
         ("dtype", ctypes.c_char * 16),
         ("act", ctypes.c_char * 16),
         ("residual_order", ctypes.c_char * 16),

@@ -49,6 +49,7 @@ def conv_norm_act(
     device: str = "H100",
     allow_tf32: bool = False,
     seed: int = 0,
+    starts_early: bool = False,
     sanitized: bool = False,
 ) -> Tensor:
     """`fused_cna.conv_norm_act` with the CUDA kernel simulated; no gradient flows through it.
@@ -62,6 +63,8 @@ def conv_norm_act(
         device: whose plan: a name of csrc/plan/device.h.
         allow_tf32: whether float32 products may be rounded to tf32, for which PyTorch has a global switch.
         seed: chooses the order of threads and blocks; a right kernel gives the same bits for every seed.
+        starts_early: every launch begins before the kernel ahead of it has ended; until a kernel has waited
+            for that, all tensors and the workspace hold NaN, and nothing may be written.
         sanitized: run in a process built with AddressSanitizer and UndefinedBehaviorSanitizer, every tensor
             in a heap block of exactly its size, so that an access one element outside is reported. Slower.
 
@@ -102,6 +105,7 @@ def conv_norm_act(
             eps=eps,
             act_param=act_params[0] if act_params else 0.0,
             seed=seed,
+            starts_early=starts_early,
             norm_is_float32=running_mean is not None and running_mean.dtype == torch.float32,
             act=act.encode(),
             residual_order=residual_order.encode(),

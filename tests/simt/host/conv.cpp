@@ -5,6 +5,7 @@
 #include <vector>
 
 #include <simt/block.h>
+#include <simt/prerequisites.h>
 
 #include "conv_call.h"
 #include "guarded.h"
@@ -100,6 +101,40 @@ void take_copies(const ConvCall& call, const fused_cna::Plan& plan, fused_cna::C
     }
 }
 
+// From the first element to behind the last.
+int64_t bytes_of(const ConvCall::Tensor& tensor, int64_t element_bytes) {
+    int64_t elements = 1;
+    for (int i = 0; i < 4; ++i) {
+        if (tensor.sizes[i] == 0) return 0;
+        elements += (tensor.sizes[i] - 1) * tensor.strides[i];
+    }
+    return elements * element_bytes;
+}
+
+// All that the kernels of a call are given, copies of operands and these themselves. y may hold the residual, and is named
+// first.
+std::vector<Memory> memory_of(const ConvCall& call, std::vector<float>& workspace) {
+    const int64_t element = fused_cna::size_in_bytes(find_dtype(call.dtype));
+    const int64_t norm_element = call.norm_is_float32 ? sizeof(float) : element, k = call.weight.sizes[0];
+    const auto tensor = [&](const char* name, const ConvCall::Tensor& of) {
+        return Memory{name, of.data, bytes_of(of, element)};
+    };
+    std::vector<Memory> memory{tensor("y", call.y),
+                               tensor("x", call.x),
+                               tensor("the weight", call.weight),
+                               tensor("the copy of x", call.dense_x),
+                               tensor("the copy of the weight", call.dense_weight),
+                               tensor("the residual", call.residual),
+                               {"the bias", call.vectors[0], k * element},
+                               {"norm_weight", call.vectors[1], k * norm_element},
+                               {"norm_bias", call.vectors[2], k * norm_element},
+                               {"running_mean", call.vectors[3], k * norm_element},
+                               {"running_var", call.vectors[4], k * norm_element},
+                               {"the workspace", workspace.data(), std::ssize(workspace) * int64_t{sizeof(float)}}};
+    std::erase_if(memory, [](const Memory& one) { return !one.first || one.bytes == 0; });
+    return memory;
+}
+
 }  // namespace
 
 fused_cna::Plan plan_conv(const ConvCall& call) { return make_plan(call, make_args(call).problem); }
@@ -119,8 +154,9 @@ void run_conv(const ConvCall& call) {
     take_copies(call, plan, args);
     std::vector<float> workspace(plan.workspace_bytes / sizeof(float), std::numeric_limits<float>::quiet_NaN());
     args.workspace = workspace.data();
+    set_memory(memory_of(call, workspace));
     set_seed(static_cast<uint64_t>(call.seed));
-    fused_cna::run(args, plan, {});
+    fused_cna::run(args, plan, {.starts_early = call.starts_early != 0});
 }
 
 }  // namespace simt

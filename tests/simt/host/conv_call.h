@@ -24,6 +24,7 @@ struct ConvCall {
     int64_t seed;
     int64_t norm_is_float32;
     int64_t allow_tf32;
+    int64_t starts_early;  // every launch of it
     char dtype[16];
     char act[16];
     char residual_order[16];

@@ -3,6 +3,7 @@
 #include <string>
 
 #include <simt/async_copy.h>
+#include <simt/cluster.h>
 #include <simt/sanitizer.h>
 
 namespace simt {
@@ -32,6 +33,7 @@ void AsyncCopies::reset(int threads) {
 }
 
 void AsyncCopies::start(int thread, uint32_t destination, const void* source, int bytes, bool valid, const Site& site) {
+    if (valid) block().cluster().prerequisites.check_ended(site);
     check_source(source, bytes, valid, site);
     std::byte* first = shared_.at(destination, bytes, site);
     SharedMemory::poison(first, bytes);

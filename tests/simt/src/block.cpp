@@ -43,6 +43,7 @@ void Block::run() {
 
 void Block::finish_if_ended() {
     if (is_running()) return;
+    cluster_.prerequisites.check_waited(rank_);
     scheduler.finish();
     copies.check_never_landed();
     tensor_copies.check_end();

@@ -36,24 +36,37 @@ void Cluster::run(int64_t first, const LaunchRequest& request, Random& random, c
     while (static_cast<int>(blocks_.size()) < size_)
         blocks_.push_back(std::make_unique<Block>(*this, static_cast<int>(blocks_.size())));
     barrier.reset();
+    prerequisites.begin(request.starts_early);
+    const struct AtExit {
+        Prerequisites& prerequisites;
+        ~AtExit() { prerequisites.put_back(); }
+    } at_exit{prerequisites};
     for (int rank = 0; rank < size_; ++rank) {
         block(rank).start({first + rank, request.blocks, request.threads, request.shared_bytes, random.next(), &kernel});
     }
+    advance(random);
+    if (prerequisites.are_pending()) {
+        prerequisites.end();
+        advance(random);
+    }
+    if (live_threads() > 0) fail("deadlock: no thread can go on" + standing());
+}
+
+void Cluster::advance(Random& random) {
     if (size_ > 1) return interleave(Random(random.next()));
     block(0).run();
-    check_progress(!block(0).is_running());
 }
 
 void Cluster::interleave(Random random) {
     // Usually any block may be next. Now and then one runs on as far as it can, so that it gets far ahead of the others.
     const bool one_ahead = random.below(4) == 0;
     int rank = 0;
-    while (live_threads() > 0) {
+    while (true) {
         std::vector<int> able;
         for (int i = 0; i < size_; ++i) {
             if (block(i).is_running() && block(i).can_step()) able.push_back(i);
         }
-        check_progress(!able.empty());
+        if (able.empty()) return;
         const bool stay = one_ahead && block(rank).is_running() && block(rank).can_step();
         if (!stay) rank = able[random.below(static_cast<uint32_t>(able.size()))];
         block(rank).step();
@@ -66,14 +79,13 @@ int Cluster::live_threads() const {
     return live;
 }
 
-void Cluster::check_progress(bool can_step) const {
-    if (can_step) return;
-    std::string text = "deadlock: no thread can go on";
+std::string Cluster::standing() const {
+    std::string text;
     for (int rank = 0; rank < size_; ++rank) {
         if (size_ > 1) text += "\n  block " + std::to_string(rank) + " of the cluster:";
         text += block(rank).scheduler.standing();
     }
-    fail(text);
+    return text;
 }
 
 const std::byte* Cluster::at(int rank, uint32_t address, int bytes, const Site& site) const {

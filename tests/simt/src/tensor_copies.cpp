@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <utility>
 
-#include <simt/block.h>
+#include <simt/cluster.h>
 #include <simt/sanitizer.h>
 #include <simt/tensor_copies.h>
 
@@ -28,6 +28,7 @@ constexpr int dimensions = MapGeometry::most_dimensions;
 using Coordinates = std::array<int64_t, dimensions>;
 
 const MapGeometry& open(const TensorMap& map, bool is_im2col, int rank, const Site& site) {
+    block().cluster().prerequisites.check_ended(site);
     if (map.state != TensorMap::encoded) fail(to_string(site) + " by a tensor map that was never encoded");
     if (map.geometry.is_im2col != is_im2col)
         fail(to_string(site) + " by a map that was encoded as " + (is_im2col ? "tiled" : "im2col"));

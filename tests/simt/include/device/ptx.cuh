@@ -8,7 +8,7 @@
 #include <source_location>
 #include <type_traits>
 
-#include <simt/block.h>
+#include <simt/cluster.h>
 #include <simt/load_matrices.h>
 #include <simt/multiply_add.h>
 #include <simt/tf32.h>
@@ -26,7 +26,12 @@ inline int64_t grid_x() { return simt::block().grid(); }
 inline int lane() { return thread_x() % simt::warp_lanes; }
 inline int warp() { return thread_x() / simt::warp_lanes; }
 
-inline void await_prerequisites() {}
+inline void await_prerequisites(Where where = Where::current()) {
+    simt::block().cluster().prerequisites.wait({"await_prerequisites", where});
+}
+
+// PTX ISA, "griddepcontrol", .launch_dependents: a hint, by any thread and any number of times. Whenever the kernel behind
+// starts, its await_prerequisites is for the end of this one, so that there is nothing to show.
 inline void launch_dependents() {}
 
 inline void sync_threads(Where where = Where::current()) {
@@ -93,8 +98,11 @@ inline uint32_t shared_address(const void* pointer, Where where = Where::current
     return simt::block().shared.address_of(pointer, {"shared_address", where});
 }
 
-// PTX ISA, "prefetch": changes nothing. The address is to be one that may be read, as AddressSanitizer then checks.
-inline void prefetch(const void* address) { (void)*static_cast<const volatile char*>(address); }
+// PTX ISA, "prefetch": changes nothing, and may come before what lies there. The address is to be one that may be read, as
+// AddressSanitizer then checks.
+inline void prefetch(const void* address) {
+    if (!simt::block().cluster().prerequisites.hides(address)) (void)*static_cast<const volatile char*>(address);
+}
 
 template <int Bytes>
 void copy_async(uint32_t destination, const void* source, bool valid, Where where = Where::current()) {

@@ -43,14 +43,14 @@ const char* set_shared_limit(void (*kernel)(P...), int bytes) {
     return simt::set_shared_limit(reinterpret_cast<const void*>(kernel), bytes);
 }
 
-// Runs to the end before it returns, whatever the stream.
+// Runs to the end before it returns. One that starts early only sees the kernels ahead as if they had not ended.
 template <class... P, class... A>
-const char* start(void (*kernel)(P...), const LaunchShape& shape, Stream, const A&... args) {
+const char* start(void (*kernel)(P...), const LaunchShape& shape, Stream stream, const A&... args) {
     const std::tuple<std::remove_cv_t<P>...> parameters(args...);
     auto run_one_thread = [&] { std::apply(kernel, parameters); };
-    return simt::launch(
-        {shape.blocks, shape.threads, shape.shared_bytes, shape.cluster, reinterpret_cast<const void*>(kernel)},
-        run_one_thread);
+    return simt::launch({shape.blocks, shape.threads, shape.shared_bytes, shape.cluster, stream.starts_early,
+                         reinterpret_cast<const void*>(kernel)},
+                        run_one_thread);
 }
 
 }  // namespace fused_cna::device

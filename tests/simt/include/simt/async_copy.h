@@ -22,8 +22,8 @@ class AsyncCopies {
 
     void reset(int threads);
 
-    // Reported: addresses that are not multiples of `bytes`, a destination outside shared memory.
-    // Where `valid` is false the source is never read, and zeros land.
+    // Reported: addresses that are not multiples of `bytes`, a destination outside shared memory, a source that is read
+    // before the kernels ahead have ended. Where `valid` is false it is never read, and zeros land.
     void start(int thread, uint32_t destination, const void* source, int bytes, bool valid, const Site& site);
 
     void commit(int thread);

@@ -87,6 +87,7 @@ struct LaunchRequest {
     int threads;
     int64_t shared_bytes;
     int cluster;                 // blocks of one
+    bool starts_early;           // before the kernels ahead have ended
     const void* kernel_address;  // names the kernel in reports
 };
 

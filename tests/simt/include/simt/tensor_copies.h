@@ -24,7 +24,7 @@ namespace simt {
 //   - is reported if shared memory, as threads see it, is no longer what it was when the store started.
 // Reported of both: a map that nobody encoded, or of another rank or kind; an address that is not aligned as the swizzle
 // wants it; a box that is not wholly inside shared memory; rows that do not fill the swizzle's span, as the manual does not
-// say how such rows lie.
+// say how such rows lie; a start before the kernels ahead have ended.
 class TensorCopies {
    public:
     using TensorMap = fused_cna::device::TensorMap;
