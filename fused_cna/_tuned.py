@@ -15,6 +15,7 @@ _lock = threading.Lock()
 
 # Set in this process, whether or not they are in a file.
 _own: dict[Device, dict[ProblemKey, TunedPlan]] = {}
+_revision = 0
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,17 @@ def plan_for(device: Device, problem: Problem) -> TunedPlan | None:
     return plans_for(device).get(problem_key(problem))
 
 
+def revision() -> int:
+    """Another number after every ``use`` and ``forget``: what was chosen before may not be chosen again."""
+    return _revision
+
+
 def use(target: Target, plans: Iterable[TunedPlan]) -> None:
     """Has every later call in this process run these plans."""
+    global _revision
     plans = list(plans)
     with _lock:
+        _revision += 1
         _own.setdefault(target.device, {}).update({plan.problem: plan for plan in plans})
         if _extension.is_available():
             _hand_over(target, plans)
@@ -75,7 +83,9 @@ def use(target: Target, plans: Iterable[TunedPlan]) -> None:
 
 def forget() -> None:
     """Ends what ``use`` did, and what was read from files, in this process."""
+    global _revision
     with _lock:
+        _revision += 1
         _own.clear()
         if _extension.is_available():
             _extension.module().clear_tuned_plans()

@@ -284,6 +284,14 @@ def _module_question(module: ConvNormAct, x: Tensor | None, with_residual: bool)
     )
 
 
+_forced = ""
+
+
+def forced_name() -> str:
+    """The name that :func:`forced_plan` was given; empty outside of it."""
+    return _forced
+
+
 @contextlib.contextmanager
 def forced_plan(name: str) -> Iterator[None]:
     """Inside this context every CUDA call of this process runs the best plan whose name begins so.
@@ -298,11 +306,13 @@ def forced_plan(name: str) -> Iterator[None]:
     Raises:
         ImportError: the compiled extension is not available; says why.
     """
+    global _forced
     extension = _extension.module()
-    before = extension.force_plan(name)
+    before, _forced = extension.force_plan(name), name
     try:
         yield
     finally:
+        _forced = before
         extension.force_plan(before)
 
 

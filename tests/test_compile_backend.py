@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch._inductor.compile_fx
 from torch import fx, nn
+from torch._dynamo.backends.cudagraphs import check_for_skip
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -32,7 +33,7 @@ def test_the_rest_goes_to_inductor_unless_told_otherwise(operators: None) -> Non
 
 @pytest.mark.parametrize(
     ("mode", "options"),
-    [("max-autotune-no-cudagraphs", None), (None, {"inner": "inductor", "max_autotune": True})],
+    [("max-autotune", None), (None, {"inner": "inductor", "max_autotune": True, "triton.cudagraphs": True})],
 )
 def test_modes_and_options_reach_inductor(
     mode: str | None, options: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
@@ -45,7 +46,7 @@ def test_modes_and_options_reach_inductor(
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
     check(Block().eval(), compiler.compile_graph, image(), mode=mode, options=options)
-    assert given[0]["max_autotune"] is True
+    assert given[0]["max_autotune"] is given[0]["triton.cudagraphs"] is True
     assert "inner" not in given[0]
 
 
@@ -185,6 +186,22 @@ def test_on_a_gpu_the_graph_calls_nothing_but_the_operator(pretended_gpu: None) 
     for graph in (graph_module.graph, traced.graph):
         called = [node.target for node in graph.nodes if node.op.startswith("call")]
         assert called == [torch.ops.fused_cna.conv_norm_act.default] * 2
+
+
+def test_cuda_graphs_take_the_graph_of_a_gpu(pretended_gpu: None) -> None:
+    """By the check of torch's own backend, which leaves out what cannot be captured."""
+    graph_module, inputs = captured_on_gpu(randomised(Block()), image())
+    compiler.fuse_graph(graph_module)
+    with torch.no_grad():
+        traced = make_fx(graph_module, tracing_mode="fake")(*inputs)
+    assert check_for_skip(traced, 0) is None
+
+
+def test_cuda_graphs_on_a_cpu_are_left_out(operators: None) -> None:
+    network = randomised(Block())
+    compiled = check(network, compiler.compile_graph, image(), options={"inner": "cudagraphs"})
+    for size in (5, 7):
+        check(network, compiler.compile_graph, image(2, 6, size, 8), compiled=compiled)
 
 
 def test_what_no_kernel_takes_says_so_on_every_call(

@@ -46,6 +46,10 @@ def compile_graph(
     change of grad mode or autocast runs through, or in the bodies of checkpoints and control flow. The logger
     ``fused_cna.fusion.compiler`` says at INFO how much of a graph is fused, and at DEBUG what is not and why.
 
+    CUDA graphs are torch's own: ``mode="reduce-overhead"``, or ``options={"inner": "cudagraphs"}`` without
+    inductor, which copies parameters too into a graph's memory on every call. Both overwrite the results of
+    one call in the next; see ``torch.compiler.cudagraph_mark_step_begin``.
+
     Args:
         mode: as ``torch.compile`` takes it, handed on.
         options: as ``torch.compile`` takes them, handed on but for ``"inner"``, the name of the backend for

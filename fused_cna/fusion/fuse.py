@@ -35,6 +35,7 @@ def fuse(
     strict: bool = False,
     verify: bool = True,
     freeze: bool = False,
+    cuda_graphs: bool = False,
 ) -> Network:
     """The network with its convolutions fused with what follows them.
 
@@ -68,18 +69,35 @@ def fuse(
             snapshot for inference on a CPU. Where a parameter was written to since, the network runs as it
             was written. Writes through ``.data`` are not seen. oneDNN's ReLU, ReLU6 and Hardsigmoid make
             numbers of NaN.
+        cuda_graphs: on a GPU, run a call as a replay of a CUDA graph, captured when such a call first comes:
+            one launch in place of one for each convolution. There is a graph for each kind of inputs
+            (shapes, dtypes, strides) and settings (autocast, precision), at most 8. Inputs are copied into
+            its memory and results out of it, so results are the caller's to keep. Parameters changed in
+            place are seen; after parameters or modules were exchanged, or hooks were added, the network is
+            captured anew. Launched kernel by kernel, with one warning that says why, is what no graph can
+            do: further kinds of inputs, networks that cannot be followed as a whole or call code of others,
+            operators for which the host waits, results that are inputs or parameters; and without one, calls
+            where a gradient is wanted, and those within another capture, transform or compiler. Side effects
+            of Python, such as prints and counters, are not repeated by a replay. Held beside the parameters
+            are copies of each graph's inputs and results, and a pool for what is between, which the graphs
+            share. A copy of the network captures anew. Not together with ``freeze``.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``example_inputs`` no tensors.
+        ValueError: ``freeze`` and ``cuda_graphs`` are both True.
         FusionError: ``model`` is scripted, quantised, or on the meta device or several devices; it does not
             run on the example inputs; with ``strict``, something was not fused; the results differ.
     """
     checks.check_network(model)
     inputs = checks.as_arguments(example_inputs)
+    if freeze and cuda_graphs:
+        raise ValueError(
+            "freeze=True is for inference on a CPU and cuda_graphs=True for a GPU, but got both; give one"
+        )
     with lock:
         network = model if inplace else _copy(model)
         try:
-            fuse_in_place(network, freeze=freeze)
+            fuse_in_place(network, freeze=freeze, cuda_graphs=cuda_graphs)
             if inputs is not None:
                 (verify_fused if verify else run_once)(network, inputs)
             checks.check_result(network, *records_of(network), strict=strict)
@@ -95,14 +113,17 @@ def fuse(
     return network
 
 
-def fuse_in_place(network: nn.Module, *, freeze: bool) -> None:
-    """Lay overlays over a network and every part of it, and trace what can be for calls with tensors."""
+def fuse_in_place(network: nn.Module, *, freeze: bool, cuda_graphs: bool = False) -> None:
+    """Lay overlays over a network and every part of it, and trace what can be for calls with tensors.
+
+    With ``cuda_graphs`` the calls of the network itself are captured, of which its parts are parts.
+    """
     with lock:
         unfuse(network, inplace=True)
         for module in list(network.modules()):
             if _may_be_laid_over(module):
                 try:
-                    lay_over(module, Overlays(make_overlay, freeze))
+                    lay_over(module, Overlays(make_overlay, freeze, cuda_graphs and module is network))
                 except NotTraceableError:
                     continue
         with left_as_it_is(network):

@@ -1,7 +1,9 @@
 """Whether a network still is what it was when it was traced: what its code can read besides tensors."""
 
+import operator
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,6 +95,63 @@ class Guard:
             # A copy of a graph module has a graph of its own, equal to no other.
             names = {name for name in names if not name.startswith("_")}
         return names if self._reads is None else names & self._reads
+
+
+class MemoryGuard:
+    """The modules that a CUDA graph has run, as they were, and the tensors that it reads, where they lay.
+
+    What is written into a tensor is seen by the graph itself. The memory is kept, so that nobody else's
+    tensor can lie there. All comparisons are of whole lists, because they are made at every call.
+
+    Args:
+        modules: all of each is compared; none of them has hooks.
+        values: tensors besides theirs.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], values: Sequence[torch.Tensor]) -> None:
+        self._modules = list(modules)
+        self._kinds = [*map(type, modules)]
+        self._attributes = [dict(vars(module)) for module in modules]
+        self._holders: list[dict[str, Any]] = [
+            held for m in modules for held in (m._parameters, m._buffers, m._modules) if held
+        ]
+        self._held = [*chain.from_iterable(map(dict.values, self._holders))]
+        self._hooks = [
+            hooks
+            for m in modules
+            for hooks in (
+                m._forward_hooks,
+                m._forward_pre_hooks,
+                m._backward_hooks,
+                m._backward_pre_hooks,
+            )
+        ]
+        self._values = list(values)
+        self.tensors = [one for one in (*self._held, *values) if isinstance(one, torch.Tensor)]
+        self._addresses = [*map(torch.Tensor.data_ptr, self.tensors)]
+        # Tensors of one dimension can hardly lie otherwise at the same address.
+        self._matrices = [tensor for tensor in self.tensors if tensor.dim() > 1]
+        self._strides = [*map(torch.Tensor.stride, self._matrices)]
+        self._memory = [tensor.detach() for tensor in self.tensors]
+
+    def holds(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether all is as it was, and ``values`` are the same tensors."""
+        try:
+            return (
+                [*map(type, self._modules)] == self._kinds
+                and [*map(vars, self._modules)] == self._attributes
+                and not any(self._hooks)
+                and _same_objects([*chain.from_iterable(map(dict.values, self._holders))], self._held)
+                and _same_objects(values, self._values)
+                and [*map(torch.Tensor.data_ptr, self.tensors)] == self._addresses
+                and [*map(torch.Tensor.stride, self._matrices)] == self._strides
+            )
+        except _NO_ANSWER:
+            return False
+
+
+def _same_objects(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _state(module: nn.Module) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from fused_cna import eager
 from fused_cna.fusion.guards import Guard
 from fused_cna.fusion.records import OVERLAYS, LayerRecord
+from fused_cna.fusion.replay import ADVICE, Replays
 from fused_cna.fusion.signatures import Key, default_key, key_of
 from fused_cna.fusion.trace import NotTraceableError, lock
 
@@ -59,7 +60,11 @@ class Overlay:
 
     def __call__(self, network: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """What ``network`` returns for the tensors of a call."""
-        return self.graph(*tensors, *[operator.attrgetter(path)(network) for path in self.values])
+        return self.graph(*tensors, *self.values_of(network))
+
+    def values_of(self, network: nn.Module) -> list[Tensor]:
+        """The parameters and buffers that the graph takes."""
+        return [operator.attrgetter(path)(network) for path in self.values]
 
 
 class Overlays:
@@ -68,18 +73,22 @@ class Overlays:
     Args:
         make: makes an overlay of a network, or says why there is none.
         frozen: whether its convolutions are folded and packed.
+        cuda_graphs: whether its calls are captured into CUDA graphs.
     """
 
-    def __init__(self, make: Callable[[nn.Module, Key, bool], Overlay | str], frozen: bool) -> None:
+    def __init__(
+        self, make: Callable[[nn.Module, Key, bool], Overlay | str], frozen: bool, cuda_graphs: bool = False
+    ) -> None:
         self._make, self.frozen = make, frozen
+        self.replays = Replays() if cuda_graphs else None
         self.made: dict[Key, Overlay | str] = {}
         """Replaced whole, never written to: other threads read it."""
         self.by_count: dict[int, Overlay | str] = {}
         """The same by the number of arguments, of calls with nothing but tensors by position."""
 
     def __reduce__(self) -> Any:
-        """Copies trace anew: what was traced are other modules."""
-        return Overlays, (self._make, self.frozen)
+        """Copies trace and capture anew: what was traced are other modules."""
+        return Overlays, (self._make, self.frozen, self.replays is not None)
 
     def find(self, network: "FusedNetwork", args: Any, kwargs: Any) -> tuple[Any, Sequence[Tensor]]:
         """The overlay for a call, None if none holds, and the tensors to call it with."""
@@ -125,8 +134,28 @@ class Overlays:
                 self.made = {**self.made, key: made}
             return self.made.get(key)
 
-    def clear(self) -> None:
-        self.made, self.by_count = {}, {}
+    def run(self, overlay: Overlay, network: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        """What an overlay that was found returns."""
+        observer = getattr(state, "observer", None)
+        if observer is not None:
+            return observer(overlay, network, tensors)
+        if self.replays is not None:
+            return self.replays.run(overlay, network, tensors)
+        return overlay(network, tensors)
+
+    def say_why_none(self, network: nn.Module, arguments: Any) -> None:
+        """Where calls were to be captured, say once why one that ran as Python code was not."""
+        if self.replays is not None:
+            refused = (made for made in self.made.values() if isinstance(made, str))
+            why = next(refused, "nothing in it is fused, or it was changed since, see report()")
+            self.replays.say_untraced(network, f"it runs as Python code ({why}); {ADVICE}", arguments)
+
+    def moved(self) -> None:
+        """Forget what was made of tensors that were moved or cast: snapshots and CUDA graphs."""
+        if self.frozen:
+            self.made, self.by_count = {}, {}
+        if self.replays is not None:
+            self.replays.clear()
 
 
 def _runs(overlay: Any, network: nn.Module) -> bool:
@@ -154,16 +183,17 @@ class FusedNetwork(nn.Module):
             else:
                 overlay, tensors = overlays.find(self, args, kwargs)
                 if overlay is not None:
-                    observer = getattr(state, "observer", None)
-                    return overlay(self, tensors) if observer is None else observer(overlay, self, tensors)
+                    return overlays.run(overlay, self, tensors)
+                result = self.plain_class.forward(self, *args, **kwargs)
+                overlays.say_why_none(self, (args, kwargs))
+                return result
         return self.plain_class.forward(self, *args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "FusedNetwork":
         super()._apply(fn, recurse)
         overlays = self.__dict__.get(OVERLAYS)
-        # Snapshots are made anew of what moved, or was left without values.
-        if overlays is not None and overlays.frozen:
-            overlays.clear()
+        if overlays is not None:
+            overlays.moved()
         return self
 
     def _replicate_for_data_parallel(self) -> nn.Module:

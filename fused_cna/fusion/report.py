@@ -36,6 +36,8 @@ class FusionReport:
     """Fused convolutions whose weight does not lie in channels_last: a GPU repacks it on every call."""
     is_training: bool = False
     is_frozen: bool = False
+    cuda_graphs: tuple[str, ...] | None = None
+    """The calls that are CUDA graphs, and why others are not; None where none was asked for."""
 
     @property
     def fused(self) -> tuple[LayerRecord, ...]:
@@ -112,7 +114,13 @@ def report(model: nn.Module, example_inputs: Any = None) -> FusionReport:
         repacked=tuple(path for path, conv in convs.items() if path in fused and _is_repacked(conv)),
         is_training=model.training,
         is_frozen=is_frozen,
+        cuda_graphs=_cuda_graphs(network),
     )
+
+
+def _cuda_graphs(network: nn.Module) -> tuple[str, ...] | None:
+    replays = getattr(vars(network).get(OVERLAYS), "replays", None)
+    return None if replays is None else tuple(replays.lines())
 
 
 def _is_repacked(conv: nn.Conv2d) -> bool:
@@ -146,6 +154,8 @@ def _lines(report: FusionReport) -> Iterator[str]:
     if report.as_written:
         changed = _names(report.as_written)
         yield f"Changed since it was fused, and so run as it was written: {changed}. Call fuse() again."
+    if report.cuda_graphs is not None:
+        yield from [f"CUDA graph of {one}" for one in report.cuda_graphs] or ["CUDA graphs: none yet"]
     if report.repacked:
         yield f"A GPU repacks these weights on every call, which explain() prices: {_names(report.repacked)}."
         yield "model.to(memory_format=torch.channels_last) spares that."

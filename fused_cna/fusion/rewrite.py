@@ -59,8 +59,8 @@ def act_module(act: Act) -> nn.Module:
         return act.module
     row = ACTIVATIONS[act.name]
     if act.name == "gelu_tanh":
-        return nn.GELU(approximate="tanh")
-    return row.module(**dict(zip(row.params, act.params, strict=True)))
+        return nn.GELU(approximate="tanh").eval()
+    return row.module(**dict(zip(row.params, act.params, strict=True))).eval()
 
 
 def call_by_values(

@@ -62,9 +62,14 @@ def _key(value: Any) -> Any:
     if kind is float:
         # Of which some equal others, and some not even themselves.
         return kind, value, value.hex()
-    if kind in _CONSTANTS or isinstance(value, enum.Enum):
+    if is_constant(value):
         return kind, value
     raise TypeError(f"it is called with a {kind.__name__}")
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a value never changes, and compares by value."""
+    return type(value) in (float, *_CONSTANTS) or isinstance(value, enum.Enum)
 
 
 def default_key(forward: Callable[..., Any]) -> tuple[Key, int]:
