@@ -12,6 +12,7 @@ import torch
 import fused_cna
 from bench import layers, models, overhead, pipeline, plot, report
 from bench.compare import load_rows
+from bench.host_parts import print_parts
 from bench.layer_report import layers_summary, print_layers
 from bench.layer_result import LayerResult
 from bench.model_plot import plot_models
@@ -272,8 +273,9 @@ def draw(session: Session, plots: Callable[[str, str], list[Path]]) -> None:
 
 
 def run_overhead(session: Session) -> Outcome:
-    with progress("overhead", 1, shown=True) as step, session.setting.precision.applied():
+    with progress("overhead", 2, shown=True) as step, session.setting.precision.applied():
         result = overhead.run(session.setting, step)
+    print_parts(session.console, result.parts)
     return Outcome(result.as_json(), [], report.overhead_summary(result))
 
 
@@ -292,5 +294,7 @@ JOBS = {
         run_pipeline,
         needs=("torchvision", "sklearn", "PIL"),
     ),
-    "overhead": Job("host time of one call on a tiny input, against the three modules", run_overhead),
+    "overhead": Job(
+        "host time of one call on a tiny input, against the three modules, and by parts", run_overhead
+    ),
 }
