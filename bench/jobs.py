@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fused_cna
-from bench import layers, models, overhead, pipeline, plot, report
+from bench import first_call, layers, models, overhead, pipeline, plot, report
 from bench.compare import load_rows
 from bench.host_parts import print_parts
 from bench.layer_report import layers_summary, print_layers
@@ -83,11 +83,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """A part of the bench; `needs` are modules beyond torch that it imports."""
+    """A part of the bench; `needs` are modules beyond torch that it imports, `in_all` whether all has it."""
 
     summary: str
     run: Callable[[Session], Outcome]
     needs: tuple[str, ...] = ()
+    in_all: bool = True
 
 
 def run(
@@ -279,6 +280,22 @@ def run_overhead(session: Session) -> Outcome:
     return Outcome(result.as_json(), [], report.overhead_summary(result))
 
 
+def run_first_call(session: Session) -> Outcome:
+    setting, cases = session.setting, first_call.cases(session.setting)
+    with progress("first-call", len(cases), shown=True) as step:
+        results = first_call.run(setting, step)
+    first_call.print_results(session.console, results)
+    left_out = [f"{network}, {route}" for network, route in cases[len(results) :]]
+    if left_out:
+        session.console.print(f"left out, {setting.budget.why_not}: {'; '.join(left_out)}")
+    failed = [one for one in results if one.failure]
+    for one in failed:
+        session.console.print(f"{one.network}, {one.route} failed: {one.failure}", markup=False)
+    failures = [f"{one.network}: {one.failure}" for one in failed if one.route == "fused"]
+    content = {"results": [one.as_json() for one in results], "left_out": left_out}
+    return Outcome(content, failures, first_call.summary_of(results))
+
+
 # The most telling first: a budget, or whoever interrupts a run, takes from the end.
 JOBS = {
     "layers": Job(
@@ -296,5 +313,11 @@ JOBS = {
     ),
     "overhead": Job(
         "host time of one call on a tiny input, against the three modules, and by parts", run_overhead
+    ),
+    "first-call": Job(
+        "import, first call and new image size of networks in fresh processes; slow, so not part of all",
+        run_first_call,
+        needs=("torchvision",),
+        in_all=False,
     ),
 }
