@@ -15,7 +15,6 @@ from typing import Any
 
 from bench.model_cases import MODELS
 from bench.provenance import ROOT
-from bench.report import time_text
 from bench.setting import Setting
 from bench.stats import Summary, summarize
 from bench.terminal import Console, make_table
@@ -89,36 +88,51 @@ def start_process(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def most_steps(setting: Setting) -> int:
+    """How many processes are started without a budget."""
+    return sum(PROCESSES[route] for _, route in cases(setting))
+
+
 def run(setting: Setting, step: Callable[[str], None], start: Start = start_process) -> list[Measured]:
-    """All cases in order, as far as the budget allows."""
-    results = []
-    for network, route in cases(setting):
-        if not setting.budget.allows():
-            break
-        step(f"{network}, {route}")
-        results.append(_measure(setting, network, route, start))
-    return results
+    """One process of each case, then the second ones, as far as the budget allows.
+
+    So a machine that gets busy slows all routes alike.
+    """
+    answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    failures: dict[tuple[str, str], str] = {}
+    for turn in range(max(PROCESSES.values())):
+        for case in cases(setting):
+            if turn >= PROCESSES[case[1]] or case in failures:
+                continue
+            if not setting.budget.allows():
+                break
+            step(", ".join(case))
+            try:
+                answers.setdefault(case, []).append(start(_request(setting, *case)))
+            except RuntimeError as error:
+                failures[case] = str(error)
+    return [_measured(_request(setting, *case), answers[case], failures.get(case, "")) for case in answers]
 
 
-def _measure(setting: Setting, network: str, route: str, start: Start) -> Measured:
+def _request(setting: Setting, network: str, route: str) -> dict[str, Any]:
     size = MODELS[network].size(setting.device)
-    sizes, batch = (size, size + LARGER), setting.batch_or(on_cpu=1, on_gpu=8)
-    request = {
+    return {
         "network": network,
         "route": route,
         "device": str(setting.device),
         "precision": setting.precision.name,
-        "batch": batch,
-        "sizes": sizes,
+        "batch": setting.batch_or(on_cpu=1, on_gpu=8),
+        "sizes": (size, size + LARGER),
         "seed": setting.seed,
     }
-    try:
-        answers = [start(request) for _ in range(PROCESSES[route])]
-    except RuntimeError as error:
-        return Measured(network, route, batch, sizes, failure=str(error))
+
+
+def _measured(request: dict[str, Any], answers: Sequence[dict[str, Any]], failure: str) -> Measured:
+    case = {name: request[name] for name in ("network", "route", "batch", "sizes")}
+    if failure:
+        return Measured(**case, failure=failure)
     seconds = {name: summarize([answer["seconds"][name] for answer in answers]) for name in STEPS}
-    recompiled = any(answer["recompiled"] for answer in answers)
-    return Measured(network, route, batch, sizes, seconds, recompiled)
+    return Measured(**case, seconds=seconds, recompiled=any(answer["recompiled"] for answer in answers))
 
 
 def print_results(console: Console, results: Sequence[Measured]) -> None:
@@ -152,7 +166,7 @@ def summary_of(results: Sequence[Measured]) -> list[str]:
     lines = []
     for network in dict.fromkeys(one.network for one in results):
         said = [
-            f"{one.route} {time_text(one.seconds['first call'])} and {time_text(one.seconds['new size'])}"
+            f"{one.route} {_text(one.seconds['first call'])} and {_text(one.seconds['new size'])}"
             for one in results
             if one.network == network and one.seconds
         ]

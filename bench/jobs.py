@@ -282,10 +282,11 @@ def run_overhead(session: Session) -> Outcome:
 
 def run_first_call(session: Session) -> Outcome:
     setting, cases = session.setting, first_call.cases(session.setting)
-    with progress("first-call", len(cases), shown=True) as step:
+    with progress("first-call", first_call.most_steps(setting), shown=True) as step:
         results = first_call.run(setting, step)
     first_call.print_results(session.console, results)
-    left_out = [f"{network}, {route}" for network, route in cases[len(results) :]]
+    done = {(one.network, one.route) for one in results}
+    left_out = [", ".join(case) for case in cases if case not in done]
     if left_out:
         session.console.print(f"left out, {setting.budget.why_not}: {'; '.join(left_out)}")
     failed = [one for one in results if one.failure]

@@ -29,8 +29,9 @@ class Processes:
 def test_every_route_of_every_network_in_its_processes() -> None:
     processes, steps = Processes(), []
     results = first_call.run(setting(), steps.append, processes)
-    assert steps == [f"{n}, {r}" for r in ("eager", "fused", "compiled") for n in first_call.NETWORKS]
-    assert len(processes.requests) == 2 * sum(first_call.PROCESSES.values())
+    turn = [f"{n}, {r}" for r in ("eager", "fused", "compiled") for n in first_call.NETWORKS]
+    assert steps == [*turn, *turn[:4], *turn[:4]]
+    assert len(processes.requests) == len(steps) == first_call.most_steps(setting())
     assert processes.requests[0] == {
         "network": "resnet50",
         "route": "eager",
@@ -70,7 +71,7 @@ def test_the_job_writes_and_prints(
     said = capsys.readouterr().out
     assert ("out of memory" in said) == bool(failing)
     assert ("5.0 s *" in said) == (failing != "compiled")
-    assert "first call of resnet50, and of a new size: eager 3000" in said
+    assert "first call of resnet50, and of a new size: eager 3.0 s and 5.0 s" in said
 
 
 def test_it_is_run_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
