@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from bench import compare
+from bench import compare, first_call
 from bench.jobs import JOBS, NO_MATPLOTLIB, ResumeError, run
 from bench.model_cases import CPU_BATCHES, GPU_BATCHES, MODELS
 from bench.networks import NETWORKS
@@ -35,13 +35,13 @@ Value = TypeVar("Value")
 
 def parser() -> argparse.ArgumentParser:
     """Every option with its default and what it allows."""
-    jobs = "\n".join(f"  {name:<9} {job.summary}" for name, job in JOBS.items())
+    jobs = "\n".join(f"  {name:<10} {job.summary}" for name, job in JOBS.items())
     suites = "\n".join(f"  {name:<16} {text}" for name, text in SUITES.items())
     networks = "\n".join(f"  {name:<18} {model.summary}" for name, model in MODELS.items())
     made = argparse.ArgumentParser(
         prog="python -m bench",
         description="Compare fused_cna with what PyTorch does without it.\n\n"
-        f"jobs (all, in this order, if none is named):\n{jobs}",
+        f"jobs (all but first-call, in this order, if none is named):\n{jobs}",
         epilog=f"suites of layers:\n{suites}\n  {'networks':<16} all networks of this list\n\n"
         f"networks of the job models, in this order:\n{networks}\n{_wrapped(MODELS_RULE)}\n\n"
         f"order of the layers, which decides what a budget leaves out:\n{_wrapped(ORDER_RULE)}\n\n"
@@ -123,7 +123,8 @@ def _add_what_to_measure(made: argparse.ArgumentParser) -> None:
         "--model",
         type=_list_of(_one_of(MODELS, "network")),
         metavar="NAMES",
-        help="which networks the job models takes, with commas, see below (default: all)",
+        help="which networks the jobs models and first-call take, with commas, see below (default: all, and "
+        f"for first-call {' and '.join(first_call.NETWORKS)})",
     )
     compiled = made.add_mutually_exclusive_group()
     compiled.add_argument(
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = setting_of(options)
     beside = None if options.resume is None else options.resume.parent
     out = options.out or beside or OUT / default_folder(setting.device, datetime.now())
-    jobs = tuple(JOBS) if options.job == "all" else (options.job,)
+    jobs = tuple(name for name, job in JOBS.items() if job.in_all) if options.job == "all" else (options.job,)
     try:
         return run(setting, jobs, out, arguments, console, options.resume)
     except ResumeError as error:

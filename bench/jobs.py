@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 import fused_cna
-from bench import layers, models, overhead, pipeline, plot, report
+from bench import first_call, layers, models, overhead, pipeline, plot, report
 from bench.compare import load_rows
+from bench.host_parts import print_parts
 from bench.layer_report import layers_summary, print_layers
 from bench.layer_result import LayerResult
 from bench.model_plot import plot_models
@@ -82,11 +83,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """A part of the bench; `needs` are modules beyond torch that it imports."""
+    """A part of the bench; `needs` are modules beyond torch that it imports, `in_all` whether all has it."""
 
     summary: str
     run: Callable[[Session], Outcome]
     needs: tuple[str, ...] = ()
+    in_all: bool = True
 
 
 def run(
@@ -272,9 +274,27 @@ def draw(session: Session, plots: Callable[[str, str], list[Path]]) -> None:
 
 
 def run_overhead(session: Session) -> Outcome:
-    with progress("overhead", 1, shown=True) as step, session.setting.precision.applied():
+    with progress("overhead", 2, shown=True) as step, session.setting.precision.applied():
         result = overhead.run(session.setting, step)
+    print_parts(session.console, result.parts)
     return Outcome(result.as_json(), [], report.overhead_summary(result))
+
+
+def run_first_call(session: Session) -> Outcome:
+    setting, cases = session.setting, first_call.cases(session.setting)
+    with progress("first-call", first_call.most_steps(setting), shown=True) as step:
+        results = first_call.run(setting, step)
+    first_call.print_results(session.console, results)
+    done = {(one.network, one.route) for one in results}
+    left_out = [", ".join(case) for case in cases if case not in done]
+    if left_out:
+        session.console.print(f"left out, {setting.budget.why_not}: {'; '.join(left_out)}")
+    failed = [one for one in results if one.failure]
+    for one in failed:
+        session.console.print(f"{one.network}, {one.route} failed: {one.failure}", markup=False)
+    failures = [f"{one.network}: {one.failure}" for one in failed if one.route == "fused"]
+    content = {"results": [one.as_json() for one in results], "left_out": left_out}
+    return Outcome(content, failures, first_call.summary_of(results))
 
 
 # The most telling first: a budget, or whoever interrupts a run, takes from the end.
@@ -292,5 +312,13 @@ JOBS = {
         run_pipeline,
         needs=("torchvision", "sklearn", "PIL"),
     ),
-    "overhead": Job("host time of one call on a tiny input, against the three modules", run_overhead),
+    "overhead": Job(
+        "host time of one call on a tiny input, against the three modules, and by parts", run_overhead
+    ),
+    "first-call": Job(
+        "import, first call and new image size of networks in fresh processes; slow, so not part of all",
+        run_first_call,
+        needs=("torchvision",),
+        in_all=False,
+    ),
 }

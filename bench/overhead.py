@@ -1,4 +1,4 @@
-"""What a call costs the host: a fused module against the three it replaces, on a tiny input."""
+"""What a call costs the host: a fused module against the three it replaces, on a tiny input, and by parts."""
 
 import copy
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench import host_parts
+from bench.host_parts import HostParts
 from bench.setting import Setting, fused_path
 from bench.stats import Summary, paired_ratio, summarize
 from bench.timing import HostStopwatch, Work, interleaved
@@ -41,13 +43,15 @@ class Overhead:
     ratio_to_hand_written: Summary
     goal: float
     kernels: bool
+    parts: HostParts
 
     @property
     def reached(self) -> bool:
         return self.ratio.median <= self.goal
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "reached": self.reached, "shape": SHAPE}
+        own = {**asdict(self), "parts": self.parts.as_json()}
+        return {**own, "reached": self.reached, "shape": SHAPE}
 
 
 def run(setting: Setting, step: Callable[[str], None]) -> Overhead:
@@ -83,6 +87,8 @@ def run(setting: Setting, step: Callable[[str], None]) -> Overhead:
             warmup=4,
             after_sample=wait,
         )
+    kernels = fused_path(device).kernels
+    step("its parts")
     return Overhead(
         fused=summarize(samples["fused"]),
         three_modules=summarize(samples["three modules"]),
@@ -90,7 +96,8 @@ def run(setting: Setting, step: Callable[[str], None]) -> Overhead:
         ratio=paired_ratio(samples["fused"], samples["three modules"]),
         ratio_to_hand_written=paired_ratio(samples["fused"], samples["hand-written"]),
         goal=GOAL_GPU if device.type == "cuda" else GOAL_CPU,
-        kernels=fused_path(device).kernels,
+        kernels=kernels,
+        parts=host_parts.run(setting, fused, x, kernels),
     )
 
 

@@ -84,6 +84,15 @@ for _name, _row in ACTIVATIONS.items():
     _BY_MODULE.setdefault(_row.module, []).append((_name, _row))
 
 
+ATTRIBUTES = (
+    *{name: None for row in ACTIVATIONS.values() for name in row.params},
+    "min_val",
+    "max_val",
+    "approximate",
+)
+"""All attributes of an activation that :func:`describe` may read."""
+
+
 def describe(act: nn.Module) -> tuple[str, tuple[float, ...]] | None:
     """The operator's ``act`` and ``act_params`` for a module as it is now; None if it is not in the table."""
     kind = type(act)

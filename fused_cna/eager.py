@@ -12,7 +12,13 @@ from fused_cna import activation
 from fused_cna._checks import check_residual, check_residual_order
 
 
-@torch.compiler.assume_constant_result
+def constant_under_compile(function: Any) -> Any:
+    """As ``torch.compiler.assume_constant_result``, without importing the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_under_compile
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

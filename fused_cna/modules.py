@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_cna import eager, layers, ops
+from fused_cna import _arrangement, eager, layers, ops
 from fused_cna._checks import RESIDUAL_ORDERS, check_residual_order, explicit_padding, pair, unsqueeze
 
 # What a norm or activation set to None after construction stands for.
@@ -212,6 +212,11 @@ class ConvNormAct(nn.Module):
                 input in it; with ``fused_cna.config.strict`` any call on CUDA tensors that cannot be fused.
         """
         if out is None:
+            call = None if torch.compiler.is_compiling() else _arrangement.calls.get(id(self))
+            if call is not None:
+                y = call(self, x, residual)
+                if y is not NotImplemented:
+                    return y  # type: ignore[no-any-return]
             return self._compute(x, residual, None)
         if not isinstance(out, Tensor):
             raise TypeError(f"out must be a Tensor or None, but got {type(out).__name__}")
@@ -268,7 +273,7 @@ class ConvNormAct(nn.Module):
     ) -> Tensor:
         """One call for the convolution and all behind it that can be fused with it, then the rest."""
         compute: Callable[..., Tensor] = eager.conv_norm_act
-        kernel = (x.is_cuda or ops.operator_everywhere) and ops.takes_kernel(x)
+        kernel, given = (x.is_cuda or ops.operator_everywhere) and ops.takes_kernel(x), x
         if kernel:
             compute = ops.operator
             if torch.is_grad_enabled():
@@ -294,7 +299,11 @@ class ConvNormAct(nn.Module):
         vectors, described, order = fusible
         if described is not None:
             arguments = (x, weight, bias, *vectors, *convolution, *described, residual, order)
-            return compute(*arguments) if out is None else ops.write_into(out, arguments, kernel=kernel)
+            if out is not None:
+                return ops.write_into(out, arguments, kernel=kernel)
+            if kernel and x is given and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                _arrangement.keep(self, arguments)
+            return compute(*arguments)
         if order == "add_act":
             return act(compute(x, weight, bias, *vectors, *convolution, "identity", (), residual, order))
         z = compute(x, weight, bias, *vectors, *convolution, "identity", (), None, order)

@@ -238,7 +238,7 @@ _device_obstacles: dict[int, str] = {}
 _warned_about: set[str] = set()
 
 
-@torch.compiler.assume_constant_result
+@eager.constant_under_compile
 def _obstacle(dtype: torch.dtype, device_index: int) -> str:
     """Why a call on this CUDA device cannot be fused; empty if it can."""
     if not _extension.is_available():

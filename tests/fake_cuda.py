@@ -21,6 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch._dynamo  # before anything is replaced, as its annotations name some of it
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

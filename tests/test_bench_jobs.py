@@ -10,20 +10,57 @@ import pytest
 import torch
 from torch import nn
 
-from bench import cli, overhead, provenance, report
+from bench import cli, host_parts, overhead, provenance, report, terminal
 from bench.setting import PRECISIONS
+from fused_cna import _extension, ops
 from tests.bench_cases import setting
+
+needs_extension = pytest.mark.skipif(not _extension.is_available(), reason="the parts are the extension's")
 
 
 class TestOverhead:
     def test_measures_three_ways(self) -> None:
         steps: list[str] = []
         result = overhead.run(setting(), steps.append)
-        assert steps == ["call overhead"]
+        assert steps == ["call overhead", "its parts"]
         assert min(result.fused.median, result.three_modules.median, result.hand_written.median) > 0
         assert result.goal == 1.1
         assert result.reached == (result.ratio.median <= 1.1)
         assert json.loads(json.dumps(result.as_json()))["ratio"]["count"] == 15
+
+    @needs_extension
+    def test_splits_a_call(self) -> None:
+        before = ops.operator, ops.operator_everywhere
+        parts = overhead.run(setting(), lambda step: None).parts
+        assert (ops.operator, ops.operator_everywhere) == before
+        assert list(parts.seconds) == ["inference_mode", "no_grad"]
+        for seconds in parts.seconds.values():
+            assert list(seconds) == [name for name in host_parts.MEANINGS if name != "launch"]
+            assert min(seconds[name].median for name in (*host_parts.STAGES, "all", "by torch.ops")) > 0
+        assert json.loads(json.dumps(parts.as_json()))["seconds"]["no_grad"]["plan"]["count"] == 15
+
+    def test_a_gpu_adds_the_launch(self, capsys: pytest.CaptureFixture[str]) -> None:
+        dry = {"module": [4.0, 5.0], "arranged": [3.0, 3.0], "by torch.ops": [6.0, 6.0]}
+        seconds = host_parts._split(dry, [[0.25] * 5] * 2, [7.0, 8.0])
+        assert {name: seconds[name].median for name in ("module", "dispatch", "launch", "all")} == {
+            "module": 1.5,
+            "dispatch": 1.75,
+            "launch": 3.0,
+            "all": 7.5,
+        }
+        host_parts.print_parts(terminal.PlainConsole(), host_parts.HostParts({"no_grad": seconds}))
+        assert "needs a GPU" not in capsys.readouterr().out
+
+    def test_without_the_extension_the_other_numbers_stand(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(_extension, "_module", None)
+        monkeypatch.setattr(_extension, "_reason", "it was not built")
+        result = overhead.run(setting(), lambda step: None)
+        assert result.as_json()["parts"] == {"why_not": result.parts.why_not}
+        host_parts.print_parts(terminal.PlainConsole(), result.parts)
+        assert "it was not built" in capsys.readouterr().out
+        assert result.ratio.median > 0
 
 
 class TestPipeline:

@@ -253,7 +253,9 @@ def test_a_machine_without_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_that_is_not_on_the_gpu_is_told_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_extension, "_module", SimpleNamespace(clear_tuned_plans=lambda: None))
+    monkeypatch.setattr(
+        _extension, "_module", SimpleNamespace(clear_tuned_plans=lambda: None, arrange=lambda *call: None)
+    )
     with pytest.raises(RuntimeError, match=r"the model ran on cpu; move it and its inputs with \.cuda\(\)"):
         fused_cna.tune(network(), image())
 

@@ -1,41 +1,58 @@
-// The operators at autograd's dispatch keys. Nearly every call wants no gradient, and goes on at once to the kernel below;
-// in Python that decision took longer than launching the kernel does.
+// The operators at autograd's dispatch keys. Nearly every call wants no gradient, and goes on at once to the kernel below.
+// Unboxed, as calls from C++ arrive: to box sixteen arguments for them takes half a microsecond.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <string>
+#include <utility>
+
+#include "torch/signature.h"
 
 namespace fused_cna {
 
 namespace {
 
-using torch::jit::Stack;
+using at::Tensor;
 
-bool wants_gradient(const at::Tensor& tensor) {
-    if (!tensor.defined()) return false;
+bool wants_gradient(const Tensor& tensor) {
     return (at::GradMode::is_enabled() && tensor.requires_grad()) || tensor._fw_grad(/*level=*/0).defined();
 }
+bool wants_gradient(const MaybeTensor& tensor) { return tensor && wants_gradient(*tensor); }
+bool wants_gradient(const auto&) { return false; }
 
-// Boxed, because sizes among the arguments may be symbolic. With a gradient the operator's twin in fused_cna/ops.py runs,
-// which is differentiable, or refuses where the result goes into given memory.
-void with_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-    const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
-    const bool wanted = std::any_of(arguments.begin(), arguments.end(), [](const c10::IValue& argument) {
-        return argument.isTensor() && wants_gradient(argument.toTensor());
-    });
-    if (!wanted) return op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
-    const std::string name = op.schema().name();
-    const std::string twin = "fused_cna::_differentiable_" + name.substr(name.rfind(':') + 1);
-    c10::Dispatcher::singleton().findSchemaOrThrow(twin.c_str(), "").callBoxed(stack);
+constexpr char conv_norm_act[] = "fused_cna::conv_norm_act";
+constexpr char conv_norm_act_out[] = "fused_cna::conv_norm_act_out";
+constexpr char dry_run[] = "fused_cna::_dry_run";
+constexpr char differentiable[] = "fused_cna::_differentiable_conv_norm_act";
+constexpr char differentiable_out[] = "fused_cna::_differentiable_conv_norm_act_out";
+
+template <class Signature>
+auto find(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
+
+// With a gradient the operator's twin in fused_cna/ops.py runs, which is differentiable, or refuses where the result goes
+// into given memory.
+template <const char* name, const char* twin, class Signature>
+struct WithAutograd;
+template <const char* name, const char* twin, class Result, class... Arguments>
+struct WithAutograd<name, twin, Result(Arguments...)> {
+    static Result call(c10::DispatchKeySet keys, Arguments... arguments) {
+        static const auto below = find<Result(Arguments...)>(name);
+        if (!(wants_gradient(arguments) || ...)) {
+            return below.redispatch(keys & c10::after_autograd_keyset, std::forward<Arguments>(arguments)...);
+        }
+        static const auto with_gradient = find<Result(Arguments...)>(twin);
+        return with_gradient.call(std::forward<Arguments>(arguments)...);
+    }
+};
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fused_cna, Autograd, m) {
-    m.impl("conv_norm_act", torch::CppFunction::makeFromBoxedFunction<&with_autograd>());
-    m.impl("conv_norm_act_out", torch::CppFunction::makeFromBoxedFunction<&with_autograd>());
+    m.impl("conv_norm_act", TORCH_FN((WithAutograd<conv_norm_act, differentiable, OperatorSignature>::call)));
+    m.impl("conv_norm_act_out", TORCH_FN((WithAutograd<conv_norm_act_out, differentiable_out, OutOperatorSignature>::call)));
+    m.impl("_dry_run", TORCH_FN((WithAutograd<dry_run, differentiable, OperatorSignature>::call)));
 }
 
 }  // namespace fused_cna

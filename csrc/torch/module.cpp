@@ -10,6 +10,7 @@
 #include "plan/plan.h"
 #include "plan/python.h"
 #include "plan/tuned.h"
+#include "torch/arrangement.h"
 #include "torch/device.h"
 
 namespace py = pybind11;
@@ -75,6 +76,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         },
         "How many tensor maps the driver has refused in this process, and why the last of them.");
     define_tuned_plans(m);
+    define_arrangements(m);
     m.def("kernels", &kernels, "The names of the kernels, as a plan names them.");
 }
 

@@ -168,7 +168,7 @@ class FusedNetwork(nn.Module):
     plain_class: type[nn.Module]
 
     # Of a method without arguments, since torch 2.11 takes no module as a constant one.
-    @torch.compiler.assume_constant_result
+    @eager.constant_under_compile
     def _counts_that_run(self) -> tuple[int, ...]:
         return tuple(count for count, one in self.__dict__[OVERLAYS].by_count.items() if _runs(one, self))
 

@@ -144,7 +144,10 @@ _BY_NAME = (hasattr, getattr, vars, dir, id, callable, eval, exec)
 _TELLING = re.compile(
     "enabled|autocast|determinis|get_default|tracing|compiling|export|is_tensor|is_storage|isinstance|has_torch"
 )
-_SPACES = (torch, torch._C, torch.jit, torch.compiler, torch.overrides, torch.onnx, torch._dynamo, follow)
+_SPACES = (torch, torch._C, torch.jit, torch.compiler, torch.overrides, torch.onnx, follow)
+# It is known by its names, because importing it takes seconds.
+_COMPILER = "torch._dynamo"
+
 _ASKING = {isinstance, nn.Module._named_members, nn.Module.state_dict, contextlib.suppress.__exit__}
 for _space in _SPACES:
     _ASKING |= {one for name, one in vars(_space).items() if _TELLING.search(name) and callable(one)}
@@ -204,7 +207,7 @@ class Watch:
     def _note_function(self, frame: FrameType, code: CodeType, module: str) -> None:
         if code in _SWITCHING:
             self._refuse("it switches gradients or autocast on or off")
-        elif code in _ASKING_CODE:
+        elif code in _ASKING_CODE or (module.startswith(_COMPILER) and _TELLING.search(code.co_name)):
             if not _is_of_torch(frame.f_back, _MODULE):
                 self._refuse(f"it calls {code.co_name}")
         elif _root(module) in _OWN:

@@ -25,10 +25,10 @@ from fused_cna.ops import conv_norm_act
 class FusedBlock(ConvNormAct):
     """A ConvNormAct in place of Python code, which adds whatever the code would have added."""
 
-    def forward(self, x: Tensor, residual: Any = None, *, out: Tensor | None = None) -> Tensor:
+    def _compute(self, x: Tensor, residual: Any, out: Tensor | None) -> Tensor:
         """As :class:`ConvNormAct`, but a residual of another shape or dtype broadcasts and promotes."""
         if residual is None or out is not None or self._fits(x, residual):
-            return super().forward(x, residual, out=out)
+            return super()._compute(x, residual, out)
         z = self.norm(self.conv(self._pad(x)))
         return self.act(z + residual) if self.residual_order == "add_act" else self.act(z) + residual
 

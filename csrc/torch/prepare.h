@@ -1,0 +1,36 @@
+// A call of the operator up to its plan: checked, with memory for its output and the kernel's arguments; and from a plan to
+// its launch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+
+#include "args.h"
+#include "plan/plan.h"
+#include "torch/check.h"
+
+namespace fused_cna {
+
+// A call whose arguments passed every check, with memory for its output. Owns what the kernel's pointers refer to.
+struct PreparedCall {
+    CheckedInputs checked;
+    bool y_is_given = false;  // by the caller, who keeps it
+    ConvArgs args;
+    at::Tensor y;
+    std::array<at::Tensor, 5> vectors;  // bias and norm vectors made dense; the same tensors where they already were
+};
+
+// The output goes to `out`, or to memory of its own where that is null.
+PreparedCall prepare(const Inputs& in, const at::Tensor* out);
+
+// The parts of it that take time, for whoever times them.
+ConvArgs make_args(const Inputs& in, const CheckedInputs& checked);
+at::Tensor allocate_output(const Inputs& in, const ConvProblem& problem);
+void complete_args(const Inputs& in, PreparedCall& call);  // of a call that is checked and has its output
+
+// Runs a plan with the copies and the workspace that it asks for. They are freed on return, which is safe: the caching
+// allocator reuses memory in stream order.
+void launch_plan(ConvArgs args, const Plan& plan, const Inputs& in, Stream stream);
+
+}  // namespace fused_cna
