@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.machine_code import (
     TENSOR_CORES,
@@ -56,10 +56,14 @@ OPERANDS_IN_BULK = r"UTMALDG\.(2D|4D)\b.*"
 
 @dataclass(frozen=True)
 class Moment:
-    """Cycles after the entry, and the loads from memory in series: each asked for once the last was there."""
+    """Cycles after the entry, and the loads from memory in series: each asked for once the last was there.
+
+    `waited` are the cycles up to the wait for the kernel ahead, which an early start hides behind that one.
+    """
 
     cycles: int = 0
     loads: int = 0
+    waited: int = 0
 
 
 def latest(moments: Iterable[Moment]) -> Moment:
@@ -115,6 +119,7 @@ def _is_wall(instruction: Instruction) -> bool:
 def follow(code: Code, way: list[int], turn: int, in_bulk: Moment = Moment()) -> Moment:
     """When the last instruction of a way is issued, one at a time and none sooner than ``turn`` cycles on."""
     now = copied = Moment()
+    waited = 0
     held: dict[int, list[Moment]] = defaultdict(list)
     for i in way:
         opcode, scheduling = code[i].opcode, code[i].scheduling
@@ -123,6 +128,8 @@ def follow(code: Code, way: list[int], turn: int, in_bulk: Moment = Moment()) ->
             now = latest([now, *holders[: max(len(holders) - pending, 0)]])
         if opcode.startswith("SYNCS.PHASECHK"):
             now = latest([now, in_bulk])
+        if opcode == "ACQBULK":
+            waited = now.cycles
         if i == way[-1]:
             break
         end = copied if opcode == "LDGDEPBAR" else _end(code[i], now)
@@ -134,7 +141,7 @@ def follow(code: Code, way: list[int], turn: int, in_bulk: Moment = Moment()) ->
             held[scheduling.operands].append(Moment(now.cycles + OTHER_CYCLES, now.loads))
         wait = OTHER_CYCLES if _BARRIERS.fullmatch(opcode) else 0
         now = Moment(now.cycles + max(scheduling.stall, turn, wait), now.loads)
-    return now
+    return replace(now, waited=waited)
 
 
 def _end(instruction: Instruction, start: Moment) -> Moment:

@@ -28,7 +28,7 @@ from tests.sass import (
 KERNEL = ("kernel", "tile", "dtype", "rows", "access")
 MAIN_LOOP = ("threads", "registers", "shared KiB", "blocks", "products", "others", "share")
 ENDS = ("to first load", "to first product", "memory waits", "an output", "with residual")
-MEANS = ("kernel", "instantiations", "to first product", "memory waits", "at most")
+MEANS = ("kernel", "instantiations", "to first product", "behind the wait", "memory waits", "at most")
 
 NOTES = """\
 Pairs are sm_80 / sm_90a, blocks those that one multiprocessor of an A100 / H100 holds at once; shared memory
@@ -44,7 +44,8 @@ To first load: instructions that lie before the first cp.async, or before the fi
 To first product: cycles from the entry until the first product is issued, estimated from the instructions
 of one warp (tests/issue_model.py). Memory waits: of the loads from memory before it, the most in series, each
 asked for once the one before was there; one is the least. Both are given as means by kernel too, with the
-most memory waits that an instantiation has.
+most memory waits that an instantiation has. Behind the wait: on sm_90a, what of the cycles lies behind the
+wait for the kernel ahead, which hides the rest of a kernel that starts early.
 
 An output: instructions of the shortest turn of the epilogue's loop that stores 16 bytes, for each value in
 them; its activation is the identity. With residual: of the shortest that loads 16 bytes of one as well.
@@ -115,6 +116,7 @@ def means(by_architecture: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
             family,
             pair(map(len, moments)),
             pair(f"{mean(each.cycles for each in of_one):.0f}" for of_one in moments),
+            f"{mean(each.cycles - each.waited for each in moments[-1]):.0f}",
             pair(f"{mean(each.loads for each in of_one):.1f}" for of_one in moments),
             pair(max(each.loads for each in of_one) for of_one in moments),
         )

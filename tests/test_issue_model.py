@@ -75,6 +75,11 @@ def test_the_way_falls_through_to_a_product(text: str, cycles: int) -> None:
     assert first_product(straight(text), TENSOR_CORES, 128).cycles == cycles
 
 
+def test_the_wait_for_the_kernel_ahead_is_told() -> None:
+    found = first_product(straight("MOV MOV ACQBULK MOV HMMA.1"), TENSOR_CORES, 128)
+    assert (found.waited, found.cycles) == (2, 4)
+
+
 def test_a_kernel_without_a_product_is_refused() -> None:
     with pytest.raises(ValueError, match="no way leads"):
         first_product(straight("MOV EXIT HMMA.1"), TENSOR_CORES, 128)

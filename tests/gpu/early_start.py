@@ -56,7 +56,7 @@ def by(kernel: str, *args: Tensor, **options: Any) -> Tensor:
 
 
 def early_starts() -> dict[str, Any]:
-    """Whether a chain computes the same when its kernels overlap, launched and in a graph; what that saves."""
+    """Whether a chain computes the same when its kernels overlap, launched or in a graph; what that saves."""
     extension = _extension.module()
     calls, failures, microseconds = chain_of_layers(), [], {}
 
