@@ -150,6 +150,7 @@ def of_hopper(dtype: torch.dtype) -> set[str]:
     """Its tiles with what may bring x; narrow accesses and filters of any size are gathered."""
     wide = "256x128 cooperative, 128x256 cooperative, 128x128 pingpong, 64x256 pingpong"
     tiles = "128x192 cooperative, 128x128 cooperative, 64x128 pingpong, 64x64 pingpong, 64x128 single"
+    tiles += ", 64x32 single"
     narrow = "128x64 pingpong, 128x32 pingpong, 64x64 single"
     k = 128 // dtype.itemsize
     every = [

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "plan/families.h"
+
 namespace fused_cna {
 
 // Each returns null, or the launch error in words. Defined in the family's own folder.

@@ -29,6 +29,16 @@ double l2_us(double bytes, const DeviceInfo& device) {
     return as_us(bytes / (l2_bytes_per_cycle * device.multiprocessors), device);
 }
 
+double l2_bytes_per_cycle_of(int64_t blocks, const DeviceInfo& device) {
+    const double all_that_share = device.multiprocessors * 0.8;  // from so many blocks on the rate is the same
+    return std::clamp(l2_bytes_per_cycle * all_that_share / static_cast<double>(blocks), l2_bytes_per_cycle,
+                      lone_l2_bytes_per_cycle);
+}
+
+double second_launch_us(const DeviceInfo& device) {
+    return launch_behind_us - (starts_early(device) ? hidden_launch_us : 0);
+}
+
 double x_bytes(const ConvProblem& p) { return static_cast<double>(p.n * p.c * p.h * p.w * size_in_bytes(p.dtype)); }
 double weight_bytes(const ConvProblem& p) { return static_cast<double>(p.k * p.gemm_k() * size_in_bytes(p.dtype)); }
 double y_bytes(const ConvProblem& p) { return static_cast<double>(p.gemm_m() * p.k * size_in_bytes(p.dtype)); }
@@ -42,7 +52,7 @@ double compulsory_bytes(const ConvProblem& p) {
 EpilogueCycles epilogue_cycles(const ConvProblem& problem, double outputs, int threads) {
     // Of one turn of a warp, 8 channels a lane: counted in the compiled kernel, with a cheap activation.
     const double instructions = problem.has_residual ? 120 : 85;
-    constexpr double turn_latency = 300;
+    constexpr double turn_latency = 400;
     const double turns = outputs / 8 / 32, warps = threads / 32.0;
     // Accumulators are written and read as float; a residual that was copied ahead passes through in its own type.
     const double residual_bytes = problem.has_residual ? static_cast<double>(size_in_bytes(problem.dtype)) : 0;

@@ -9,17 +9,23 @@ namespace fused_cna {
 
 // Assumptions that no measurement has yet replaced; times in multiprocessor cycles unless the name says otherwise.
 inline constexpr double launch_us = 2.5;
+inline constexpr double launch_behind_us = 1.5;  // of a kernel that waits for the one ahead; as measured on an H200
+// Of that, what programmatic dependent launch hides: it overlaps the launch and the prologue with the kernel ahead.
+// Assumed, public figures are 1 to 1.5.
+inline constexpr double hidden_launch_us = 1.0;
 inline constexpr double mma_share = 0.85;        // of the tensor cores' rate, in a main loop that is fed
 inline constexpr double memory_latency = 800;    // from a copy's start to its landing
-inline constexpr double step_latency = 120;      // barrier, loads from shared memory and first products of a lone step
+inline constexpr double step_latency = 240;      // barrier, loads from shared memory and products of a lone step
 inline constexpr double block_start = 700;       // launch, first addresses, tables: until operands are waited for
 inline constexpr double block_ends = 3000;       // where nothing is known apart: all but the main loop of a lone block
-inline constexpr double issued_per_cycle = 3.2;  // warp instructions: four fifths of what four schedulers can issue
+inline constexpr double issued_per_cycle = 2.2;  // warp instructions, of four: the most that was measured, on an H200
 inline constexpr double shared_bytes_per_cycle = 128;
 inline constexpr double copies_per_cycle = 8;  // cp.async of single threads
 // To one multiprocessor while all read operands. Plain reads reach 42 on an H200 (9.4 TB/s), but with 42 the plans for
 // ResNet-50 at batch 32 are 5 % slower, as measured, and with 36 no faster.
 inline constexpr double l2_bytes_per_cycle = 26;
+inline constexpr double lone_l2_bytes_per_cycle = 42;  // to one of few multiprocessors that read
+inline constexpr double l2_latency = 300;
 
 double as_us(double cycles, const DeviceInfo& device);
 
@@ -28,6 +34,12 @@ double transfer_us(double bytes, const DeviceInfo& device);
 
 // Between the multiprocessors and the L2, all of them taking part.
 double l2_us(double bytes, const DeviceInfo& device);
+
+// From the L2 to one multiprocessor, while so many blocks read: fewer blocks than multiprocessors share the L2's rate.
+double l2_bytes_per_cycle_of(int64_t blocks, const DeviceInfo& device);
+
+// What a kernel's launch costs behind the one whose results it waits for.
+double second_launch_us(const DeviceInfo& device);
 
 double x_bytes(const ConvProblem& problem);
 double weight_bytes(const ConvProblem& problem);

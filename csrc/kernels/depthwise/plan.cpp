@@ -17,8 +17,6 @@ constexpr double value_load_instructions = 6;   // more of them per value loaded
 constexpr double pixel_instructions = 90;       // to finish and store a chunk
 constexpr double strip_instructions = 180;      // to find a strip and to stage its sums
 constexpr double weight_instructions = 15;      // to bring one weight into shared memory
-constexpr double issue_share = 0.8;             // of the issue slots, that a kernel of many warps uses
-constexpr int64_t issued_per_clock = 128;       // threads
 constexpr int64_t most_rounds = 16;             // of a block: more would leave late blocks nothing to balance with
 
 int64_t all_strips(const ConvProblem& problem) {
@@ -52,8 +50,7 @@ StripWork work_of_strip(const ConvProblem& problem, const Tile& tile, const Plan
 
 Estimate estimate(const ConvProblem& problem, const Tile& tile, const Plan& plan, const DeviceInfo& device) {
     const StripWork work = work_of_strip(problem, tile, plan);
-    const double cycles =
-        std::max(work.all / issued_per_clock, work.products / fma_per_clock(device)) * threads / issue_share;
+    const double cycles = std::max(work.all / 32 / issued_per_cycle, work.products / fma_per_clock(device)) * threads;
     const int64_t strips_of_block = plan.tile.m / strip_columns;
     const int64_t blocks_of_slab = std::max<int64_t>(1, plan.blocks / slabs(problem, plan));
     const double rounds = static_cast<double>(ceil_div(all_strips(problem), blocks_of_slab * strips_of_block));

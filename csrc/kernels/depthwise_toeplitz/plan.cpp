@@ -13,9 +13,6 @@ constexpr double instructions_per_item = 133;     // four pixels of 8 channels b
 constexpr double instructions_per_multiply = 5;   // with its share of loads and of the check for infinities
 constexpr double instructions_per_result = 12.5;  // fold, a cheap activation, rounding, store
 
-// Assumptions that no measurement has yet replaced.
-constexpr double instructions_per_cycle = 2.5;
-
 const Choice& choice_of(const Plan& plan) { return std::get<Choice>(plan.choice); }
 int rows_of_pass(const Choice& choice) { return filter_rows_of_pass[choice.pass]; }
 
@@ -43,7 +40,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     const double items = choice.images * layout.rows * layout.row * 2 * channels / 8;
     const double issue = (instructions_per_block + (items * instructions_per_item + results * instructions_per_result) / 32 +
                           multiplies * instructions_per_multiply) /
-                         instructions_per_cycle;
+                         issued_per_cycle;
     const double cycles =
         std::max({multiplies * products_per_multiply / (mma_per_clock(device) * mma_share), shared, issue});
     // The phases of a block wait for each other, which only other blocks can hide.

@@ -15,6 +15,10 @@ using fused_cna::resident_blocks;
 constexpr double compensated_share = 0.7;  // of the tensor cores' rate, beside splitting operands and adding up in float32
 constexpr double fma_share = 0.75;         // of the CUDA cores' rate: the share of multiply-adds among the instructions
 
+// As measured on an H200: offsets and masks of a block's rows, which plain matrix products do not have; and of each step
+// what coordinates take.
+constexpr double masks_latency = 900, coordinates_latency = 360;
+
 // Where the error of three tf32 products is within that of a plain float32 sum, as measured; see docs/accuracy.md.
 constexpr int64_t fewest_compensated = 64;
 
@@ -45,36 +49,38 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     const int split_k = choice_of(plan).split_k;
     const double k = plan.tile.k;
     const double rate = products_per_clock(problem, plan.kernel, device);
+    const double l2_rate = l2_bytes_per_cycle_of(plan.blocks, device);
     const double operand_bytes = static_cast<double>(tile.m + tile.n) * tile.k_bytes;
     const double fragment_bytes =
         (static_cast<double>(tile.m) * tile.warps_n + static_cast<double>(tile.n) * tile.warps_m) * tile.k_bytes;
     const double step = std::max({tile.m * tile.n * k / rate, (operand_bytes + fragment_bytes) / shared_bytes_per_cycle,
-                                  operand_bytes / l2_bytes_per_cycle, operand_bytes / plan.vector_bytes / copies_per_cycle});
+                                  operand_bytes / l2_rate, operand_bytes / plan.vector_bytes / copies_per_cycle});
     const int64_t all_steps = problem.r * problem.s * ceil_div(problem.c_per_group(), plan.tile.k);
     const double steps = static_cast<double>(ceil_div(all_steps, split_k));
 
     // A split's blocks leave sums in the workspace, as floats; a second launch adds them up and finishes.
     const double outputs = static_cast<double>(tile.m) * tile.n;
     const bool is_split = split_k > 1;
-    const EpilogueCycles epilogue =
-        is_split ? EpilogueCycles{outputs * 4 / l2_bytes_per_cycle, outputs * 4 / l2_bytes_per_cycle + memory_latency}
-                 : epilogue_cycles(problem, outputs, tile.threads());
+    const EpilogueCycles epilogue = is_split ? EpilogueCycles{outputs * 4 / l2_rate, outputs * 4 / l2_rate + l2_latency}
+                                             : epilogue_cycles(problem, outputs, tile.threads());
+    const bool has_masks = choice_of(plan).addressing != Addressing::pointwise;
     // One block's epilogue hides behind the products of the others.
     const int64_t resident = std::min(resident_blocks(tile, device), ceil_div(plan.blocks, device.multiprocessors));
     const double products = steps * step;
     const double busy =
         std::max(products, epilogue.busy) + std::min(products, epilogue.busy) / static_cast<double>(resident);
-    const double lone_step = std::max({step, step_latency, memory_latency / (tile.stages - 1)});
-    const double alone = block_start + memory_latency + steps * lone_step + epilogue.alone;
+    const double coordinates = choice_of(plan).addressing == Addressing::plain ? coordinates_latency : 0;
+    const double lone_step = std::max({step, step_latency, memory_latency / (tile.stages - 1)}) + coordinates;
+    const double alone = block_start + (has_masks ? masks_latency : 0) + memory_latency + steps * lone_step + epilogue.alone;
 
     Estimate estimate{.products_us = as_us(waves(plan, 1, device) * busy, device),
                       .bytes_us = transfer_us(compulsory_bytes(problem), device),
                       .latency_us = as_us(waves(plan, resident_blocks(tile, device), device) * alone, device),
                       .overhead_us = launch_us + conversions_us(problem, plan, device)};
+    // The shares are read one after the other.
     if (is_split) {
-        const double finished = static_cast<double>(plan.blocks / split_k) * outputs;
-        estimate.overhead_us += launch_us + l2_us(static_cast<double>(plan.workspace_bytes) + finished * 2, device) +
-                                as_us(2 * memory_latency, device);
+        estimate.overhead_us += second_launch_us(device) + l2_us(static_cast<double>(plan.workspace_bytes), device) +
+                                as_us((2 + split_k) * l2_latency, device);
     }
     return estimate;
 }

@@ -136,7 +136,7 @@ class Epilogue {
     }
 
    private:
-    // Blocks that share the tile: a power of two.
+    // Blocks that share the tile.
     __device__ int split() const { return Traits::is_pingpong ? 1 : args_.split; }
     __device__ int slices() const { return (block_.columns + Tile::slice - 1) / Tile::slice; }
     // Made anew where it is needed: what it holds would be in the way of the sums.
@@ -266,20 +266,21 @@ class Epilogue {
         return device::shared_address(&shared_.sums[part * 4 + i][group_.index * 128 + group_.thread]);
     }
 
-    // In the order of the shares, whichever block does it.
+    // In the order of the shares, whichever block does it. Two are under way at once.
     __device__ __forceinline__ void add_sums(int part, float (&own)[16]) const {
 #pragma unroll
         for (float& value : own) value = 0;
 #pragma unroll 1
-        for (int share = 0; share < split(); ++share) {
+        for (int share = 0; share < split(); share += 2) {
+            device::Vector16 added[8] = {};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const device::Vector16 added = device::load_cluster(sums_address(part, i), share);
-                float values[4];
-                memcpy(values, &added, sizeof(values));
-#pragma unroll
-                for (int j = 0; j < 4; ++j) own[i * 4 + j] += values[j];
+            for (int i = 0; i < 8; ++i) {
+                if (share + i / 4 < split()) added[i] = device::load_cluster(sums_address(part, i % 4), share + i / 4);
             }
+            float values[32];
+            memcpy(values, added, sizeof(values));
+#pragma unroll
+            for (int i = 0; i < 32; ++i) own[i % 16] += values[i];
         }
     }
 
@@ -315,7 +316,7 @@ class Epilogue {
             const int chunk = along_channels ? i % per_row : i / Traits::rows;
             const int slice = chunk / per_slice, remaining = block_.columns - chunk * per_chunk;
             const RowPlace place = place_of_pixel(args_.conv, args_.x.output.pixel_of_row(first_row_ + row));
-            if ((slice & (split() - 1)) != rank_ || remaining <= 0 || !place.exists()) continue;
+            if (slice % split() != rank_ || remaining <= 0 || !place.exists()) continue;
             visit(staging().address(slice, row, chunk % per_slice), place, block_.first_channel(args_) + chunk * per_chunk,
                   remaining < per_chunk ? remaining : per_chunk);
         }

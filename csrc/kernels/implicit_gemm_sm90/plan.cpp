@@ -15,7 +15,11 @@ constexpr double wgmma_share = 0.85;           // of the tensor cores' rate, in 
 constexpr double map_l2_bytes_per_cycle = 40;  // to one multiprocessor, by bulk copies; plain reads reach 42, as measured
 constexpr double turn_instructions = 50, residual_instructions = 16;  // of a warp, for 8 outputs a lane
 constexpr double turn_latency = 150;                                  // of a lone warp
-constexpr double cluster_latency = 800;                               // of a barrier, of sums from other blocks
+constexpr double cluster_latency = 400;                               // of a barrier
+constexpr double share_latency = 250;                                 // of 16 sums of a thread from other blocks
+constexpr int shares_at_once = 2;
+constexpr int most_blocks_of_cluster = 8;           // that every device takes
+constexpr int64_t multiprocessors_of_cluster = 16;  // that are close enough, or a few more
 constexpr double map_latency = 1000;   // from a bulk copy's start until its bytes count at a barrier, and are seen
 constexpr double start_and_end = 700;  // barriers, maps and registers before the first copy; the output's way behind all
 
@@ -59,6 +63,23 @@ EpilogueCycles finish_cycles(const ConvProblem& problem, double outputs, int war
     return {busy, std::max(busy, turns / warps * turn_latency)};
 }
 
+// How many tiles the device has under way at once.
+int64_t tiles_at_once(int split, const DeviceInfo& device) {
+    return device.multiprocessors / multiprocessors_of_cluster * (multiprocessors_of_cluster / split) +
+           device.multiprocessors % multiprocessors_of_cluster / split;
+}
+
+// As finish_cycles, of a block that finishes its part of a tile. The shares come from the others a few at a time.
+EpilogueCycles finish_split_cycles(const ConvProblem& problem, const Tile& tile, int split) {
+    const int64_t slices = ceil_div(ceil_div(tile.n, Tile::slice), split);
+    const double outputs = static_cast<double>(tile.m * slices * Tile::slice);
+    const double loads = static_cast<double>(slices * ceil_div(split, shares_at_once)) * tile.m / (64 * tile.consumers());
+    EpilogueCycles finish = finish_cycles(problem, outputs, 4 * tile.consumers());
+    finish.alone +=
+        2 * cluster_latency + loads * share_latency + static_cast<double>(tile.m * tile.n) * 4 / shared_bytes_per_cycle;
+    return finish;
+}
+
 Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
     const Tile& tile = tile_of(plan);
     const int split = choice_of(plan).split_k;
@@ -67,11 +88,11 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     const double lone_step = std::max({step, step_latency, map_latency / (choice_of(plan).stages - 1)});
     const double outputs = static_cast<double>(tile.m) * tile.n;
     const bool is_pingpong = tile.schedule == Schedule::pingpong;
-    EpilogueCycles finish = finish_cycles(problem, outputs / split, is_pingpong ? 4 : 4 * tile.consumers());
-    if (split > 1) finish.alone += 2 * cluster_latency + outputs * 8 / shared_bytes_per_cycle;
+    const EpilogueCycles finish = split > 1 ? finish_split_cycles(problem, tile, split)
+                                            : finish_cycles(problem, outputs, is_pingpong ? 4 : 4 * tile.consumers());
 
     // A block has its tiles one after the other; those of two warpgroups in turn overlap.
-    const double in_turn = static_cast<double>(ceil_div(tiles_in(problem, tile) * split, device.multiprocessors));
+    const double in_turn = static_cast<double>(ceil_div(tiles_in(problem, tile), tiles_at_once(split, device)));
     const auto all = [&](double main_loop) {
         if (!is_pingpong) return in_turn * (main_loop + finish.alone);
         return in_turn * std::max({main_loop, finish.busy, (main_loop + finish.alone) / 2}) +
@@ -150,14 +171,15 @@ std::string no_maps_reason(const ConvProblem& problem, const DeviceInfo& device,
     return "";
 }
 
-// Splits worth comparing: those that leave every block two steps or more, on a grid that does not fill the device.
+// Splits worth comparing: those that leave every block two steps or more, and fewer than a smaller split, on a grid that
+// does not fill the device.
 std::vector<int> useful_splits(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
     const int64_t steps = steps_in(problem, plan.tile.k), in_all = tiles_in(problem, tile_of(plan));
     std::vector<int> splits{1};
     if (tile_of(plan).schedule == Schedule::pingpong) return splits;
-    for (const int split : {2, 4, 8}) {
-        const bool none_is_empty = (split - 1) * ceil_div(steps, split) < steps;
-        if (steps >= 2 * split && none_is_empty && in_all * split <= 2 * device.multiprocessors &&
+    for (int split = 2; split <= most_blocks_of_cluster; ++split) {
+        const bool has_fewer_steps = ceil_div(steps, split) < ceil_div(steps, split - 1);
+        if (steps >= 2 * split && has_fewer_steps && in_all * split <= 2 * device.multiprocessors &&
             split <= device.multiprocessors)
             splits.push_back(split);
     }

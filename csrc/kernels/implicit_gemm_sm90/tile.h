@@ -56,7 +56,7 @@ struct Tile {
     constexpr bool gathers() const { return m < 256; }
 };
 
-inline constexpr std::array<Tile, 12> tiles{{
+inline constexpr std::array<Tile, 13> tiles{{
     // Most products per byte of shared memory: large layers with many channels.
     {256, 128, Schedule::cooperative},
     {128, 256, Schedule::cooperative},
@@ -72,6 +72,7 @@ inline constexpr std::array<Tile, 12> tiles{{
     // Few pixels: a block has but one tile.
     {64, 128, Schedule::single},
     {64, 64, Schedule::single, true, true},
+    {64, 32, Schedule::single},
 }};
 
 // In the place of a tile that cannot gather, should the driver refuse to encode its map.

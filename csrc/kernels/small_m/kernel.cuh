@@ -264,30 +264,45 @@ __device__ __forceinline__ void reduce(const Args& args, Sums<Traits>& total, Sh
     }
 }
 
-// Asks for the residual, so that it is on its way to the L2 while the products are made.
-template <class Traits>
-__device__ __forceinline__ void prefetch_residual(const Args& args, const Block& block, const Shared<Traits>& shared) {
-    for (int i = device::thread_x(); i < block.rows * args.columns.value; i += Traits::threads) {
+// Calls visit(place among the sums, row, column) for a thread's outputs. A turn is as many neighbouring channels of a row as
+// a team has: most of what it takes are latencies, and these are the same for all of them.
+template <class Traits, class Visit>
+__device__ __forceinline__ void for_own_outputs(const Args& args, const Block& block, const Visit& visit) {
+#pragma unroll 1
+    for (int i = device::thread_x() * Traits::channels; i < block.rows * args.columns.value;
+         i += Traits::threads * Traits::channels) {
         const int row = args.columns.quotient(i), column = args.columns.remainder(i);
-        if (column >= block.columns) continue;
-        prefetch_pixel_residual<typename Traits::Value>(args.conv, shared.places[row], block.output_channel(args, column));
+        if (column < block.columns) visit(i, row, column);
     }
 }
 
-// Adds up over the warps of a team, finishes and stores: value by value, because there are few.
+// Asks for the residual, so that it is on its way to the L2 while the products are made.
+template <class Traits>
+__device__ __forceinline__ void prefetch_residual(const Args& args, const Block& block, const Shared<Traits>& shared) {
+    for_own_outputs<Traits>(args, block, [&](int, int row, int column) {
+        prefetch_pixel_residual<typename Traits::Value>(args.conv, shared.places[row], block.output_channel(args, column));
+    });
+}
+
+// Adds up over the warps of a team, finishes and stores.
 template <class Traits>
 __device__ __forceinline__ void store_sums(const Args& args, const Block& block, const Shared<Traits>& shared) {
-    using T = typename Traits::Value;
+    constexpr int width = Traits::channels;
+    for_own_outputs<Traits>(args, block, [&](int first, int row, int column) {
+        float sums[width] = {};
+        ChannelFold folds[width];
+#pragma unroll
+        for (int j = 0; j < width; ++j) folds[j] = shared.folds[column + j];
 #pragma unroll 1
-    for (int i = device::thread_x(); i < block.rows * args.columns.value; i += Traits::threads) {
-        const int row = args.columns.quotient(i), column = args.columns.remainder(i);
-        if (column >= block.columns) continue;
-        float sum[1] = {shared.sums[i]};
-        for (int warp = 1; warp * 32 < args.lanes.value; ++warp)
-            sum[0] += shared.sums[warp * Traits::rows * args.columns.value + i];
-        const ChannelFold fold[1] = {shared.folds[column]};
-        finish_channels<1, T>(sum, fold, args.conv, shared.places[row], block.output_channel(args, column), 1);
-    }
+        for (int warp = 0; warp * 32 < args.lanes.value; ++warp) {
+            const float* of_warp = shared.sums + warp * Traits::rows * args.columns.value + first;
+#pragma unroll
+            for (int j = 0; j < width; ++j) sums[j] += of_warp[j];
+        }
+        finish_channels<width, typename Traits::Value>(sums, folds, args.conv, shared.places[row],
+                                                       block.output_channel(args, column),
+                                                       Block::smaller(width, block.columns - column));
+    });
 }
 
 template <class Traits>

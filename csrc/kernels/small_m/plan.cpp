@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "plan/cost.h"
@@ -8,17 +9,19 @@ namespace fused_cna::small_m {
 
 namespace {
 
-// Beyond, so many blocks read and convert the same filters that tensor cores are faster whatever the layer.
+// Beyond, so many blocks read and convert the same filters that tensor cores are faster, or nearly as fast.
 constexpr int64_t most_rows = 256;
 
-// Assumptions that no measurement has yet replaced, in cycles, and instructions counted in the machine code.
-constexpr double ends = 1000;  // rows and a barrier ahead of the loop; behind it the sums, folds and stores
-constexpr double instructions_of_ends = 700;
-constexpr double chunk_instructions = 16;     // addresses and masks of one chunk
-constexpr double coordinates = 17;            // more of them, for a filter of several taps
-constexpr double piece_instructions = 8;      // for each further load of a chunk
-constexpr double instructions_per_cycle = 4;  // of a multiprocessor
-constexpr double sector_bytes = 32;           // that the L2 moves for a single value
+// In cycles, as measured on an H200.
+constexpr double turn_latency = 520;          // to finish and store one output a thread; a few take no longer
+constexpr double shuffle_latency = 19;        // to add up the values of all lanes over half of them
+constexpr double instructions_of_ends = 250;  // outside of the loop, where many blocks share a multiprocessor
+
+// Instructions counted in the machine code.
+constexpr double chunk_instructions = 16;  // addresses and masks of one chunk
+constexpr double coordinates = 17;         // more of them, for a filter of several taps
+constexpr double piece_instructions = 8;   // for each further load of a chunk
+constexpr double sector_bytes = 32;        // that the L2 moves for a single value
 
 int64_t chunks_of(const ConvProblem& problem) {
     return problem.r * problem.s * ceil_div(problem.c_per_group() * size_in_bytes(problem.dtype), 16);
@@ -55,18 +58,26 @@ double block_bytes(const ConvProblem& problem, const Plan& plan) {
            moved(std::min<int64_t>(plan.tile.m, problem.gemm_m()), plan.convert_x || problem.x_vector_bytes > 0);
 }
 
+// Of a lone block behind its loop: sums over the lanes of a warp, then outputs, each thread a row of its tile at a time.
+double end_latency(const Plan& plan) {
+    const Tile& tile = tile_of(plan);
+    const double shuffles = tile.rows * tile.channels * std::log2(std::min(choice_of(plan).lanes, 32));
+    const double turns = static_cast<double>(ceil_div(int64_t{plan.tile.m} * plan.tile.n, Tile::threads * tile.channels));
+    return shuffles * shuffle_latency + turns * turn_latency;
+}
+
 Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
     constexpr double warps = Tile::threads / 32.0;
     const double loop = instructions(problem, plan), steps = static_cast<double>(steps_of(problem, plan));
     const double arrival = block_bytes(problem, plan) / l2_bytes_per_cycle;
     const double blocks = waves(plan, 1, device);  // of one multiprocessor
-    return {
-        .products_us = as_us(blocks * warps * (loop + instructions_of_ends) / instructions_per_cycle, device),
-        .bytes_us = std::max(transfer_us(compulsory_bytes(problem), device), as_us(blocks * arrival, device)),
-        // Nothing is loaded ahead of a step: its loads are many instead.
-        .latency_us = as_us(
-            waves(plan, Tile::blocks_per_multiprocessor, device) * (ends + steps * memory_latency + arrival + loop), device),
-        .overhead_us = launch_us + conversions_us(problem, plan, device)};
+    return {.products_us = as_us(blocks * warps * (loop + instructions_of_ends) / issued_per_cycle, device),
+            .bytes_us = std::max(transfer_us(compulsory_bytes(problem), device), as_us(blocks * arrival, device)),
+            // Nothing is loaded ahead of a step: its loads are many instead.
+            .latency_us = as_us(waves(plan, Tile::blocks_per_multiprocessor, device) *
+                                    (steps * memory_latency + arrival + loop + end_latency(plan)),
+                                device),
+            .overhead_us = launch_us + conversions_us(problem, plan, device)};
 }
 
 // Numbers of lanes worth comparing: as many as have work, and not so few that a lane would take long.
