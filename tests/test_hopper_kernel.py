@@ -64,8 +64,8 @@ def test_every_cluster_is_exact_and_repeats(kernels: Backend, name: str, dtype: 
     subject = Subject(kernels, HOPPER, name, dtype)
     shape = family_shape(HOPPER.name, name)
     plans = HOPPER.plans(dense(shape, dtype), kernels.planned_for(WHOLE))
-    by_split = {size: [plan for plan in plans if f" split {size} " in plan] for size in (2, 4, 8)}
-    assert all(by_split[size] for size in ((2, 4, 8) if name == "late_layer" else (2,)))
+    by_split = {size: [plan for plan in plans if f" split {size} " in plan] for size in range(2, 9)}
+    assert all(by_split[size] for size in (range(2, 9) if name == "late_layer" else (2,)))
     chosen = [plan for some in by_split.values() for plan in subject.chance.sample(some, min(len(some), 3))]
     for act in ("relu", "leaky_relu"):  # in registers, and in turns
         wanted = Wanted(act, (0.125,) if act == "leaky_relu" else (), residual_order="act_add")
