@@ -21,7 +21,8 @@ def includes(path: Path) -> list[str]:
 
 
 NATIVE = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
-TORCH = re.compile(r"(ATen|c10)/|torch/(?!(autograd|check|cudnn|device|module|operator|overlap)\.)")
+OWN_TORCH = "|".join(path.stem for path in (CSRC / "torch").iterdir())
+TORCH = re.compile(rf"(ATen|c10)/|torch/(?!({OWN_TORCH})\.)")
 PYTHON = re.compile(r"pybind11/|Python\.h")
 CUDA = re.compile(r"(cuda\w*|cu_\w+|cuComplex|mma|cooperative_groups)\.h(pp)?|(cuda|cub|cute|thrust)/.*")
 # What only device/ may say, because the simulator has to give it its meaning there.
@@ -29,7 +30,8 @@ FORBIDDEN = re.compile(
     r"\b_*asm\b|<<<|\b__constant__\b|\b__shared__\b|\b__CUDA_ARCH__\b|\b(?:thread|block)(?:Idx|Dim)\b"
 )
 PYTHON_FILES = {
-    CSRC / name for name in ("torch/module.cpp", "plan/module.cpp", "plan/python.h", "plan/python.cpp")
+    *(CSRC / "torch" / name for name in ("module.cpp", "arrangement.h", "arrangement.cpp")),
+    *(CSRC / "plan" / name for name in ("module.cpp", "python.h", "python.cpp")),
 }
 
 

@@ -1,10 +1,9 @@
 #include "kernels/run.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
-
-#include "plan/families.h"
 
 namespace fused_cna {
 
@@ -52,7 +51,7 @@ uint32_t weight_lines(const ConvArgs& args) {
     const int64_t extent = 1 + (problem.k - 1) * strides.k + (problem.c_per_group() - 1) * strides.c +
                            (problem.r - 1) * strides.r + (problem.s - 1) * strides.s;
     const int64_t lines = ceil_div(values * size_in_bytes(problem.dtype), l2_line_bytes);
-    return extent == values && lines <= int_limit ? static_cast<uint32_t>(lines) : 0;
+    return extent == values && lines <= std::numeric_limits<uint32_t>::max() ? static_cast<uint32_t>(lines) : 0;
 }
 
 bool keeps_alignment(const Strides& strides, DType dtype) {

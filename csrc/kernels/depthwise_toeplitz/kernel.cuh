@@ -215,13 +215,17 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor) depthwise_
     const Shared shared = Shared::of(args, &device::shared_storage<unsigned char>());
     const Block block = Block::of(args);
     const int thread = device::thread_x();
-    if (thread < most_strips) shared.tables.strips[thread] = block.strip(args, thread);
+    const auto prepare_strips = [&] {
+        if (thread < most_strips) shared.tables.strips[thread] = block.strip(args, thread);
+    };
+    if constexpr (prepares_ahead) prepare_strips();
     await_kernels_ahead(args.conv, threads);
     const FoldTable<T> folds(args.conv.epilogue, block.first_channel, slab_channels, block.channels);
     const FilterRow<T> filter_row(args, block, thread);
     stage_planes<T>(args, block, shared);
     filter_row.store(shared, thread);
     stage_other_rows<T>(args, block, shared);
+    if constexpr (!prepares_ahead) prepare_strips();
     folds.store(shared.tables.folds);
     device::sync_threads();
 

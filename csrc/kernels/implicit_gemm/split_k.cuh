@@ -52,6 +52,8 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
 
     const int row = thread / (Tile::columns / Tile::width), offset = thread % (Tile::columns / Tile::width) * Tile::width;
     float sums[Tile::width] = {};
+    // Several shares under way at once.
+#pragma unroll 4
     for (int split = 0; split < args.split_k; ++split) {
         float values[Tile::width];
         device::load_vector(
