@@ -137,7 +137,7 @@ class Epilogue {
 
    private:
     // Blocks that share the tile.
-    __device__ int split() const { return Traits::is_pingpong ? 1 : args_.split; }
+    __device__ int split() const { return Traits::is_pingpong ? 1 : args_.split.value; }
     __device__ int slices() const { return (block_.columns + Tile::slice - 1) / Tile::slice; }
     // Made anew where it is needed: what it holds would be in the way of the sums.
     __device__ Staging<Traits> staging() const { return Staging<Traits>(group_, shared_); }

@@ -99,7 +99,7 @@ __device__ __forceinline__ void multiply_and_finish(const Args& args, Shared<Tra
     // Shared memory stays until all of it is read.
     if (group.leads()) device::wait_stores_read<0>();
     if constexpr (!Traits::is_pingpong) {
-        if (args.split > 1) device::await_cluster();
+        if (args.split.value > 1) device::await_cluster();
     }
 }
 

@@ -24,13 +24,17 @@ Args make_args(const ConvArgs& given, const Plan& plan) {
     static_cast<gather::Args&>(args) = gather::make_args<Traits>(given, pixel_step(given).value_or(0));
     const ConvProblem& problem = args.conv.problem;
     args.tiles_per_group = Divisor(static_cast<int>(ceil_div(args.k_per_group, Traits::n)));
-    args.tiles_n = args.tiles_per_group.value * static_cast<int>(problem.groups);
+    const int tiles_n = args.tiles_per_group.value * static_cast<int>(problem.groups);
     const int tiles_m = static_cast<int>(ceil_div(problem.gemm_m(), Traits::m));
-    args.tiles = tiles_m * args.tiles_n;
-    args.band = band_of(args.tiles_n);
-    args.band_tiles = args.band * tiles_m;
-    args.split = choice.split_k;
-    args.steps_per_split = static_cast<int>(ceil_div(args.steps, args.split));
+    const int band = band_of(tiles_n);
+    args.tiles = tiles_m * tiles_n;
+    args.bands = static_cast<int>(ceil_div(tiles_n, band));
+    args.band = Divisor(band);
+    args.last_band = Divisor(tiles_n - (args.bands - 1) * band);
+    args.band_tiles = Divisor(band * tiles_m);
+    args.split = Divisor(choice.split_k);
+    args.tile_step = static_cast<int>(plan.blocks / choice.split_k);
+    args.steps_per_split = static_cast<int>(ceil_div(args.steps, choice.split_k));
 
     // What has no map goes without.
     const MapTile tile{Traits::m, Traits::n, Traits::rows, Tile::slice};
@@ -59,11 +63,11 @@ const char* launch_kernel(const ConvArgs& conv, const Plan& plan, Stream stream)
             return launch_kernel<implicit_gemm_sm90::Traits<T, tiles[gathering_tile], 16>, Rows>(conv, gathering, stream);
         }
     }
-    const bool is_split = args.split > 1;
-    if (is_split && (Traits::is_pingpong || plan.blocks != int64_t{args.tiles} * args.split)) {
+    const int split = args.split.value;
+    if (split > 1 && (Traits::is_pingpong || plan.blocks != int64_t{args.tiles} * split)) {
         return "blocks of a cluster share one tile each";
     }
-    const device::LaunchShape shape{plan.blocks, Traits::block_threads, sizeof(Shared<Traits>), args.split};
+    const device::LaunchShape shape{plan.blocks, Traits::block_threads, sizeof(Shared<Traits>), split};
     return device::launch<implicit_gemm_sm90<Traits, Rows>>(shape, stream, args);
 }
 

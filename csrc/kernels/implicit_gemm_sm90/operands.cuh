@@ -13,8 +13,11 @@ struct Args : gather::Args {
     device::TensorMap x_map, weight_map, residual_map, y_map;
     bool x_by_map, x_is_tiled, weight_by_map, residual_by_map, y_by_map;  // else value by value, or by the gather
     Divisor tiles_per_group;                                              // of columns
-    int tiles, tiles_n, band, band_tiles;
-    int split, steps_per_split;
+    int tiles, tile_step;                                                 // of a block, or of a cluster's blocks
+    Divisor band, last_band;  // columns of tiles that lie in a band, and in the last one
+    Divisor band_tiles;       // tiles of a band
+    Divisor split;            // blocks that share a tile
+    int bands, steps_per_split;
 };
 
 template <class T, Tile Of, int VectorBytes>
@@ -49,9 +52,9 @@ struct Traits : gather::Shape<T, Of.m, Of.n, Tile::k_bytes, 128, VectorBytes> {
 // rows of x, and columns of the weight, and find both in the L2.
 template <class Traits>
 __device__ __forceinline__ gather::Block block_of_tile(const Args& args, int tile) {
-    const int band = tile / args.band_tiles, within = tile % args.band_tiles, first = band * args.band;
-    const int width = args.tiles_n - first < args.band ? args.tiles_n - first : args.band;
-    const int tile_m = within / width, tile_n = first + within % width;
+    const int band = args.band_tiles.quotient(tile), within = args.band_tiles.remainder(tile);
+    const Divisor& width = band + 1 < args.bands ? args.band : args.last_band;
+    const int tile_m = width.quotient(within), tile_n = band * args.band.value + width.remainder(within);
     const int first_column = args.tiles_per_group.remainder(tile_n) * Traits::n;
     const int remaining = args.k_per_group - first_column;
     return {.first_row = tile_m * Traits::m,
@@ -65,7 +68,7 @@ struct Steps {
     int first, count;
 
     static __device__ Steps of(const Args& args) {
-        if (args.split == 1) return {0, args.steps};
+        if (args.split.value == 1) return {0, args.steps};
         const int first = device::cluster_rank() * args.steps_per_split, remaining = args.steps - first;
         return {first, remaining < args.steps_per_split ? remaining : args.steps_per_split};
     }
@@ -76,7 +79,7 @@ struct TileWalk {
     int tile, step;
 
     static __device__ TileWalk of(const Args& args) {
-        return {static_cast<int>(device::block_x()) / args.split, static_cast<int>(device::grid_x()) / args.split};
+        return {args.split.quotient(static_cast<int>(device::block_x())), args.tile_step};
     }
     __device__ bool is_inside(const Args& args) const { return tile < args.tiles; }
     __device__ void next() { tile += step; }
