@@ -116,7 +116,7 @@ def means(by_architecture: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
             family,
             pair(map(len, moments)),
             pair(f"{mean(each.cycles for each in of_one):.0f}" for of_one in moments),
-            *(f"{mean(each.cycles - each.waited for each in of_one):.0f}" for of_one in moments[-1:]),
+            pair(f"{mean(each.cycles - each.waited for each in of_one):.0f}" for of_one in moments[-1:]),
             pair(f"{mean(each.loads for each in of_one):.1f}" for of_one in moments),
             pair(max(each.loads for each in of_one) for of_one in moments),
         )

@@ -123,7 +123,7 @@ def test_a_row_of_the_kernel_report() -> None:
 def test_the_report_prints_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     cells = row(GEMMS)
     (gemms, *_) = families = list(means([{"implicit_gemm_sm80": [kernel]} for kernel in GEMMS]))
-    assert gemms == ("implicit_gemm_sm80", "1", "3", "0.0", "0")
+    assert gemms == ("implicit_gemm_sm80", "1", "3", "3", "0.0", "0")
     print_report([cells], families)
     printed = capsys.readouterr().out
     assert all(cell in printed for cell in (*HEADINGS, *cells, *MEANS, *gemms))
