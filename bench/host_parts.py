@@ -18,7 +18,7 @@ import fused_cna
 from bench.setting import Setting
 from bench.stats import Summary, summarize
 from bench.terminal import Console, make_table
-from bench.timing import HostStopwatch, Work, interleaved
+from bench.timing import HostStopwatch, interleaved, repeated
 from fused_cna import ConvNormAct, _arrangement, ops
 
 CALLS = 200
@@ -78,9 +78,9 @@ def _in_mode(
             call, arguments = _arrangement.calls[id(module)], _arguments(module, x)
             dry = interleaved(
                 {
-                    "module": _loop(lambda: module(x)),
-                    "arranged": _loop(lambda: call(module, x, None)),
-                    "by torch.ops": _loop(lambda: ops.operator(*arguments)),
+                    "module": repeated(lambda: module(x), CALLS),
+                    "arranged": repeated(lambda: call(module, x, None), CALLS),
+                    "by torch.ops": repeated(lambda: ops.operator(*arguments), CALLS),
                 },
                 HostStopwatch(),
                 rounds=rounds,
@@ -91,7 +91,7 @@ def _in_mode(
             None
             if real is None or wait is None
             else interleaved(
-                {"real": _loop(real)},
+                {"real": repeated(real, CALLS)},
                 HostStopwatch(),
                 rounds=rounds,
                 sample_seconds=0.0,
@@ -134,14 +134,6 @@ def _arguments(module: Any, x: Tensor) -> tuple[Any, ...]:
     vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
     sizes = conv.stride, conv.padding, conv.dilation, conv.groups
     return x, conv.weight, conv.bias, *vectors, *sizes, "relu", (), None, "add_act"
-
-
-def _loop(call: Callable[[], object]) -> Work:
-    def run() -> None:
-        for _ in range(CALLS):
-            call()
-
-    return Work(run, CALLS)
 
 
 def print_parts(console: Console, parts: HostParts) -> None:

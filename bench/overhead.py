@@ -12,7 +12,7 @@ from bench import host_parts
 from bench.host_parts import HostParts
 from bench.setting import Setting, fused_path
 from bench.stats import Summary, paired_ratio, summarize
-from bench.timing import HostStopwatch, Work, interleaved
+from bench.timing import HostStopwatch, interleaved, repeated
 from fused_cna import ConvNormAct
 
 SHAPE = (1, 16, 8, 8)
@@ -73,9 +73,9 @@ def run(setting: Setting, step: Callable[[str], None]) -> Overhead:
     x = torch.randn(SHAPE, device=device, dtype=dtype, generator=generator)
     x = x.contiguous(memory_format=memory_format)
     works = {
-        "fused": _loop(lambda: fused(x)),
-        "three modules": _loop(lambda: act(norm(conv(x)))),
-        "hand-written": _loop(lambda: hand_written(x)),
+        "fused": repeated(lambda: fused(x), CALLS),
+        "three modules": repeated(lambda: act(norm(conv(x))), CALLS),
+        "hand-written": repeated(lambda: hand_written(x), CALLS),
     }
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
     with torch.inference_mode():
@@ -99,14 +99,6 @@ def run(setting: Setting, step: Callable[[str], None]) -> Overhead:
         kernels=kernels,
         parts=host_parts.run(setting, fused, x, kernels),
     )
-
-
-def _loop(call: Callable[[], object]) -> Work:
-    def run() -> None:
-        for _ in range(CALLS):
-            call()
-
-    return Work(run, CALLS)
 
 
 def _nothing() -> None:

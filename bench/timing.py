@@ -104,6 +104,11 @@ def interleaved(
     return samples
 
 
+def repeated(call: Callable[[], object], calls: int) -> Work:
+    """So many calls of the same."""
+    return Work(_repeated(call, calls), calls)
+
+
 def _repeated(run: Callable[[], object], times: int) -> Callable[[], None]:
     def work() -> None:
         for _ in range(times):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from fused_cna import _extension, activation, ops
+from fused_cna import _extension, activation, layers, ops
 
 calls: dict[int, Callable[[nn.Module, Tensor, Tensor | None], Any]] = {}
 """``call(module, x, residual)`` by the id of a module: the result, or NotImplemented where Python is needed.
@@ -29,13 +29,12 @@ _OWN = ("training", "residual_order", "zero_pad")
 _OF_CONV = ("forward", "stride", "padding", "dilation", "groups", "padding_mode")
 _OF_NORM = ("forward", "training", "eps")
 _OF_ACT = ("forward", *activation.ATTRIBUTES)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in layers.HOOKS)
 # Where the operator's tensors are among its arguments, and their names in the modules.
-_CONV_TENSORS = {1: "weight", 2: "bias"}
-_NORM_TENSORS = {3: "weight", 4: "bias", 5: "running_mean", 6: "running_var"}
-_RUNNING_MEAN = 5
-_FIRST_OPTION, _RESIDUAL = 7, 14
+_CONV_TENSORS = {ops.TENSORS[name]: name for name in ("weight", "bias")}
+_NORM_TENSORS = {ops.TENSORS[name]: held for name, held in layers.NORM_TENSORS.items()}
+_RUNNING_MEAN, _RESIDUAL = ops.TENSORS["running_mean"], ops.TENSORS["residual"]
+_FIRST_OPTION = ops.TENSORS["running_var"] + 1
 
 
 class _UnclearError(Exception):
@@ -96,7 +95,7 @@ def _part(
     module: Any,
     attributes: Iterable[str],
     tensors: Sequence[tuple[int, str, str, bool]] = (),
-    hooks: Sequence[str] = _HOOKS,
+    hooks: Sequence[str] = layers.HOOKS,
     children: Sequence[tuple[str, Any]] = (),
 ) -> tuple[Any, ...]:
     """A module's class; attributes, and those that are to be empty; where its tensors are; its children."""

@@ -22,7 +22,19 @@ _SAME_CONV = "timm.layers.conv2d_same.Conv2dSame"
 NO_NORM = (None, None, None, None, 0.0)
 """The operator's norm arguments where there is no norm."""
 
+NORM_TENSORS = {
+    "norm_weight": "weight",
+    "norm_bias": "bias",
+    "running_mean": "running_mean",
+    "running_var": "running_var",
+}
+"""The operator's norm vectors, by the names that norms have for them."""
+
 _IDENTITY = nn.Identity()
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The dicts of a module's hooks that run at a call; those of all modules are named ``_global`` and so."""
 
 
 def has_hooks(module: nn.Module) -> bool:

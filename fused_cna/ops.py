@@ -49,8 +49,7 @@ operator = torch.ops.fused_cna.conv_norm_act.default
 out_operator = torch.ops.fused_cna.conv_norm_act_out.default
 """The same with the memory for the output as its last argument."""
 
-# Where the operator's tensors are in its arguments.
-_TENSORS = {
+TENSORS = {
     "x": 0,
     "weight": 1,
     "bias": 2,
@@ -60,6 +59,7 @@ _TENSORS = {
     "running_var": 6,
     "residual": 14,
 }
+"""Where the operator's tensors are in its arguments."""
 _AUTOCAST_TENSORS = ("x", "weight", "bias", "residual")
 
 
@@ -81,7 +81,7 @@ def _empty_output(x: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _tensors_of(args: Sequence[Any]) -> dict[str, Tensor | None]:
-    return {name: args[i] for name, i in _TENSORS.items()}
+    return {name: args[i] for name, i in TENSORS.items()}
 
 
 def _check_all(args: Sequence[Any], out: Tensor) -> None:
@@ -139,7 +139,7 @@ def _cuda_out_kernel_without_extension(*args: Any) -> None:
 def _wants_gradient(args: Sequence[Any]) -> bool:
     if forward_ad._current_level >= 0:
         return True
-    tensors = (args[i] for i in _TENSORS.values())
+    tensors = (args[i] for i in TENSORS.values())
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -168,14 +168,14 @@ def _autocast(args: Sequence[Any], device_type: str) -> list[Any]:
     dtype = torch.get_autocast_dtype(device_type)
     cast = list(args)
     for name in _AUTOCAST_TENSORS:
-        tensor = cast[_TENSORS[name]]
+        tensor = cast[TENSORS[name]]
         if (
             isinstance(tensor, Tensor)
             and tensor.device.type == device_type
             and tensor.is_floating_point()
             and tensor.dtype != torch.float64
         ):
-            cast[_TENSORS[name]] = tensor.to(dtype)
+            cast[TENSORS[name]] = tensor.to(dtype)
     return cast
 
 

@@ -20,7 +20,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_cna import ConvNormAct, _arrangement, _extension, ops
+from fused_cna import ConvNormAct, _arrangement, _extension, layers, ops
 from fused_cna.fusion.rewrite import FusedBlock
 from tests.plain import pair
 from tests.test_submodules import CHANGES, PARAMETRIZED, Halved
@@ -165,9 +165,9 @@ def test_every_attribute_that_python_reads_is_compared(
     tensors_and_children = {"_parameters", "_buffers", "_modules"}
     compared = {
         "own": {*_arrangement._OWN},
-        "conv": {*_arrangement._OF_CONV, *_arrangement._HOOKS},
-        "norm": {*_arrangement._OF_NORM, *_arrangement._HOOKS},
-        "act": {*_arrangement._OF_ACT, *_arrangement._HOOKS},
+        "conv": {*_arrangement._OF_CONV, *layers.HOOKS},
+        "norm": {*_arrangement._OF_NORM, *layers.HOOKS},
+        "act": {*_arrangement._OF_ACT, *layers.HOOKS},
     }
     for name, attributes in read.items():
         assert attributes - tensors_and_children <= compared[name], name

@@ -10,6 +10,7 @@ import torch
 
 from tests.simt import SimulatorError
 from tests.simt.binding import run_test_kernel, run_test_kernel_sanitized
+from tests.simt_faults import assert_reported
 
 SEEDS = range(8)
 THREADS = 64
@@ -103,10 +104,9 @@ REPORTED_FAULTS = {
 
 @pytest.mark.parametrize("name", REPORTED_FAULTS)
 def test_fault_is_reported(name: str) -> None:
-    for seed in SEEDS:
-        with pytest.raises(SimulatorError) as caught:
-            run_test_kernel(name, COUNT, THREADS, seed=seed)
-        assert re.search(REPORTED_FAULTS[name], str(caught.value)), str(caught.value)
+    assert_reported(
+        lambda seed: run_test_kernel(name, COUNT, THREADS, seed=seed), REPORTED_FAULTS[name], SEEDS
+    )
 
 
 def test_copies_of_a_reported_run_are_forgotten() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.simt import SimulatorError
 from tests.simt.binding import run_test_kernel
+from tests.simt_faults import assert_reported
 
 SEEDS = range(8)
 THREADS = 64
@@ -75,10 +76,7 @@ REPORTED_FAULTS = {
 
 @pytest.mark.parametrize("name", REPORTED_FAULTS)
 def test_fault_is_reported(name: str) -> None:
-    for seed in SEEDS:
-        with pytest.raises(SimulatorError) as caught:
-            run(name, 4, 4, seed=seed)
-        assert re.search(REPORTED_FAULTS[name], str(caught.value)), str(caught.value)
+    assert_reported(lambda seed: run(name, 4, 4, seed=seed), REPORTED_FAULTS[name], SEEDS)
     run("exchange", 4, 4, 2)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.simt import SimulatorError
 from tests.simt.binding import run_test_kernel, run_test_kernel_sanitized
+from tests.simt_faults import assert_reported
 
 SEEDS = range(8)
 THREADS, BLOCKS = 64, 2
@@ -86,7 +87,4 @@ REPORTED_FAULTS = {
 
 @pytest.mark.parametrize("name", REPORTED_FAULTS)
 def test_fault_is_reported(name: str) -> None:
-    for seed in SEEDS:
-        with pytest.raises(SimulatorError) as caught:
-            run(name, seed)
-        assert re.search(REPORTED_FAULTS[name], str(caught.value)), str(caught.value)
+    assert_reported(lambda seed: run(name, seed), REPORTED_FAULTS[name], SEEDS)

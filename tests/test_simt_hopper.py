@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.simt import SimulatorError
 from tests.simt.binding import run_test_kernel, run_test_kernel_sanitized
+from tests.simt_faults import assert_reported
 
 SEEDS = range(8)
 THREADS = 64
@@ -138,10 +139,7 @@ REPORTED_FAULTS = {
 
 @pytest.mark.parametrize("name", REPORTED_FAULTS)
 def test_fault_is_reported(name: str) -> None:
-    for seed in SEEDS:
-        with pytest.raises(SimulatorError) as caught:
-            run(name, 384, seed)
-        assert re.search(REPORTED_FAULTS[name], str(caught.value)), str(caught.value)
+    assert_reported(lambda seed: run(name, 384, seed), REPORTED_FAULTS[name], SEEDS)
 
 
 def test_barriers_of_a_reported_run_are_forgotten() -> None:

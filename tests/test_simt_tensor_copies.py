@@ -18,6 +18,7 @@ from tests.simt.binding import (
     run_test_kernel_sanitized,
     without_tensor_maps,
 )
+from tests.simt_faults import assert_reported
 
 SEEDS = range(8)
 DTYPES = ("float32", "float16", "bfloat16")  # in the order of csrc/problem.h
@@ -407,10 +408,7 @@ REPORTED_FAULTS = {
 
 @pytest.mark.parametrize("name", REPORTED_FAULTS)
 def test_fault_is_reported(name: str) -> None:
-    for seed in SEEDS:
-        with pytest.raises(SimulatorError) as caught:
-            run(name, seed)
-        assert re.search(REPORTED_FAULTS[name], str(caught.value)), str(caught.value)
+    assert_reported(lambda seed: run(name, seed), REPORTED_FAULTS[name], SEEDS)
 
 
 FAULTY_CASES = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Callable
 
@@ -11,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.simt import SimulatorError
 from tests.simt.binding import run_test_kernel
+from tests.simt_faults import assert_reported
 
 SEEDS = range(4)
 LANES = range(32)
@@ -202,7 +201,4 @@ REPORTED_FAULTS = {
 
 @pytest.mark.parametrize("name", REPORTED_FAULTS)
 def test_fault_is_reported(name: str) -> None:
-    for seed in SEEDS:
-        with pytest.raises(SimulatorError) as caught:
-            run_test_kernel(name, [0.0], 1, seed=seed)
-        assert re.search(REPORTED_FAULTS[name], str(caught.value)), str(caught.value)
+    assert_reported(lambda seed: run_test_kernel(name, [0.0], 1, seed=seed), REPORTED_FAULTS[name], SEEDS)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.simt import SimulatorError
 from tests.simt.binding import run_test_kernel, run_test_kernel_sanitized
+from tests.simt_faults import assert_reported
 
 SEEDS = range(4)
 THREADS = 128
@@ -200,7 +201,4 @@ REPORTED_FAULTS = {
 
 @pytest.mark.parametrize("name", REPORTED_FAULTS)
 def test_fault_is_reported(name: str) -> None:
-    for seed in SEEDS:
-        with pytest.raises(SimulatorError) as caught:
-            run_test_kernel(name, [], THREADS, seed=seed)
-        assert re.search(REPORTED_FAULTS[name], str(caught.value)), str(caught.value)
+    assert_reported(lambda seed: run_test_kernel(name, [], THREADS, seed=seed), REPORTED_FAULTS[name], SEEDS)

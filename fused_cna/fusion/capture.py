@@ -5,7 +5,6 @@ What may decide otherwise another time, and could not be noticed, is not capture
 """
 
 import contextlib
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_cna import _tuned, layers
 from fused_cna.fusion.guards import MemoryGuard
+from fused_cna.fusion.records import first_line
 from fused_cna.fusion.signatures import is_constant
 
 if TYPE_CHECKING:
@@ -254,9 +254,3 @@ def _no_trace_of_failure(graph: torch.cuda.CUDAGraph, device: torch.device) -> I
         generator.graphsafe_set_state(before)
         # What made the capture fail comes before the error at its end.
         raise CaptureFailedError(first_line(error.__context__ or error)) from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error as a part of a sentence."""
-    said = str(error).strip().partition("\n")[0]
-    return textwrap.shorten(said, 200, placeholder="...") or type(error).__name__

@@ -116,16 +116,7 @@ class MemoryGuard:
             held for m in modules for held in (m._parameters, m._buffers, m._modules) if held
         ]
         self._held = [*chain.from_iterable(map(dict.values, self._holders))]
-        self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (
-                m._forward_hooks,
-                m._forward_pre_hooks,
-                m._backward_hooks,
-                m._backward_pre_hooks,
-            )
-        ]
+        self._hooks = [vars(module)[name] for module in modules for name in layers.HOOKS]
         self._values = list(values)
         self.tensors = [one for one in (*self._held, *values) if isinstance(one, torch.Tensor)]
         self._addresses = [*map(torch.Tensor.data_ptr, self.tensors)]

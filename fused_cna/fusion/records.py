@@ -1,5 +1,6 @@
 """What fusing a network did, as data."""
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,12 @@ from fused_cna.modules import ConvNormAct, fused_epilogue
 
 class FusionError(RuntimeError):
     """A network that cannot be fused as asked; the message says why, and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error as a part of a sentence."""
+    said = str(error).strip().partition("\n")[0]
+    return textwrap.shorten(said, 200, placeholder="...") or type(error).__name__
 
 
 @dataclass

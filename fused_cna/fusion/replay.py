@@ -15,9 +15,9 @@ from fused_cna.fusion.capture import (
     CaptureFailedError,
     NotCapturableError,
     NotNowError,
-    first_line,
     unknown_code,
 )
+from fused_cna.fusion.records import first_line
 
 if TYPE_CHECKING:
     from fused_cna.fusion.overlay import Overlay

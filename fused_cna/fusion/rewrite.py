@@ -128,7 +128,7 @@ class Rewriter:
                 options["padding"] = (top + height, bottom + height, left + width, right + width)
             if norm is not None:
                 options |= {"eps": norm.eps, "act": norm.act, "act_params": norm.act_params}
-                for option, name in _NORM_OPTIONS.items():
+                for option, name in layers.NORM_TENSORS.items():
                     value = getattr(norm, name.removeprefix("running_"))
                     options[option] = value_of(value, group.norm, name)
                 if target is call_by_values and norm.module is None:
@@ -156,14 +156,6 @@ class Rewriter:
         for node in reversed(nodes):
             self.graph.erase_node(node)
         return made
-
-
-_NORM_OPTIONS = {
-    "norm_weight": "weight",
-    "norm_bias": "bias",
-    "running_mean": "running_mean",
-    "running_var": "running_var",
-}
 
 
 def build_overlay(

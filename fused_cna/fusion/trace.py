@@ -12,7 +12,6 @@ import itertools
 import operator
 import random
 import sys
-import textwrap
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -30,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_cna import layers
 from fused_cna.fusion.nodes import kind_of
 from fused_cna.fusion.questions import ANY, Watch, stores_state
+from fused_cna.fusion.records import first_line
 from fused_cna.fusion.signatures import Key, arguments_of, contents_of
 from fused_cna.modules import ConvNormAct
 
@@ -386,8 +386,7 @@ def _run(network: nn.Module, forward: Any, key: Key, left: set[nn.Module]) -> Tr
                 graph = in_circles.trace_call(network, forward, key)
         # Code that is not made for tracing fails in any way.
         except Exception as error:
-            reason = textwrap.shorten(str(error).strip().partition("\n")[0], 200, placeholder="...")
-            in_circles.note_refusal(reason or type(error).__name__)
+            in_circles.note_refusal(first_line(error))
         # FX leaves tracers behind in circles, and the weights that they know with them.
         tracer = copy.copy(in_circles)
         in_circles.__dict__ = {"refusal": ("what stood for a tensor is used after the trace", nn.Module())}

@@ -89,5 +89,9 @@ def early_starts() -> dict[str, Any]:
             if wrong:
                 failures.append(f"{wrong} of {TIMES + 1} chains differ with early starts {early}")
     saved = f"{microseconds[False]:.2f} us a kernel in a graph, {microseconds[True]:.2f} with early starts"
-    return {"failures": failures, "us": microseconds[True], "us_without": microseconds[False],
-            "text": "; ".join([*failures, saved])}  # fmt: skip
+    return {
+        "failures": failures,
+        "us": microseconds[True],
+        "us_without": microseconds[False],
+        "text": "; ".join([*failures, saved]),
+    }
