@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "torch/prepare.h"
 #include "torch/signature.h"
 
 namespace fused_cna {
@@ -183,13 +184,13 @@ Part part_from(const py::tuple& described) {
 using Sizes = std::vector<int64_t>;
 
 ConvProblem geometry_of(const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-    const bool four = padding.size() == 4;
+    const auto [top, bottom, left, right] = all_pads(padding);
     return {.stride_h = stride.at(0),
             .stride_w = stride.at(1),
-            .pad_top = padding.at(0),
-            .pad_bottom = padding.at(four ? 1 : 0),
-            .pad_left = padding.at(four ? 2 : 1),
-            .pad_right = padding.at(four ? 3 : 1),
+            .pad_top = top,
+            .pad_bottom = bottom,
+            .pad_left = left,
+            .pad_right = right,
             .dil_h = dilation.at(0),
             .dil_w = dilation.at(1)};
 }

@@ -22,11 +22,6 @@ TensorView view_of(const Tensor& t) {
             {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
 
-std::array<int64_t, 4> all_pads(IntArrayRef padding) {
-    if (padding.size() == 4) return {padding[0], padding[1], padding[2], padding[3]};
-    return {padding[0], padding[0], padding[1], padding[1]};
-}
-
 // PyTorch's own switch; it has no other.
 bool allows_tf32() {
     return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV) == at::Float32Precision::TF32;
@@ -56,6 +51,11 @@ Epilogue make_epilogue(const Inputs& in, const CheckedInputs& checked, std::arra
 Tensor dense_copy(const Tensor& tensor) { return tensor.clone(at::MemoryFormat::ChannelsLast); }
 
 }  // namespace
+
+std::array<int64_t, 4> all_pads(IntArrayRef padding) {
+    if (padding.size() == 4) return {padding[0], padding[1], padding[2], padding[3]};
+    return {padding[0], padding[0], padding[1], padding[1]};
+}
 
 ConvArgs make_args(const Inputs& in, const CheckedInputs& checked) {
     return make_args({

@@ -24,6 +24,9 @@ struct PreparedCall {
 // The output goes to `out`, or to memory of its own where that is null.
 PreparedCall prepare(const Inputs& in, const at::Tensor* out);
 
+// Top, bottom, left, right, of a padding of two numbers or four.
+std::array<int64_t, 4> all_pads(at::IntArrayRef padding);
+
 // The parts of it that take time, for whoever times them.
 ConvArgs make_args(const Inputs& in, const CheckedInputs& checked);
 at::Tensor allocate_output(const Inputs& in, const ConvProblem& problem);

@@ -13,9 +13,10 @@ struct Divisor {
     int shift = 0;
 
     constexpr Divisor() = default;
-    constexpr explicit Divisor(int divisor) : value(divisor) {
+    constexpr explicit Divisor(int64_t divisor) : value(static_cast<int>(divisor)) {
         while (int64_t{1} << shift < divisor) ++shift;
-        factor = static_cast<uint32_t>((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor) / divisor + 1);
+        const auto d = static_cast<uint64_t>(divisor);
+        factor = static_cast<uint32_t>((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d) / d + 1);
     }
 
     constexpr int quotient(int number) const {

@@ -23,7 +23,6 @@ template <class Shape>
 Args make_args(const ConvArgs& given, int64_t x_pixel_step) {
     constexpr int64_t bytes = sizeof(typename Shape::Value);
     const auto as_int = [](int64_t value) { return static_cast<int>(value); };
-    const auto as_divisor = [](int64_t value) { return Divisor(static_cast<int>(value)); };
     Args args{.conv = without_idle_strides(given)};
     const ConvArgs& conv = args.conv;
     const ConvProblem& problem = conv.problem;
@@ -34,17 +33,17 @@ Args make_args(const ConvArgs& given, int64_t x_pixel_step) {
               .stride_w = as_int(problem.stride_w),
               .pad_top = as_int(problem.pad_top),
               .pad_left = as_int(problem.pad_left),
-              .dil_h = as_divisor(problem.dil_h),
-              .dil_w = as_divisor(problem.dil_w),
+              .dil_h = Divisor(problem.dil_h),
+              .dil_w = Divisor(problem.dil_w),
               .r = as_int(problem.r),
-              .s = as_divisor(problem.s),
+              .s = Divisor(problem.s),
               .n_bytes = conv.x_strides.n * bytes,
               .h_bytes = conv.x_strides.h * bytes,
               .w_bytes = conv.x_strides.w * bytes,
               .pixel_bytes = x_pixel_step * bytes};
     args.c_per_group = as_int(problem.c_per_group());
     args.k_per_group = as_int(problem.k_per_group());
-    args.channel_steps = as_divisor(ceil_div(args.c_per_group, Shape::k));
+    args.channel_steps = Divisor(ceil_div(args.c_per_group, Shape::k));
     args.last_s = args.x.s.value - 1;
     args.steps = args.x.r * args.x.s.value * args.channel_steps.value;
     args.weight_k_bytes = conv.weight_strides.k * bytes;

@@ -12,18 +12,17 @@ Args make_args(const ConvArgs& args, const Plan& plan) {
     const ConvProblem& problem = args.problem;
     const int64_t p = problem.p(), q = problem.q(), bands = bands_of(p), band_rows = ceil_div(p, bands);
     const int64_t strips_per_row = ceil_div(q, strip_columns);
-    const auto as_divisor = [](int64_t value) { return Divisor(static_cast<int>(value)); };
     const int strips = plan.tile.m / strip_columns, slabs = static_cast<int>(ceil_div(problem.k, plan.tile.n));
     return {.conv = args,
             .p = static_cast<int>(p),
             .q = static_cast<int>(q),
             .multiplier = static_cast<int>(problem.k_per_group()),
-            .chunks = as_divisor(plan.tile.n / Traits::values),
+            .chunks = Divisor(plan.tile.n / Traits::values),
             .strips = strips,
-            .slabs = as_divisor(slabs),
-            .strips_per_row = as_divisor(strips_per_row),
-            .band_rows = as_divisor(band_rows),
-            .bands = as_divisor(bands),
+            .slabs = Divisor(slabs),
+            .strips_per_row = Divisor(strips_per_row),
+            .band_rows = Divisor(band_rows),
+            .bands = Divisor(bands),
             .all_strips = static_cast<int>(problem.n * bands * band_rows * strips_per_row),
             .strip_step = static_cast<int>(plan.blocks / slabs * strips)};
 }

@@ -100,6 +100,7 @@ struct Strip {
     static __device__ Strip of(const Args& args, const Thread& thread, int index) {
         const int column = args.band_rows.quotient(index), band = args.strips_per_row.quotient(column);
         const int p = args.bands.remainder(band) * args.band_rows.value + args.band_rows.remainder(index);
+        // Not by thread.channels, which would have to stay in a register, of which the main loop has none left.
         const bool exists =
             index < args.all_strips && p < args.p && thread.first_channel < static_cast<int>(args.conv.problem.k);
         return {exists ? args.bands.quotient(band) : -1, p, args.strips_per_row.remainder(column) * Traits::columns};

@@ -14,7 +14,6 @@ Args make_args(const ConvArgs& conv, const Plan& plan, const Layout& layout) {
     const Tile& tile = tiles[choice.tile];
     const int64_t bytes = size_in_bytes(problem.dtype);
     const auto as_int = [](int64_t value) { return static_cast<int>(value); };
-    const auto as_divisor = [](int64_t value) { return Divisor(static_cast<int>(value)); };
     const int threads = as_int(layout.warps * 32), slots = as_int(layout.slots), columns = as_int(layout.columns);
     const int weight_vector_bytes = as_int(plan.convert_weight ? problem.dense_vector_bytes() : problem.weight_vector_bytes);
     const bool channels_dense = conv.y_strides.c == 1;
@@ -52,11 +51,11 @@ Args make_args(const ConvArgs& conv, const Plan& plan, const Layout& layout) {
             .halo_rows = as_int(layout.halo_rows),
             .halo_columns = as_int(layout.halo_columns),
             .row_positions = as_int(layout.row_positions),
-            .phases = as_divisor(layout.phases),
-            .phase_columns = as_divisor(layout.phase_columns),
-            .tap_bytes = as_divisor(layout.tap_bytes),
-            .s = as_divisor(problem.s),
-            .octets_per_row = as_divisor(layout.octets_per_row),
+            .phases = Divisor(layout.phases),
+            .phase_columns = Divisor(layout.phase_columns),
+            .tap_bytes = Divisor(layout.tap_bytes),
+            .s = Divisor(problem.s),
+            .octets_per_row = Divisor(layout.octets_per_row),
             .pixel_pitch = as_int(layout.pixel_pitch),
             .weight_bytes = as_int(layout.weight_bytes),
             .weight_pitch = as_int(layout.weight_pitch),
@@ -64,16 +63,16 @@ Args make_args(const ConvArgs& conv, const Plan& plan, const Layout& layout) {
             .tail_words = as_int(layout.tail_words),
             .pieces = as_int((layout.steps + 1) * offsets_per_step(tile.reader)),
             .piece_bytes = as_int(32 / offsets_per_step(tile.reader)),
-            .pixel_sets = as_divisor(layout.pixel_sets),
-            .units_per_group = as_divisor(layout.units_per_group),
+            .pixel_sets = Divisor(layout.pixel_sets),
+            .units_per_group = Divisor(layout.units_per_group),
             .slots = slots,
             .threads = threads,
             .columns = columns,
             .staging_pitch = as_int(layout.staging_pitch),
-            .slabs_per_group = as_divisor(layout.slabs_per_group),
-            .slabs = as_divisor(layout.slabs),
-            .tiles_p = as_divisor(layout.tiles_p),
-            .tiles_q = as_divisor(layout.tiles_q),
+            .slabs_per_group = Divisor(layout.slabs_per_group),
+            .slabs = Divisor(layout.slabs),
+            .tiles_p = Divisor(layout.tiles_p),
+            .tiles_q = Divisor(layout.tiles_q),
             .weights_at = as_int(layout.weights_at),
             .offsets_at = as_int(layout.offsets_at),
             .columns_at = as_int(layout.columns_at),

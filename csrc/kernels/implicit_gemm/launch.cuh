@@ -14,10 +14,9 @@ template <class Traits>
 Args make_args(const ConvArgs& given, const Plan& plan) {
     Args args{gather::make_args<Traits>(given, pixel_step(given).value_or(0)), {}, {}, {}, 0};
     const ConvProblem& problem = args.conv.problem;
-    const auto as_divisor = [](int64_t value) { return Divisor(static_cast<int>(value)); };
-    args.tiles_per_group = as_divisor(ceil_div(args.k_per_group, Traits::n));
-    args.tiles_n = as_divisor(args.tiles_per_group.value * problem.groups);
-    args.tiles_m = as_divisor(ceil_div(problem.gemm_m(), Traits::m));
+    args.tiles_per_group = Divisor(ceil_div(args.k_per_group, Traits::n));
+    args.tiles_n = Divisor(args.tiles_per_group.value * problem.groups);
+    args.tiles_m = Divisor(ceil_div(problem.gemm_m(), Traits::m));
     args.steps_per_split = static_cast<int>(ceil_div(args.steps, std::get<Choice>(plan.choice).split_k));
     return args;
 }

@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
     const ColumnRange columns{group * problem.k_per_group() + column, static_cast<int>(problem.k_per_group() - column)};
 
     const int thread = device::thread_x();
+    // As await_kernels_ahead, but for the weight, which is not read here.
     device::await_prerequisites();
     device::launch_dependents();
     const FoldTable<T> folds(args.conv.epilogue, columns.first_channel, Tile::columns, columns.count);

@@ -23,7 +23,7 @@ Args make_args(const ConvArgs& given, const Plan& plan) {
     Args args{};
     static_cast<gather::Args&>(args) = gather::make_args<Traits>(given, pixel_step(given).value_or(0));
     const ConvProblem& problem = args.conv.problem;
-    args.tiles_per_group = Divisor(static_cast<int>(ceil_div(args.k_per_group, Traits::n)));
+    args.tiles_per_group = Divisor(ceil_div(args.k_per_group, Traits::n));
     const int tiles_n = args.tiles_per_group.value * static_cast<int>(problem.groups);
     const int tiles_m = static_cast<int>(ceil_div(problem.gemm_m(), Traits::m));
     const int band = band_of(tiles_n);

@@ -9,18 +9,17 @@ namespace {
 template <class Traits>
 Args make_args(const ConvArgs& conv, const Plan& plan) {
     const auto as_int = [](int64_t value) { return static_cast<int>(value); };
-    const auto as_divisor = [](int64_t value) { return Divisor(static_cast<int>(value)); };
     const ConvProblem& problem = conv.problem;
     Args args{.conv = conv, .output = {problem.n, problem.p(), problem.q()}};
     args.c_per_group = as_int(problem.c_per_group());
     args.k_per_group = as_int(problem.k_per_group());
-    args.lanes = as_divisor(std::get<Choice>(plan.choice).lanes);
+    args.lanes = Divisor(std::get<Choice>(plan.choice).lanes);
     args.teams = Traits::threads / args.lanes.value;
-    args.columns = as_divisor(plan.tile.n);
-    args.tiles_m = as_divisor(ceil_div(args.output.count, Traits::rows));
-    args.tiles_n_per_group = as_divisor(ceil_div(args.k_per_group, args.columns.value));
-    args.chunks_per_tap = as_divisor(ceil_div(args.c_per_group, Traits::values));
-    args.s = as_divisor(problem.s);
+    args.columns = Divisor(plan.tile.n);
+    args.tiles_m = Divisor(ceil_div(args.output.count, Traits::rows));
+    args.tiles_n_per_group = Divisor(ceil_div(args.k_per_group, args.columns.value));
+    args.chunks_per_tap = Divisor(ceil_div(args.c_per_group, Traits::values));
+    args.s = Divisor(problem.s);
     args.chunks = as_int(problem.r * problem.s) * args.chunks_per_tap.value;
     args.steps = as_int(ceil_div(args.chunks, args.lanes.value * Traits::unroll));
     return args;
