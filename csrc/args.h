@@ -1,4 +1,4 @@
-// What a kernel gets: operands, epilogue, stream. Names, pointers and numbers only: no launcher, no plan, no CUDA header.
+// What every kernel gets: operands, epilogue, stream. Plain data: no launcher, no plan, no CUDA header.
 #pragma once
 
 #include <array>
@@ -12,13 +12,13 @@ struct CUstream_st;
 
 namespace fused_cna {
 
-// Where kernels are launched, and how.
+// The stream of a launch, and the kind of launch.
 struct Stream {
     CUstream_st* handle = nullptr;
-    // Programmatic dependent launch: a kernel may start while the one ahead of it still runs. For devices of compute
-    // capability 9.0 whose code waits for it (device::await_prerequisites).
+    // Programmatic dependent launch: the kernel may start while the one before it still runs. Only for devices of compute
+    // capability 9.0, whose kernels wait in device::await_prerequisites.
     bool starts_early = false;
-    // All that the host does for a launch but the launch itself, to be timed where there is no GPU.
+    // The host does everything but the launch itself, to be timed on a machine without a GPU.
     bool is_dry = false;
 };
 
@@ -41,7 +41,7 @@ enum class Activation : int32_t {
 struct ActivationInfo {
     Activation value;
     std::string_view name;
-    std::string_view param;  // the name of the one number in act_params; empty where it holds none
+    std::string_view param;  // the name of the one number in act_params; empty where there is none
 };
 
 inline constexpr std::array<ActivationInfo, 13> activations{{
@@ -67,8 +67,7 @@ constexpr std::optional<ActivationInfo> find_activation(std::string_view name) {
     return std::nullopt;
 }
 
-// An activation with its parameter. Most layers only clamp: given as bounds, the commonest activations cost two
-// instructions, fewer than the switch would.
+// An activation with its parameter. Most layers only clamp; as bounds that costs two instructions, fewer than the switch.
 struct ActivationArgs {
     Activation function = Activation::identity;
     float param = 0;
@@ -94,7 +93,7 @@ constexpr std::optional<ResidualOrder> find_residual_order(std::string_view name
     return std::nullopt;
 }
 
-// How many separate passes over the output remain on cuDNN's route, whose convolutions have bias and ReLU, and a residual
+// How many separate passes over the output remain on the cuDNN route, whose fused convolution has bias, ReLU, and a residual
 // before the ReLU.
 constexpr int64_t passes_after_cudnn(Activation activation, std::optional<ResidualOrder> residual) {
     if (activation == Activation::relu && residual != ResidualOrder::act_add) return 0;
@@ -102,8 +101,8 @@ constexpr int64_t passes_after_cudnn(Activation activation, std::optional<Residu
 }
 
 // Each vector has K elements, is contiguous, and is null where the layer has none. The conv bias has the storage type; the
-// four norm vectors are all float32 or all the storage type. They stay as trained: the kernel folds them on every call, so
-// nothing derived from a parameter can go stale.
+// four norm vectors are all float32 or all the storage type. They are the trained values: the kernel folds them on every
+// call, so nothing derived from a parameter can go stale.
 struct Epilogue {
     const void* bias = nullptr;
     const void* norm_weight = nullptr;
@@ -116,7 +115,7 @@ struct Epilogue {
     ResidualOrder residual_order = ResidualOrder::add_act;
 };
 
-// Strides are in elements, in the order of torch's NCHW view whatever the memory format; any of them may be 0.
+// In elements, by dimension of torch's NCHW view whatever the memory format; any of them may be 0.
 struct Strides {
     int64_t n = 0, c = 0, h = 0, w = 0;
 };
@@ -125,23 +124,23 @@ struct FilterStrides {
     int64_t k = 0, c = 0, r = 0, s = 0;
 };
 
-// A plain record: passed to kernels by value.
+// Plain data, passed to kernels by value.
 struct ConvArgs {
     ConvProblem problem;
     const void* x = nullptr;  // [N, C, H, W]
     Strides x_strides;
     const void* weight = nullptr;  // [K, C / groups, R, S]
     FilterStrides weight_strides;
-    // [N, K, P, Q], or null. It may be y itself: an element is read by the thread that stores it, before it does.
+    // [N, K, P, Q], or null. May be y itself: the thread that stores an element reads it first.
     const void* residual = nullptr;
     Strides residual_strides;
-    void* y = nullptr;  // [N, K, P, Q]; may lie between the elements of x, but shares none with it
+    void* y = nullptr;  // [N, K, P, Q]; may interleave with the elements of x, but shares none
     Strides y_strides;
     Epilogue epilogue;
-    // Whether every pixel's residual channels lie densely, and begin on a 16-byte boundary where those of the first do.
+    // Whether channels of the residual are dense, and every pixel's are 16-byte aligned where the first pixel's are.
     bool residual_keeps_alignment = false;
     float* workspace = nullptr;  // the plan's workspace_bytes, uninitialised
-    // Of the weight, which an early start asks the L2 for; 0 where it does not.
+    // L2 lines of the weight, which a kernel that starts early prefetches; 0 for none.
     uint32_t weight_lines = 0;
 };
 

@@ -1,4 +1,4 @@
-// One convolution problem: what every layer of the project passes around. No torch, no CUDA.
+// One convolution problem, which the whole path from operator to kernel passes around. No torch, no CUDA.
 #pragma once
 
 #include <compare>
@@ -22,7 +22,7 @@ constexpr const char* dtype_name(DType dtype) {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
-// One block's share of the convolution as a matrix product: m output pixels, n output channels, k products a step.
+// One block's tile of the implicit GEMM: m output pixels, n output channels, k products per step.
 struct BlockTile {
     int m = 0, n = 0, k = 0;
 
@@ -39,12 +39,12 @@ struct ConvProblem {
     DType dtype = DType::float32;
     bool allow_tf32 = false;  // whether float32 products may be rounded to tf32
 
-    // How the operands lie in memory: the widest vector load, in bytes up to 16, that every run of channels allows by
-    // alignment and length; 0 where channels are not dense. A run is a group's channels, for x_pixel all of a pixel's.
+    // The widest vector load, in bytes up to 16, that alignment and length of every run of channels allow; 0 where channels
+    // are not dense. A run is a group's channels, for x_pixel all channels of a pixel.
     int64_t x_vector_bytes = 0, x_pixel_vector_bytes = 0, weight_vector_bytes = 0;
-    bool x_pixels_even = false;  // pixels follow each other at one distance, from the first image to the last
+    bool x_pixels_even = false;  // one distance between successive pixels, from the first image to the last
 
-    // What follows the products, as far as a measured plan depends on it; no kernel's legality does.
+    // What follows the products. Only tuned plans depend on it, never a kernel's legality.
     bool has_norm = false, has_residual = false;
     int64_t passes_after_cudnn = 0;  // see args.h
 
@@ -58,16 +58,16 @@ struct ConvProblem {
     constexpr int64_t c_per_group() const { return c / groups; }
     constexpr int64_t k_per_group() const { return k / groups; }
 
-    // What dense channels_last memory allows, to a group's channels and to all of a pixel's.
+    // The vector loads that dense channels_last memory allows, for a group's channels and for a whole pixel's.
     constexpr int64_t dense_vector_bytes() const { return widest_vector_bytes(c_per_group()); }
     constexpr int64_t dense_pixel_vector_bytes() const { return widest_vector_bytes(c); }
 
-    // The convolution as one matrix product per group: [gemm_m, gemm_k] x [gemm_k, gemm_n].
+    // The implicit GEMM of each group: [gemm_m, gemm_k] x [gemm_k, gemm_n].
     constexpr int64_t gemm_m() const { return n * p() * q(); }
     constexpr int64_t gemm_n() const { return k_per_group(); }
     constexpr int64_t gemm_k() const { return r * s * c_per_group(); }
 
-    // Plans are memoised by problem, so a problem is ordered.
+    // Plans are memoised in a map by problem, which needs an order.
     auto operator<=>(const ConvProblem&) const = default;
 
    private:
@@ -87,8 +87,8 @@ constexpr void visit_fields(const Visit& visit, const char* name, Field& field, 
     visit_fields(visit, others...);
 }
 
-// What every conversion to plain data goes through. The struct is taken apart whole, so that a field added to it and not
-// here does not compile. Plan files hold these names.
+// The one list of fields and their names, used by every conversion to plain data and by plan files. The structured binding
+// names all fields, so that a new field does not compile until it is added here.
 template <class Problem, class Visit>
 constexpr void for_each_problem_field(Problem& problem, const Visit& visit) {
     auto& [n, c, h, w, k, r, s, stride_h, stride_w, pad_top, pad_bottom, pad_left, pad_right, dil_h, dil_w, groups, dtype,

@@ -1,4 +1,4 @@
-// What kernels stand on, whole.
+// All that a kernel includes from csrc/device, the only folder with inline PTX and CUDA headers.
 #pragma once
 
 #include <device/launch.cuh>

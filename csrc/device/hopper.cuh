@@ -1,5 +1,4 @@
-// What compute capability 9.0 alone has ("a" targets): one hardware feature per function. Addresses are those of
-// shared_address.
+// Hardware features of compute capability 9.0 alone ("a" targets), one per function. Addresses come from shared_address.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,19 +11,18 @@
 
 namespace fused_cna::device {
 
-// Of the block's warpgroups the one that this thread is in: the same in all of a warp, which the compiler could not know of
-// a number made from the thread's.
+// The index of this thread's warpgroup in the block. The shuffle tells the compiler that the whole warp has the same value.
 __device__ __forceinline__ int warpgroup() { return __shfl_sync(0xffffffffu, thread_x() / 128, 0); }
 
-// A kernel for 9.0 ends so where it was compiled for another target, rather than leave its output unwritten.
+// Ends a kernel for 9.0 that was compiled for another target: a trap, rather than an output that nobody wrote.
 __device__ __forceinline__ void stop() { __trap(); }
 
-// bar.sync: so many threads, whole warps, meet at one of barriers 1 to 15.
+// bar.sync: waits until `threads` threads (whole warps) have reached the barrier; its id is from 1 to 15.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// setmaxnreg: gives up registers of every thread of the warpgroup, down to so many, or takes some that others gave up.
+// setmaxnreg: lowers the registers of every thread of the warpgroup to this number, or raises them from what others gave up.
 template <int Registers>
 __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
@@ -34,8 +32,8 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// mbarrier: a phase is complete once it has its arrivals and the bytes that arrivals said to expect; then the next begins.
-// Lies in shared memory, and is made by one thread.
+// mbarrier: a phase completes once it has all its arrivals and all bytes that arrivals said to expect; then the next begins.
+// Lies in shared memory; one thread initialises it.
 struct PhaseBarrier {
     uint64_t state;
 };
@@ -44,7 +42,7 @@ __device__ __forceinline__ void init_barrier(PhaseBarrier& barrier, int arrivals
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes new barriers known to bulk copies and to the cluster; other threads need a sync_threads more.
+// Makes initialised barriers visible to bulk copies and to the cluster; other threads also need sync_threads.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -59,8 +57,8 @@ __device__ __forceinline__ void arrive_expecting(PhaseBarrier& barrier, int byte
                  : "memory");
 }
 
-// Waits until the phase of this parity is complete: 0 for the first, then 1, 0 and so on. The parity before the first is 1,
-// and is complete from the beginning.
+// Waits until the phase of this parity is complete. Parities are 0 for the first phase, then 1, 0, and so on. Parity 1
+// counts as complete before the first phase has ended.
 __device__ __forceinline__ void wait(PhaseBarrier& barrier, int parity) {
     asm volatile(
         "{\n"
@@ -75,15 +73,15 @@ __device__ __forceinline__ void wait(PhaseBarrier& barrier, int parity) {
         : "memory");
 }
 
-// fence.proxy.async: what this thread wrote to shared memory is seen by bulk copies and products that start behind it.
+// fence.proxy.async: bulk copies and wgmma that start after it see what this thread wrote to shared memory.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// cp.async.bulk.tensor: one thread brings a whole box to shared memory, whose bytes then count at the barrier. The
-// coordinates of its first element begin with the dense dimension.
+// cp.async.bulk.tensor: one thread copies a box to shared memory; the barrier counts its bytes. Coordinates are those of the
+// box's first element, dense dimension first.
 __device__ __forceinline__ void load_tile(uint32_t destination, const TensorMap& map, PhaseBarrier& barrier, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -108,7 +106,7 @@ __device__ __forceinline__ void load_tile(uint32_t destination, const TensorMap&
         : "memory");
 }
 
-// The same by an im2col map: its channels from c on, of its pixels from (w, h, n) on, each moved by the offsets.
+// The same through an im2col map: channels from c on, pixels from (w, h, n) on, each pixel moved by the offsets.
 __device__ __forceinline__ void load_im2col(uint32_t destination, const TensorMap& map, PhaseBarrier& barrier, int c, int w,
                                             int h, int n, int offset_w, int offset_h) {
     asm volatile(
@@ -119,23 +117,23 @@ __device__ __forceinline__ void load_im2col(uint32_t destination, const TensorMa
         : "memory");
 }
 
-// One thread writes a whole box from shared memory, but for what lies outside of the tensor.
+// One thread writes a box from shared memory, except what lies outside the tensor.
 __device__ __forceinline__ void store_tile(const TensorMap& map, uint32_t source, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
                  "r"(source), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
 
-// Closes the group of this thread's stores since the last one.
+// Closes the group of this thread's stores since the last commit.
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until all but this thread's latest Pending groups have read shared memory, which may then be overwritten.
+// Waits until all but this thread's latest Pending groups have read their shared memory, which may then be overwritten.
 template <int Pending>
 __device__ __forceinline__ void wait_stores_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
-// Shared memory by its address, in the generic proxy.
+// Shared memory by address, in the generic proxy.
 __device__ __forceinline__ Vector16 load_shared(uint32_t address) {
     Vector16 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -156,33 +154,33 @@ __device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&
     asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(words[0]), "r"(words[1]) : "memory");
 }
 
-// stmatrix.x4: the other way round from load_matrices.
+// stmatrix.x4: the inverse of load_matrices.
 __device__ __forceinline__ void store_matrices(uint32_t row_address, const uint32_t (&words)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(words[0]),
                  "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");
 }
 
-// A cluster: neighbouring blocks that run at the same time and read each other's shared memory.
+// A cluster: neighbouring blocks that run at the same time and can read each other's shared memory.
 __device__ __forceinline__ int cluster_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return static_cast<int>(rank);
 }
 
-// Every thread of the cluster that has not exited; what each wrote before is seen by all behind it.
+// Waits for every thread of the cluster that has not exited. Each then sees what all wrote before it.
 __device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// The same, but for nothing that was written: until all are here, nobody's shared memory goes.
+// The same without visibility of writes: no block exits, and frees its shared memory, before all have arrived.
 __device__ __forceinline__ void await_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
     asm volatile("barrier.cluster.wait;" ::: "memory");
 }
 
-// 16 bytes of the shared memory of a block of the cluster, by their address in this block's.
+// Reads 16 bytes of another block's shared memory; `address` is the same place in this block's.
 __device__ __forceinline__ Vector16 load_cluster(uint32_t address, int rank) {
     uint32_t remote;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));

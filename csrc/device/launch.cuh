@@ -1,4 +1,4 @@
-// The one way to launch a kernel. Portable.
+// The only way to launch a kernel. Portable.
 #pragma once
 
 #include <atomic>
@@ -8,9 +8,9 @@
 
 namespace fused_cna::device {
 
-// Above 48 KB of shared memory, a kernel's limit on its device has to be raised first. It is raised once, to all that the
-// device has, and never lowered: another thread may be about to launch the kernel with more than this call needs, and a
-// captured graph launches it again at any time.
+// A kernel that uses more than 48 KB of shared memory needs its limit on the device raised first. It is raised once, to the
+// device's maximum, and never lowered: another thread may be about to launch the same kernel with more than this call needs,
+// and a captured graph launches it again at any time.
 template <auto kernel>
 const char* raise_shared_limit() {
     static std::atomic<uint64_t> raised = 0;  // a bit for each of the first 64 devices
@@ -24,7 +24,7 @@ const char* raise_shared_limit() {
     return nullptr;
 }
 
-// Returns null, or the error in words.
+// Returns null, or the error message.
 template <auto kernel, class... A>
 const char* launch(const LaunchShape& shape, Stream stream, const A&... args) {
     if (stream.is_dry) return nullptr;

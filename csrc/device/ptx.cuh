@@ -9,8 +9,8 @@
 
 namespace fused_cna::device {
 
-// Whether this compilation is for a target that has what compute capability 9.0 alone has ("a" targets). Others compile a
-// kernel that needs it to nothing.
+// Whether this compilation targets 9.0a, which has the features of compute capability 9.0. For any other target a kernel
+// that needs them compiles to nothing.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 inline constexpr bool is_hopper = true;
 #else
@@ -32,7 +32,7 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
 
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
-// max.NaN and min.NaN: x between the bounds. A NaN stays one, unlike with fmaxf and fminf, and -0 is below +0.
+// max.NaN, min.NaN: x clamped to the bounds. A NaN stays a NaN, unlike with fmaxf and fminf; -0 is less than +0.
 __device__ __forceinline__ float clamp(float x, float low, float high) {
     float raised, clamped;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(raised) : "f"(x), "f"(low));
@@ -40,32 +40,32 @@ __device__ __forceinline__ float clamp(float x, float low, float high) {
     return clamped;
 }
 
-// The 32-bit address of shared memory that the instructions below take.
+// The 32-bit shared-memory address that the instructions below take.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// prefetch.global.L2: asks the L2 for the line at an address of global memory, and waits for nothing.
+// prefetch.global.L2: asks the L2 for the line at a global address, without waiting.
 __device__ __forceinline__ void prefetch(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
-// griddepcontrol.wait: waits until the kernels ahead on the stream have ended, and sees all that they wrote; at once where
-// the launch was not allowed to start early. Before it nothing may be read that a kernel may have written, parameters of the
-// network among it, and nothing be written. Every thread that reads or writes calls it, and none leaves without: the kernel
-// behind takes the end of this one for the end of all ahead.
+// griddepcontrol.wait: waits until all earlier kernels on the stream have ended, and sees all that they wrote; returns at
+// once where the launch could not start early. Before it, a kernel must not write, nor read what an earlier kernel may have
+// written, network parameters included. Every thread that reads or writes must call it, and no thread may exit without: the
+// next kernel takes the end of this one for the end of all earlier ones.
 __device__ __forceinline__ void await_prerequisites() {
     if constexpr (is_hopper) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// griddepcontrol.launch_dependents: once every block has called it or ended, the kernel behind on the stream may start, as
-// far as it fits beside this one.
+// griddepcontrol.launch_dependents: once every block has called it or ended, the next kernel on the stream may start, as far
+// as it fits beside this one.
 __device__ __forceinline__ void launch_dependents() {
     if constexpr (is_hopper) asm volatile("griddepcontrol.launch_dependents;");
 }
 
-// cp.async: copies Bytes to shared memory without waiting, or writes zeros where `valid` is false, and then reads nothing.
-// 16 bytes bypass the L1, narrower copies cannot.
+// cp.async: copies Bytes to shared memory without waiting; where `valid` is false it reads nothing and writes zeros. Copies
+// of 16 bytes bypass the L1; narrower ones cannot.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool valid) {
     const int source_bytes = valid ? Bytes : 0;
@@ -81,10 +81,10 @@ __device__ __forceinline__ void copy_async(uint32_t destination, const void* sou
     }
 }
 
-// Closes the group of this thread's copies since the last one.
+// Closes the group of this thread's copies since the last commit.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most Pending of this thread's groups are still under way.
+// Waits until at most Pending of this thread's groups are in flight.
 template <int Pending>
 __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
@@ -99,7 +99,7 @@ __device__ __forceinline__ void load_matrices(uint32_t row_address, uint32_t (&w
                  : "memory");
 }
 
-// mma.sync: d += a * b on tensor cores, 16 x 8 results, 32 bytes of each row of a and column of b: 16 half or bfloat16
+// mma.sync: d += a * b on tensor cores. 16 x 8 results; 32 bytes of each row of a and column of b: 16 half or bfloat16
 // values, or 8 tf32. Fragment layouts are those of load_matrices.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -116,8 +116,8 @@ FUSED_CNA_MULTIPLY_ADD(bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FUSED_CNA_MULTIPLY_ADD(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef FUSED_CNA_MULTIPLY_ADD
 
-// cvt.rna.tf32.f32 on the bits of a float: to 10 bits of fraction, ties away from zero. The lower 13 bits are not part of
-// the result, and not zero.
+// cvt.rna.tf32.f32 on the bits of a float: 10 bits of fraction, ties away from zero. The lower 13 bits are not part of the
+// result, and need not be zero.
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
     uint32_t rounded;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));

@@ -1,4 +1,4 @@
-// What the CUDA runtime does for a launch. The simulator has a file of the same name in front of this one.
+// The CUDA runtime's part of a launch. The simulator shadows this file with one of the same name.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 
 namespace fused_cna::device {
 
-// The block's dynamic shared memory as a T. Static __shared__ is not used: a simulator could not poison it.
+// The block's dynamic shared memory as a T. Static __shared__ is not used: the simulator cannot poison it.
 template <class T>
 __device__ __forceinline__ T& shared_storage() {
     extern __shared__ __align__(1024) unsigned char raw_shared[];
@@ -18,10 +18,10 @@ struct LaunchShape {
     int64_t blocks;
     int threads;
     int64_t shared_bytes;
-    int cluster = 1;  // blocks of one; it divides the blocks
+    int cluster = 1;  // blocks per cluster; divides `blocks`
 };
 
-// Null, or the error in words. It is cleared in the runtime too, or the next check would blame another launch.
+// Null, or the error message. Clears the runtime's error too, else the next check would blame another launch.
 inline const char* in_words(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
     cudaGetLastError();
@@ -30,12 +30,12 @@ inline const char* in_words(cudaError_t error) {
 
 inline const char* find_current_device(int& device) { return in_words(cudaGetDevice(&device)); }
 
-// The most shared memory that a block can have on a device.
+// The most shared memory that a block can use on a device.
 inline const char* find_shared_bytes(int device, int& bytes) {
     return in_words(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
 
-// Lets every launch of a kernel on the current device have so much dynamic shared memory, and none more.
+// Allows launches of a kernel on the current device this much dynamic shared memory, and no more.
 template <class... P>
 const char* set_shared_limit(void (*kernel)(P...), int bytes) {
     return in_words(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

@@ -1,5 +1,5 @@
-// Tensor maps, encoded by the driver, which is found at run time. The simulator has a file of the same name in front of this
-// one.
+// Tensor maps, encoded by the driver, which is looked up at run time. The simulator shadows this file with one of the same
+// name.
 #pragma once
 
 #include <cuda.h>
@@ -15,7 +15,7 @@ using TensorMap = CUtensorMap;
 
 namespace driver {
 
-// CUDA 12.0 brought both functions.
+// Both functions exist since CUDA 12.0.
 template <class Function>
 Function* find_function(const char* name) {
     void* function = nullptr;
@@ -48,10 +48,10 @@ inline int version() {
 
 }  // namespace driver
 
-// Whether the driver encodes maps at all.
+// Whether the driver can encode maps.
 inline bool has_tensor_maps() { return driver::encode_tiled() && driver::encode_im2col(); }
 
-// A thread that has not used the device yet may have no context, which encoding wants: choosing its device makes one.
+// Encoding needs a context, which a thread that has not used the device yet may lack: setting the device makes one.
 inline bool binds_context() {
     int device = 0;
     return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
@@ -77,8 +77,8 @@ inline const char* encode_map(const MapGeometry& geometry, TensorMap& map) {
     }
     void* address = const_cast<void*>(geometry.address);
     const auto rank = static_cast<cuuint32_t>(geometry.rank);
-    // Corners and steps begin with the innermost dimension, W, as CUTLASS, Triton and cubecl have it; cuda.h speaks of "DHW"
-    // instead. tests/gpu/hopper_probe.cu asks the hardware.
+    // Corners and steps begin with the innermost dimension, W, as in CUTLASS, Triton and cubecl; cuda.h says "DHW" instead.
+    // tests/gpu/hopper_probe.cu checks it on hardware.
     const int lower[] = {geometry.lower_w, geometry.lower_h}, upper[] = {geometry.upper_w, geometry.upper_h};
     if (geometry.is_im2col) {
         steps[1] = static_cast<cuuint32_t>(geometry.step_w);
@@ -97,7 +97,7 @@ inline const char* encode_map(const MapGeometry& geometry, TensorMap& map) {
     CUresult result = encode();
     if (result == CUDA_ERROR_INVALID_CONTEXT && binds_context()) result = encode();
     if (result != CUDA_SUCCESS) return "the driver refused to encode a tensor map";
-    // Drivers up to CUDA 13.1 set a bit that is wrong for tensors of less than 128 KiB; CUTLASS and Triton clear it too.
+    // Drivers up to CUDA 13.1 set a bit that is wrong for tensors under 128 KiB; CUTLASS and Triton clear it too.
     constexpr int last_wrong_version = 13010;
     constexpr int64_t small_tensor = 128 * 1024;
     constexpr cuuint64_t wrong_bit = cuuint64_t{1} << 21;

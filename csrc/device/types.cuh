@@ -1,4 +1,4 @@
-// Storage types and their conversions. The simulator has a file of the same name in front of this one.
+// Storage types and their conversions. The simulator shadows this file with one of the same name.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,4 @@
-// Accesses of several values at once, in 16-byte pieces, converted to and from float. Portable.
+// Loads and stores of several values in 16-byte pieces, converted to and from float. Portable.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace fused_cna::device {
 
-// A 16-byte piece of memory as the hardware moves it: one load or store instruction.
+// 16 bytes of memory, moved by one load or store instruction.
 struct alignas(16) Vector16 {
     uint32_t words[4];
 };
@@ -27,8 +27,8 @@ __device__ __forceinline__ void store_pair(float* destination, float first, floa
     *reinterpret_cast<FloatPair*>(destination) = {first, second};
 }
 
-// Reads 16 bytes in pieces of Bytes, which memory must be aligned to. Only the pieces that hold one of the first `valid`
-// values are read; the others are zeros.
+// Reads 16 bytes in pieces of Bytes, to which memory must be aligned. Only pieces that hold one of the first `valid` values
+// are read; the others are zeros.
 template <int Bytes, class T>
 __device__ __forceinline__ Vector16 load_pieces(const T* source, int valid) {
     struct alignas(Bytes) Piece {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_vector(const T* source, float (&values)[Cou
     }
 }
 
-// Values as they lie in memory: two of 16 bits share a register, and loading them waits for nothing.
+// Values in their storage type: two 16-bit values share a register, and a load does not wait for a conversion.
 template <int Count, class T>
 struct Packed {
     static constexpr int per_vector = values_per_vector<T>;
@@ -81,7 +81,7 @@ struct Packed {
         return to_float(value);
     }
 
-    // The i-th 16 bytes. By value and word by word: of a memcpy through memory the compiler makes accesses of single bytes.
+    // The i-th 16 bytes. By value and word by word: the compiler turns a memcpy through memory into single-byte accesses.
     __device__ __forceinline__ void set_vector(int i, Vector16 vector) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) words[i * 4 + j] = vector.words[j];
@@ -109,7 +109,7 @@ __device__ __forceinline__ Packed<Count, T> round_values(const float* values) {
     return rounded;
 }
 
-// Rounds Count values, and writes them to 16-byte aligned memory.
+// Rounds Count values and writes them to 16-byte aligned memory.
 template <int Count, class T>
 __device__ __forceinline__ void store_vector(T* destination, const float (&values)[Count]) {
     round_values<Count, T>(values).store(destination);

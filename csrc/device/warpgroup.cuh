@@ -1,5 +1,5 @@
-// wgmma: products of a warpgroup on tensor cores, from shared memory, that run while its threads go on. Compute capability
-// 9.0 alone.
+// wgmma: a warpgroup's products on tensor cores, with operands in shared memory, asynchronous to its threads. Compute
+// capability 9.0 alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,36 +10,36 @@
 
 namespace fused_cna::device {
 
-// PTX ISA, "Matrix Descriptor Format": of a matrix whose rows of 128 bytes lie one behind the other from a multiple of 1,024
-// on, with the 128-byte swizzle. Eight rows make 1,024 bytes, the stride offset; the leading offset has no meaning.
-// 32 bytes further along the rows add 2, eight rows further 64.
+// PTX ISA, "Matrix Descriptor Format", for a matrix with the 128-byte swizzle whose 128-byte rows are contiguous from a
+// multiple of 1,024 on. The stride offset is eight rows, 1,024 bytes; the leading offset is ignored. A step of 32 bytes
+// along the rows adds 2 to the descriptor, a step of eight rows adds 64.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
     constexpr uint64_t eight_rows = 1024, swizzle_128 = 1;
     return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | eight_rows >> 4 << 32 | swizzle_128 << 62;
 }
 
-// Before the first product on registers that the threads have written.
+// Needed before the first product on registers that the threads have written.
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Closes the group of the products since the last one.
+// Closes the group of products since the last commit.
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until all but the latest Pending groups are done: their operands may then be overwritten.
+// Waits until all but the latest Pending groups are done; their operands may then be overwritten.
 template <int Pending>
 __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// Keeps the compiler from moving what it does with sums across a wait for them.
+// Keeps the compiler from moving uses of the sums across a wait for them.
 template <int Count>
 __device__ __forceinline__ void hold_sums(float (&d)[Count]) {
 #pragma unroll
     for (float& value : d) asm volatile("" : "+f"(value)::"memory");
 }
 
-// wgmma.mma_async: d = a * b, or d += a * b, of 64 rows of a and N rows of b, 32 bytes of each. Thread t of the warpgroup
-// holds, of row t / 32 * 16 + t % 32 / 4 and of the row 8 further, in turns, pairs of columns: d[4 i] and d[4 i + 1] are
-// columns 8 i + t % 4 * 2 and the next of the first row, d[4 i + 2] and d[4 i + 3] those of the second.
+// wgmma.mma_async: d = a * b, or d += a * b, for 64 rows of a and N rows of b, 32 bytes of each. Thread t of the warpgroup
+// holds pairs of columns of row t / 32 * 16 + t % 32 / 4 and of the row 8 below: d[4 i] and d[4 i + 1] are column
+// 8 i + t % 4 * 2 and the next of the first row, d[4 i + 2] and d[4 i + 3] the same columns of the second.
 template <class T, int N>
 __device__ __forceinline__ void multiply_async(float (&d)[N / 2], uint64_t a, uint64_t b, bool add);
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ void multiply_async(float (&d)[N / 2], uint64_t a, ui
 #define FUSED_CNA_SUMS_128(i) FUSED_CNA_SUMS_64(i), FUSED_CNA_SUMS_64(i + 64)
 // clang-format on
 
-// A, B and ADD number the operands behind the sums; REST says that both operands have their rows along the products.
+// A, B and ADD number the operands after the sums; REST says that both operands are contiguous along the reduction.
 #define FUSED_CNA_MULTIPLY_ASYNC(T, TYPES, N, COUNT, A, B, ADD, REST)                                                \
     template <>                                                                                                      \
     __device__ __forceinline__ void multiply_async<T, N>(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {      \

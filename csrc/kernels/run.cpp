@@ -7,7 +7,7 @@
 
 namespace fused_cna {
 
-// Each returns null, or the launch error in words. Defined in the family's own folder.
+// Each returns null, or the launch error's message. Defined in the family's own folder.
 using Launch = const char*(const ConvArgs& args, const Plan& plan, Stream stream);
 
 namespace depthwise { Launch launch; }
@@ -43,7 +43,7 @@ constexpr Row launchers[] = {
     {Kernel::stem, stem::launch},
 };
 
-// All of a weight that lies in one piece.
+// The lines of a weight that is contiguous; 0 for any other.
 uint32_t weight_lines(const ConvArgs& args) {
     const ConvProblem& problem = args.problem;
     const FilterStrides& strides = args.weight_strides;

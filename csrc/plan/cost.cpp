@@ -30,7 +30,7 @@ double l2_us(double bytes, const DeviceInfo& device) {
 }
 
 double l2_bytes_per_cycle_of(int64_t blocks, const DeviceInfo& device) {
-    const double all_that_share = device.multiprocessors * 0.8;  // from so many blocks on the rate is the same
+    const double all_that_share = device.multiprocessors * 0.8;  // from this many blocks on the rate is the same
     return std::clamp(l2_bytes_per_cycle * all_that_share / static_cast<double>(blocks), l2_bytes_per_cycle,
                       lone_l2_bytes_per_cycle);
 }
@@ -50,11 +50,11 @@ double compulsory_bytes(const ConvProblem& p) {
 }
 
 EpilogueCycles epilogue_cycles(const ConvProblem& problem, double outputs, int threads) {
-    // Of one turn of a warp, 8 channels a lane: counted in the compiled kernel, with a cheap activation.
+    // For one turn of a warp, 8 channels per lane; counted in the compiled kernel, with a cheap activation.
     const double instructions = problem.has_residual ? 120 : 85;
     constexpr double turn_latency = 400;
     const double turns = outputs / 8 / 32, warps = threads / 32.0;
-    // Accumulators are written and read as float; a residual that was copied ahead passes through in its own type.
+    // Accumulators are written and read as float; a residual copied ahead goes through shared memory in its own type.
     const double residual_bytes = problem.has_residual ? static_cast<double>(size_in_bytes(problem.dtype)) : 0;
     const double busy =
         std::max(turns * instructions / issued_per_cycle, outputs * 2 * (4 + residual_bytes) / shared_bytes_per_cycle);

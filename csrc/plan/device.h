@@ -1,4 +1,4 @@
-// What the plan's estimates know of a device, and the devices that can be planned for without having one.
+// What the plan's estimates know of a device, and the named devices that can be planned for without one.
 #pragma once
 
 #include <array>
@@ -23,14 +23,14 @@ struct DeviceInfo {
     auto operator<=>(const DeviceInfo&) const = default;
 };
 
-// Tensor maps that a kernel wanted and the driver refused, and why the last of them; null where none was. The kernel did
-// without, at the price of speed.
+// How many tensor maps the driver refused, and the last reason (null where there was none). Kernels then run without,
+// slower.
 struct RefusedMaps {
     int64_t number = 0;
     const char* reason = nullptr;
 };
 
-// As for_each_problem_field.
+// Like for_each_problem_field.
 template <class Device, class Visit>
 constexpr void for_each_device_field(Device& device, const Visit& visit) {
     auto& [major, minor, multiprocessors, shared_per_multiprocessor, shared_per_block, clock, bandwidth, geforce, code,
@@ -40,7 +40,7 @@ constexpr void for_each_device_field(Device& device, const Visit& visit) {
                  clock, "bandwidth_gbs", bandwidth, "is_geforce", geforce, "has_hopper_code", code, "has_tensor_maps", maps);
 }
 
-// What all GPUs of a compute capability share.
+// What all GPUs of one compute capability share.
 struct Architecture {
     int compute_major, compute_minor;
     int threads_per_multiprocessor;
@@ -53,12 +53,12 @@ inline constexpr std::array<Architecture, 6> architectures{{
     {8, 0, 2048, 1024, 64},
     {8, 6, 1536, 512, 128},
     {8, 9, 1536, 512, 128},
-    {9, 0, 2048, 1280, 128},   // five eighths of what wgmma does
-    {10, 0, 2048, 1024, 128},  // an assumption: its whitepaper speaks of tcgen05 alone
+    {9, 0, 2048, 1280, 128},   // five eighths of wgmma's rate
+    {10, 0, 2048, 1024, 128},  // an assumption: the whitepaper gives tcgen05 only
     {12, 0, 1536, 512, 128},
 }};
 
-// The newest that is not newer than the device.
+// The newest architecture that is not newer than the device.
 constexpr const Architecture& architecture_of(const DeviceInfo& device) {
     const Architecture* found = &architectures[0];
     for (const Architecture& known : architectures) {
@@ -69,15 +69,15 @@ constexpr const Architecture& architecture_of(const DeviceInfo& device) {
     return *found;
 }
 
-// tf32 runs at half of it. GeForce cards halve the rate of float32 sums.
+// For 16-bit operands; tf32 runs at half the rate. GeForce cards halve the rate with float32 sums.
 constexpr double mma_per_clock(const DeviceInfo& device) {
     return architecture_of(device).mma_per_clock / (device.is_geforce ? 2 : 1);
 }
 
 constexpr double fma_per_clock(const DeviceInfo& device) { return architecture_of(device).fma_per_clock; }
 
-// Whether kernels may start while those ahead of them on a stream still run (programmatic dependent launch): only the code
-// for sm_90a waits for them.
+// Whether kernels may start while earlier ones on the stream still run (programmatic dependent launch). Only the code for
+// sm_90a waits for these.
 constexpr bool starts_early(const DeviceInfo& device) {
     return device.compute_major == 9 && device.compute_minor == 0 && device.has_hopper_code;
 }
@@ -97,8 +97,7 @@ inline constexpr std::array<NamedDevice, 6> named_devices{{
     {"B200", {10, 0, 148, 228 << 10, 227 << 10, 1.97, 8000}},
 }};
 
-// One of them by its name; "H100/16" is a part of it that has 16 multiprocessors, as MIG gives. Throws std::invalid_argument
-// where there is none.
+// The named device; "H100/16" is a MIG slice with 16 multiprocessors. Throws std::invalid_argument for an unknown name.
 DeviceInfo find_device(std::string_view name);
 
 }  // namespace fused_cna

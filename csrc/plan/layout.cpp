@@ -6,12 +6,12 @@ namespace fused_cna {
 
 namespace {
 
-// A dimension that a load is repeated along; its stride is in elements.
+// A dimension that loads step along; the stride is in elements.
 struct Dimension {
     int64_t stride, size;
 };
 
-// The widest vector load, in bytes up to 16, that an address, the length of the runs and every distance between them allow.
+// The widest vector load, in bytes up to 16, that the address, the run's length and all strides allow.
 int64_t widest_vector_bytes(const void* pointer, int64_t run, std::initializer_list<Dimension> dimensions, DType dtype) {
     int64_t widest = 16;
     const auto require = [&](int64_t bytes) {
@@ -20,13 +20,13 @@ int64_t widest_vector_bytes(const void* pointer, int64_t run, std::initializer_l
     require(static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)));
     require(run * size_in_bytes(dtype));
     for (const Dimension& dimension : dimensions) {
-        // A dimension of size 1 is never stepped along, whatever its stride.
+        // A dimension of size 1 is never stepped along, so its stride does not matter.
         if (dimension.size > 1) require(dimension.stride * size_in_bytes(dtype));
     }
     return widest;
 }
 
-// Of x in runs of so many channels; 0 where they are not dense.
+// For x in runs of `run` channels; 0 where channels are not dense.
 int64_t x_vector_bytes(const ConvArgs& args, int64_t run) {
     const ConvProblem& problem = args.problem;
     const Strides& strides = args.x_strides;
@@ -74,7 +74,7 @@ ConvArgs make_args(const OperatorCall& call) {
                     .c = c,
                     .h = h,
                     .w = w,
-                    .k = c_per_group == 0 ? 0 : filters,  // as torch has it: without channels in, none come out
+                    .k = c_per_group == 0 ? 0 : filters,  // like torch: without input channels there are no output channels
                     .r = r,
                     .s = s,
                     .stride_h = call.stride[0],

@@ -1,4 +1,4 @@
-// From a call of the operator to the problem that it is: the one place where a ConvProblem is filled.
+// From a call of the operator to its problem: the only place that fills a ConvProblem.
 #pragma once
 
 #include <array>
@@ -14,7 +14,7 @@ struct TensorView {
     std::array<int64_t, 4> sizes{}, strides{};
 };
 
-// A call, as far as the problem depends on it.
+// The parts of a call that the problem depends on.
 struct OperatorCall {
     TensorView x, weight;
     std::array<int64_t, 2> stride{};
@@ -22,20 +22,20 @@ struct OperatorCall {
     std::array<int64_t, 2> dilation{};
     int64_t groups = 1;
     DType dtype = DType::float32;
-    bool allow_tf32 = false;  // counts for float32 alone
+    bool allow_tf32 = false;  // ignored unless dtype is float32
     bool has_norm = false;
     Activation activation = Activation::identity;
-    std::optional<ResidualOrder> residual;  // none where there is no residual
+    std::optional<ResidualOrder> residual;  // empty where there is no residual
 };
 
-// The problem, with x and the weight as they lie in memory; residual, output and epilogue are left to fill.
+// The problem, x and the weight; the caller fills in residual, output and epilogue.
 ConvArgs make_args(const OperatorCall& call);
 
 Strides as_strides(const std::array<int64_t, 4>& strides);
 FilterStrides as_filter_strides(const std::array<int64_t, 4>& strides);
 
-// The distance from each pixel of n images to the next, in elements, if it is the same within a row, between rows and
-// between images; the second of x.
+// Elements from each pixel of n images to the next, if the same within rows, between rows and between images. The second
+// overload is for x.
 std::optional<int64_t> pixel_step(int64_t n, int64_t h, int64_t w, const Strides& strides);
 std::optional<int64_t> pixel_step(const ConvArgs& args);
 

@@ -1,4 +1,4 @@
-// The Python module of the plan. Needs neither CUDA nor torch, so that every installation can ask what would run where.
+// The Python module fused_cna._plan. It needs neither CUDA nor torch, so every installation can ask what would run where.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,7 +19,7 @@ namespace fused_cna {
 
 namespace {
 
-// A device by its name, or as device_as_dict gives it.
+// A device by name, or from a dict as device_as_dict makes it.
 DeviceInfo device_of(const py::object& device) {
     return py::isinstance<py::str>(device) ? find_device(device.cast<std::string>()) : device_from(device.cast<py::dict>());
 }
@@ -30,8 +30,8 @@ auto require(const Found& found, const char* what, const py::object& name) {
     return *found;
 }
 
-// The problem that the operator would make of a call: sizes, the addresses and strides of x and the weight, and what
-// follows.
+// The problem that the operator would make of a call, given its sizes, the addresses and strides of x and the weight, and
+// what follows the convolution.
 py::dict make_problem(const py::dict& given) {
     const auto get = [&](const char* key) { return given[key].cast<int64_t>(); };
     const auto view = [&](const char* address, const char* strides, const std::array<int64_t, 4>& sizes) {

@@ -17,13 +17,13 @@ namespace fused_cna {
 
 namespace {
 
-constexpr int64_t extent_limit = int_limit - 1024;  // loops step by whole tiles, so they pass the end by less than one
+constexpr int64_t extent_limit = int_limit - 1024;  // loops step by whole tiles, and so pass the end by less than one
 
 [[noreturn]] void refuse(const ConvProblem& problem, const std::string& reason) {
     throw std::runtime_error("fused_cna: no kernel can take this convolution: " + reason + " (" + to_string(problem) + ")");
 }
 
-// Kernels hold coordinates, channels and product numbers in 32 bits, and offsets in 64.
+// Kernels hold coordinates, channels and product numbers in 32 bits, offsets in 64.
 void check_extents(const ConvProblem& problem) {
     const std::pair<const char*, int64_t> extents[] = {
         {"the padded input height", problem.padded_h()},
@@ -52,7 +52,7 @@ std::vector<Candidate>::const_iterator find_exactly(const std::vector<Candidate>
     return std::find_if(all.begin(), all.end(), [&](const Candidate& c) { return to_string(c.plan) == name; });
 }
 
-// It takes any problem, and is found by its name alone.
+// cuDNN takes any problem, and is found only by name.
 constexpr Plan cudnn_plan{.kernel = Kernel::cudnn, .blocks = 1};
 bool is_cudnn(const std::string& name) { return name == "cudnn"; }
 
@@ -79,7 +79,7 @@ Plan choose_plan(const ConvProblem& problem, const DeviceInfo& device) {
 
 Plan choose_plan_without_memory(const ConvProblem& problem, const DeviceInfo& device) {
     const std::vector<Candidate> all = list_candidates(problem, device);
-    // direct never needs any, so there is always a match
+    // `direct` never needs memory, so there is always a match
     return std::find_if(all.begin(), all.end(), [](const Candidate& c) { return !c.plan.allocates(); })->plan;
 }
 
@@ -121,10 +121,10 @@ Plan memoised_plan(const ConvProblem& problem, const DeviceInfo& device) {
         // another thread may have ended it since
         if (!forced.name.empty()) return find_plan(problem, device, forced.name);
     }
-    // A server of ever new image sizes starts over now and then, rather than remembering them all.
+    // A full table is cleared, so that a server whose image sizes keep changing does not fill memory.
     constexpr size_t most_plans = 10'000;
     static std::map<std::pair<ConvProblem, DeviceInfo>, Plan> plans;
-    static uint64_t plans_version = 0;  // of the tuned plans when these were chosen
+    static uint64_t plans_version = 0;  // tuned_plans_version() when these were chosen
     static std::shared_mutex mutex;
     const std::pair key(problem, device);
     const uint64_t version = tuned_plans_version();

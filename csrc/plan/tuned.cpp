@@ -61,8 +61,8 @@ void set_tuned_plan_loader(TunedPlanLoader loader) { loading.loader = loader; }
 void load_tuned_plans_once(int device_index) {
     std::atomic<bool>& done = loading.done.at(device_index);
     if (done) return;
-    // Not under a lock, which a loader that waits for Python's own could never give back. Threads that come here at the
-    // same time each call it; none goes on before its call returns.
+    // No lock is held: a loader that waits for the GIL could deadlock on it. Threads that arrive at the same time each call
+    // the loader; none continues before its call returns.
     if (const TunedPlanLoader loader = loading.loader) loader(device_index);
     done = true;
 }

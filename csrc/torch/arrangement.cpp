@@ -27,19 +27,19 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
-// What a dict has to hold. The objects are leaves: numbers, words, tuples of them, and classes. Nothing here refers to a
-// module or a tensor, so nothing is kept alive and no cycle can close.
+// What a dict must hold. The objects are leaves: numbers, strings, tuples of them, and classes. None refers to a module or a
+// tensor, so nothing is kept alive and no reference cycle can arise.
 struct Contents {
     struct Attribute {
         py::object name, value;
-        bool is_there;  // else there is to be none of this name
+        bool is_there;  // false: the dict must not have this name
     };
     std::vector<Attribute> attributes;
-    std::vector<py::object> empty;  // names of dicts with nothing in them: the hooks
+    std::vector<py::object> empty;  // names of dicts that must be empty: the hooks
 };
 
 struct HeldTensor {
-    size_t slot;        // in Held
+    size_t slot;        // index in Held
     py::object holder;  // "_parameters" or "_buffers"
     py::object name;
     bool is_none;
@@ -53,14 +53,14 @@ struct Part {
     py::object modules_name = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("_modules"));
 };
 
-// The tensors of the operator that modules hold, in the order of its arguments.
+// The operator's tensors that modules hold, in the order of its arguments.
 using Held = std::array<MaybeTensor, 6>;
 
 bool has_size(PyObject* container, Py_ssize_t size) {
     return container && PyDict_Check(container) && PyDict_Size(container) == size;
 }
 
-// Borrowed; null where there is none.
+// A borrowed reference, or null.
 PyObject* item(PyObject* dict, const py::object& key) { return PyDict_GetItemWithError(dict, key.ptr()); }
 
 bool has(PyObject* dict, const Contents& contents) {
@@ -80,7 +80,7 @@ bool find_tensor(PyObject* dict, const HeldTensor& wanted, Held& held) {
     return true;
 }
 
-// Whether a module, and all in it that a call depends on, is as it was; its tensors, as they are now, go to `held`.
+// Whether a module, and everything in it that a call depends on, is unchanged. Its current tensors go to `held`.
 bool holds(PyObject* module, const Part& part, Held& held) {
     if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != part.kind.ptr()) return false;
     const py::object dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
@@ -104,7 +104,7 @@ struct Arrangement {
     std::vector<std::pair<py::object, Contents>> globals;  // dicts of Python modules
     c10::Device device;
     c10::ScalarType dtype;
-    ConvProblem geometry;  // as far as modules have it: no sizes of tensors
+    ConvProblem geometry;  // of the module alone, without tensor sizes
     double eps;
     std::vector<c10::SymInt> stride, padding, dilation;
     int64_t groups;
@@ -113,12 +113,12 @@ struct Arrangement {
     std::string residual_order;
 };
 
-// Whether a tensor function or a trace wants to see calls before the dispatcher does, or a gradient may be wanted.
+// Whether a torch function mode or a tracer must see calls before the dispatcher does, or gradients are enabled.
 bool is_watched() {
     return at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled() || at::GradMode::is_enabled();
 }
 
-// Whether the operator takes the residual: some modules do without it what it does not take.
+// Whether the operator takes the residual. Some modules handle others without it.
 bool fits(const Tensor& residual, const Tensor& x, const Tensor& weight, const Arrangement& to) {
     if (weight.dim() != 4 || residual.device() != x.device() || residual.scalar_type() != x.scalar_type()) return false;
     ConvProblem problem = to.geometry;
@@ -126,7 +126,7 @@ bool fits(const Tensor& residual, const Tensor& x, const Tensor& weight, const A
     return residual.sizes() == at::IntArrayRef({x.size(0), weight.size(0), problem.p(), problem.q()});
 }
 
-// None where the module has changed or the arguments are not like those that the call was arranged for.
+// nullopt where the module has changed, or the arguments differ from those that the call was arranged for.
 std::optional<Tensor> call(const Arrangement& to, PyObject* module, PyObject* x_given, PyObject* residual_given) {
     if (is_watched() || !THPVariable_CheckExact(x_given)) return std::nullopt;
     const Tensor x = THPVariable_Unpack(x_given);
@@ -161,7 +161,7 @@ PyObject* call_from_python(PyObject* self, PyObject* const* given, Py_ssize_t nu
 
 PyMethodDef method{"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_from_python)), METH_FASTCALL, nullptr};
 
-// Python's side of these: fused_cna/_arrangement.py.
+// The format in which fused_cna/_arrangement.py describes a call.
 using DescribedContents = std::pair<std::vector<std::tuple<py::object, py::object, bool>>, std::vector<py::object>>;
 
 Contents contents_from(const DescribedContents& described) {

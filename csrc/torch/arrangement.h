@@ -1,11 +1,11 @@
-// A call of a ConvNormAct as Python arranged it the last time, made again without Python while the module is as it was.
+// The fast path of ConvNormAct: repeats a call that Python has arranged once, without Python, while the module is unchanged.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace fused_cna {
 
-// Adds `arrange`, which makes such calls; fused_cna/_arrangement.py says what they take and look at.
+// Adds `arrange`, which makes such a call; fused_cna/_arrangement.py says what the call takes and checks.
 void define_arrangements(pybind11::module_& m);
 
 }  // namespace fused_cna

@@ -1,5 +1,5 @@
-// The operators at autograd's dispatch keys. Nearly every call wants no gradient, and goes on at once to the kernel below.
-// Unboxed, as calls from C++ arrive: to box sixteen arguments for them takes half a microsecond.
+// The operators at autograd's dispatch keys. Most calls want no gradient and go straight on to the kernel below. Unboxed, as
+// calls from C++ arrive: boxing sixteen arguments takes half a microsecond.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
@@ -31,8 +31,8 @@ auto find(const char* name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// With a gradient the operator's twin in fused_cna/ops.py runs, which is differentiable, or refuses where the result goes
-// into given memory.
+// With a gradient, the operator's twin in fused_cna/ops.py runs instead: it is differentiable, or raises where the result
+// goes into given memory.
 template <const char* name, const char* twin, class Signature>
 struct WithAutograd;
 template <const char* name, const char* twin, class Result, class... Arguments>

@@ -37,7 +37,7 @@ bool is_vector(const MaybeTensor& vector, int64_t size) {
     return !vector || (vector->dim() == 1 && vector->size(0) == size);
 }
 
-// Whether an extent of the padded input holds the filter's.
+// Whether the padded input is at least as large as the dilated filter in one dimension.
 bool holds(int64_t size, int64_t padding, int64_t filter, int64_t dilation) {
     int64_t extent = 0;
     return !__builtin_mul_overflow(dilation, filter - 1, &extent) && extent < size + padding;
@@ -107,7 +107,7 @@ CheckedInputs check_inputs(const Inputs& in) {
     const std::optional<DType> dtype = find_dtype(in.x.scalar_type());
     const std::optional<ActivationInfo> activation = find_activation(in.act);
     const std::optional<ResidualOrder> order = find_residual_order(in.residual_order);
-    // torch gives an input without channels an output without channels.
+    // Like torch, an input without channels gives an output without channels.
     const auto channels = [&] { return in.weight.size(1) == 0 ? 0 : in.weight.size(0); };
     const bool is_valid = has_valid_geometry(in) && has_valid_norm(in, channels()) && dtype && activation && order &&
                           in.act_params.size() == (activation->param.empty() ? 0 : 1);

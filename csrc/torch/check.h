@@ -1,5 +1,5 @@
-// What the operator refuses, before anything is allocated or launched: the conditions. The words of a refusal stand once, in
-// fused_cna/_checks.py, which has the same conditions for installations without this extension; tests hold the two together.
+// The conditions of a valid call, checked before anything is allocated or launched. The messages are only in
+// fused_cna/_checks.py, which has the same conditions for installations without this extension; tests compare the two.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -39,11 +39,11 @@ struct CheckedInputs {
     ResidualOrder residual_order;
 };
 
-// Both raise what the Python checks raise: a RuntimeError that says what was given and what is allowed.
+// Both raise what the Python checks raise: a RuntimeError with what was given and what is allowed.
 CheckedInputs check_inputs(const Inputs& in);
 
-// What has the output's size: the residual, and memory given for the output, which may be null. That shares no element with
-// an input but the residual, where it is out itself: every element is read by the thread that writes it, before it does.
+// Checks the tensors of the output's size: the residual, and `out` (null where not given). `out` may share elements with no
+// input but the residual, and only if it is the residual: the thread that writes an element reads it first.
 void check_output(const Inputs& in, const ConvProblem& problem, const at::Tensor* out);
 
 }  // namespace fused_cna

@@ -20,7 +20,7 @@ struct Folded {
     MaybeTensor bias;
 };
 
-// The very tensor where it is float32 already, so never to be written to.
+// Returns the tensor itself where it is float32 already, so the result must not be written to.
 Tensor as_float32(const Tensor& tensor) { return tensor.to(at::kFloat); }
 
 Folded fold(const Inputs& in) {
@@ -40,7 +40,7 @@ struct Padded {
     std::array<int64_t, 2> padding;
 };
 
-// cuDNN pads alike on both sides; what differs is added to x.
+// cuDNN pads both sides alike; the difference is padded into x.
 Padded pad(const Inputs& in) {
     if (in.padding.size() == 2) return {in.x, {in.padding[0], in.padding[1]}};
     const int64_t top = in.padding[0], bottom = in.padding[1], left = in.padding[2], right = in.padding[3];
@@ -67,8 +67,8 @@ void activate(Tensor& z, Activation activation, at::ArrayRef<double> params) {
     }
 }
 
-// cuDNN's convolution with ReLU in one kernel; nothing where it has no engine for the problem, as it has for fewer
-// than for the convolution alone. Want of memory is no such refusal, and a lost device raises again in what follows.
+// cuDNN's convolution with ReLU in one kernel. Empty where cuDNN has no engine for the problem: it has fewer than for the
+// convolution alone. Out of memory is rethrown; a lost device raises again in the next call.
 MaybeTensor fused_with_relu(const Inputs& in, const Padded& padded, const Folded& folded) {
     try {
         if (in.residual) {

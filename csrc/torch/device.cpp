@@ -14,7 +14,7 @@ namespace fused_cna {
 
 namespace {
 
-// Defined by setup.py where sm_90a is among the architectures.
+// setup.py defines it where sm_90a is among the architectures.
 #ifdef FUSED_CNA_HAS_SM90A
 constexpr bool has_hopper_code = true;
 #else
@@ -29,10 +29,10 @@ int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
 
 DeviceInfo read_device_info(c10::DeviceIndex device) {
     const auto get = [&](cudaDeviceAttr attribute) { return device_attribute(attribute, device); };
-    // Virtualised and integrated devices may report a clock of 0; any plausible one orders the plans better than infinity.
+    // Virtualised and integrated devices may report a clock of 0; any plausible clock ranks plans better than infinity does.
     const DeviceInfo& fallback = named_devices.front().info;
     const auto known = [](double reported, double otherwise) { return reported > 0 ? reported : otherwise; };
-    const double memory_clock_hz = get(cudaDevAttrMemoryClockRate) * 1e3;  // two transfers a clock
+    const double memory_clock_hz = get(cudaDevAttrMemoryClockRate) * 1e3;  // two transfers per clock
     const DeviceInfo info{
         .compute_major = get(cudaDevAttrComputeCapabilityMajor),
         .compute_minor = get(cudaDevAttrComputeCapabilityMinor),

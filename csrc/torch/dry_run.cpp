@@ -1,5 +1,5 @@
-// What the host does for a call, without a GPU: the operator on CPU tensors up to the launch, which is left out, and its
-// parts against the clock. bench/overhead.py calls both.
+// The host's work for a call, without a GPU: the operator on CPU tensors without the launch, and the time of each part.
+// bench/overhead.py calls both.
 #include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
@@ -15,7 +15,7 @@ namespace {
 
 using at::Tensor;
 
-// Without tensor maps, because there is no driver to encode them: implicit_gemm_sm90 then gathers, as it can.
+// An H100 without tensor maps, because there is no driver to encode them: implicit_gemm_sm90 gathers instead.
 const DeviceInfo& device() {
     static const DeviceInfo info = [] {
         DeviceInfo h100 = find_device("H100");
@@ -41,7 +41,7 @@ double seconds_each(int64_t repeats, auto work) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / static_cast<double>(repeats);
 }
 
-// Seconds of checks, arguments, allocation, plan, and all of a launch but the launch.
+// Seconds for checks, arguments, allocation, plan, and launch preparation.
 Tensor host_stages(const Inputs& in, int64_t repeats) {
     TORCH_CHECK(repeats > 0, "repeats should be positive, but got ", repeats);
     PreparedCall call = prepare(in, nullptr);

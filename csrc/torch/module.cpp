@@ -1,4 +1,4 @@
-// The Python module of the kernels: how it was built and which there are. Importing it registers the operator.
+// The Python module fused_cna._C: how it was built, its kernels and their plans. Importing it registers the operator.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -32,7 +32,7 @@ std::vector<std::string> kernels() {
     return names;
 }
 
-// Never destroyed: a call may come while Python shuts down.
+// Never destroyed: a call may come during Python's shutdown.
 py::object& plan_loader() {
     static auto* loader = new py::object;
     return *loader;

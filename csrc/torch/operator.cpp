@@ -1,4 +1,4 @@
-// Where torch meets the kernels: check, allocate, fill arguments, device guard, current stream, plan, run.
+// The operator on CUDA, where torch meets the kernels: check, allocate, fill arguments, device, stream, plan, run.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/tensor.h>
@@ -30,7 +30,7 @@ bool same_steps(const Tensor& a, const Tensor& b) {
     return true;
 }
 
-// cuDNN chooses the output's memory and format; where these are not the operator's, it is copied.
+// cuDNN chooses the output's memory and strides; where the operator needs others, the output is copied.
 void compute_by_cudnn(const Inputs& in, PreparedCall& call) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor y = conv_norm_act_by_cudnn(in, call.checked);
@@ -73,8 +73,7 @@ Tensor conv_norm_act_cuda(const Inputs& in) {
 
 void conv_norm_act_out_cuda(const Inputs& in, const Tensor& out) {
     PreparedCall call = prepare(in, &out);
-    // Autograd then knows that what it may have saved of this memory is gone. Throws for an inference tensor outside of
-    // inference mode.
+    // Tells autograd that anything it saved of this memory is gone. Throws for an inference tensor outside inference mode.
     out.unsafeGetTensorImpl()->bump_version();
     choose_and_execute(in, call);
 }
@@ -89,7 +88,7 @@ Tensor by_cudnn_route(const Inputs& in) {
     return call.y;
 }
 
-// By number, in the order of fields.h.
+// The values of for_each_problem_field, in its order.
 Tensor problem_fields(const Inputs& in) {
     const ConvProblem problem = prepare(in, nullptr).args.problem;
     std::vector<int64_t> values;
@@ -104,8 +103,8 @@ TORCH_LIBRARY_IMPL(fused_cna, CUDA, m) {
     m.impl("conv_norm_act_out", as_operator<conv_norm_act_out_cuda, const Tensor&>);
 }
 
-// Parts of both operators without their kernels, for tensors of any device: a machine without a GPU compares the checks and
-// the output with the Python ones, the cuDNN route with the formula, and the problem with the one that tuning records.
+// Parts of both operators without their kernels, for tensors on any device. Tests on a machine without a GPU compare the
+// checks and the output with Python's, the cuDNN route with the formula, and the problem with the one that tuning records.
 TORCH_LIBRARY_FRAGMENT(fused_cna, m) {
     const auto define = [&](const std::string& name, const std::string& signature, auto* function) {
         m.def((name + "(" + arguments + signature).c_str(),

@@ -10,14 +10,14 @@ namespace fused_cna {
 
 namespace {
 
-// `step` times a whole number from `lowest` to `highest`.
+// `step` times an integer from `lowest` to `highest`.
 struct Term {
     int64_t step, lowest, highest;
 };
 
 constexpr int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
 
-// Looks for numbers, one for each term, with which the terms add up to a target.
+// Looks for one integer per term so that the terms add up to a target.
 class Search {
    public:
     explicit Search(std::vector<Term> terms) : terms_(std::move(terms)) {
@@ -30,10 +30,10 @@ class Search {
     }
 
    private:
-    // Far more than slices of one tensor need: they leave two numbers to try per dimension at most.
+    // Far more than slices of one tensor need: they leave at most two integers to try per dimension.
     static constexpr int most_steps = 4096;
 
-    // For the terms from `first` on. Few numbers are tried where steps are nested, because the rest reaches no further.
+    // For the terms from `first` on. Nested steps leave few integers to try, because the smaller steps cannot reach further.
     bool finds(int64_t target, size_t first) {
         if (++steps_ > most_steps) return false;
         if (first == terms_.size()) return target == 0;
@@ -63,7 +63,7 @@ struct Dimension {
     bool operator==(const Dimension&) const = default;
 };
 
-// The dimensions that are stepped along.
+// The dimensions of more than one element.
 std::vector<Dimension> dimensions_of(const StridedView& view) {
     std::vector<Dimension> dimensions;
     for (size_t i = 0; i < view.sizes.size(); ++i) {
@@ -72,7 +72,7 @@ std::vector<Dimension> dimensions_of(const StridedView& view) {
     return dimensions;
 }
 
-// The address behind the last element.
+// The address after the last element.
 int64_t end_of(const StridedView& view) {
     int64_t last = view.start;
     for (size_t i = 0; i < view.sizes.size(); ++i) {
@@ -96,7 +96,7 @@ Overlap overlaps_itself(const StridedView& view) {
     std::vector<Dimension> dimensions = dimensions_of(view);
     std::ranges::sort(dimensions, std::ranges::greater(), &Dimension::step);
     if (!dimensions.empty() && dimensions.back().step == 0) return Overlap::some;
-    // Two elements that are the same up to dimension i differ there, the second being further on.
+    // Two elements whose indices first differ in dimension i; the second has the larger index there.
     for (size_t i = 0; i < dimensions.size(); ++i) {
         std::vector<Term> terms{{dimensions[i].step, 1, dimensions[i].size - 1}};
         for (size_t j = i + 1; j < dimensions.size(); ++j) {

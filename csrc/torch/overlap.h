@@ -1,5 +1,5 @@
-// Whether strided views touch each other, element by element: channel slices of a channels_last tensor lie between each
-// other's elements, so the memory from the first to the last says little. fused_cna/_memory.py has the same search.
+// Whether strided views share memory, element by element. Channel slices of a channels_last tensor interleave, so comparing
+// first and last addresses is not enough. fused_cna/_memory.py has the same search.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,16 @@ struct StridedView {
     std::span<const int64_t> sizes, strides;
 };
 
-// unknown: it would take too long to find out, which it never does for slices of one tensor.
+// unknown: the search would take too long; never the case for slices of one tensor.
 enum class Overlap { none, some, unknown };
 
-// Whether two elements of a view lie at one address.
+// Whether two elements of a view have the same address.
 Overlap overlaps_itself(const StridedView& view);
 
-// Whether an element of one lies on an element of the other.
+// Whether an element of one view overlaps an element of the other.
 Overlap overlaps(const StridedView& a, const StridedView& b);
 
-// Whether both have the same elements at the same addresses; they have the same size.
+// Whether two views of the same size have the same elements at the same addresses.
 bool is_same_view(const StridedView& a, const StridedView& b);
 
 }  // namespace fused_cna

@@ -22,7 +22,7 @@ TensorView view_of(const Tensor& t) {
             {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
 
-// PyTorch's own switch; it has no other.
+// PyTorch's own switch; the project adds none.
 bool allows_tf32() {
     return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV) == at::Float32Precision::TF32;
 }
@@ -47,7 +47,7 @@ Epilogue make_epilogue(const Inputs& in, const CheckedInputs& checked, std::arra
     };
 }
 
-// A dense channels_last copy, which owns its alignment; contiguous() would return a tensor that is dense but misaligned.
+// A dense channels_last copy with fresh, aligned memory; contiguous() would return a dense but misaligned tensor as it is.
 Tensor dense_copy(const Tensor& tensor) { return tensor.clone(at::MemoryFormat::ChannelsLast); }
 
 }  // namespace
@@ -73,7 +73,7 @@ ConvArgs make_args(const Inputs& in, const CheckedInputs& checked) {
     });
 }
 
-// What torch's conv2d returns. A plain 1x1 weight is also channels_last contiguous, so contiguity is not asked for.
+// The memory format of torch's conv2d. A plain 1x1 weight is channels_last contiguous too, so is_contiguous cannot tell.
 Tensor allocate_output(const Inputs& in, const ConvProblem& problem) {
     const bool channels_last = problem.n != 0 && (in.x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
                                                   in.weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast);

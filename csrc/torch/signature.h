@@ -10,7 +10,7 @@
 
 namespace fused_cna {
 
-// As the dispatcher has them: sizes may be symbolic above the kernels.
+// As the dispatcher has them: above the kernels, sizes may be symbolic.
 template <class Result, class... Behind>
 using SignatureOf = Result(const at::Tensor&, const at::Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                            const MaybeTensor&, const MaybeTensor&, double, c10::SymIntArrayRef, c10::SymIntArrayRef,
@@ -19,7 +19,7 @@ using SignatureOf = Result(const at::Tensor&, const at::Tensor&, const MaybeTens
 using OperatorSignature = SignatureOf<at::Tensor>;
 using OutOperatorSignature = SignatureOf<void, const at::Tensor&>;
 
-// Gives a function of Inputs, and of whatever comes behind them, the operator's signature.
+// Gives a function of Inputs, and of any arguments after them, the operator's signature.
 template <auto function, class... Behind>
 auto as_operator(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, const MaybeTensor& norm_weight,
                  const MaybeTensor& norm_bias, const MaybeTensor& running_mean, const MaybeTensor& running_var, double eps,
@@ -31,7 +31,7 @@ auto as_operator(const at::Tensor& x, const at::Tensor& weight, const MaybeTenso
                     behind...);
 }
 
-// The arguments of conv_norm_act; its schema is written in fused_cna/ops.py, so that it exists without this extension.
+// The schema's arguments of conv_norm_act; the schema is in fused_cna/ops.py, so that it exists without this extension.
 inline const std::string arguments =
     "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? running_mean, "
     "Tensor? running_var, float eps, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str act, "

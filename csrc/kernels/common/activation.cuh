@@ -10,7 +10,7 @@
 namespace fused_cna {
 
 // x * tanh(log(1 + e^x)). With u = e^x the tanh is u(u + 2) / (u(u + 2) + 2): one exponential instead of three functions.
-// Beyond 20 it rounds to 1 and u would soon overflow.
+// Above 20 the tanh rounds to 1, and u would soon overflow.
 __device__ __forceinline__ float mish(float x) {
     if (x > 20.0f) return x;
     const float u = expf(x);
@@ -24,8 +24,8 @@ __device__ __forceinline__ void apply(float (&values)[Width], Function function)
 #pragma unroll
         for (float& value : values) value = function(value);
     } else {
-        // Eight at a time in a rolled loop, because most functions are long. Registers cannot be indexed, so the values go
-        // round.
+        // Eight at a time in a rolled loop, because most functions are long. Registers cannot be indexed, so the array is
+        // rotated by eight each turn.
         static_assert(Width % 8 == 0, "values go round by eights");
 #pragma unroll 1
         for (int turn = 0; turn < Width / 8; ++turn) {
@@ -40,8 +40,8 @@ __device__ __forceinline__ void apply(float (&values)[Width], Function function)
     }
 }
 
-// The choice is uniform across the grid and made once per Width values. A template parameter instead would multiply the
-// number of kernels by 13.
+// The switch is uniform across the grid and runs once per Width values. A template parameter would multiply the number of
+// kernels by 13.
 template <int Width>
 __device__ __forceinline__ void activate(float (&values)[Width], const ActivationArgs& activation) {
     if (activation.is_clamp) {

@@ -1,4 +1,4 @@
-// From what is known at run time to a template argument: the switches that every launcher needs. Host only.
+// From run-time values to template arguments: the switches that every launcher needs. Host only.
 #pragma once
 
 #include <utility>
@@ -11,7 +11,7 @@ namespace fused_cna {
 
 inline constexpr const char* no_instantiation = "the kernel has no instantiation of this plan";
 
-// launch.template operator()<T>() with the storage type of the dtype.
+// Calls launch.template operator()<T>() with the storage type of the dtype.
 template <class Launch>
 const char* with_dtype(DType dtype, const Launch& launch) {
     switch (dtype) {
@@ -22,7 +22,7 @@ const char* with_dtype(DType dtype, const Launch& launch) {
     return no_instantiation;
 }
 
-// launch.template operator()<tiles[index]>().
+// Calls launch.template operator()<tiles[index]>().
 template <const auto& tiles, class Launch>
 const char* with_tile(int index, const Launch& launch) {
     const auto find = [&]<size_t... I>(std::index_sequence<I...>) {

@@ -1,12 +1,12 @@
-// Division by a number that is known before the launch.
+// Division by a number known before the launch.
 #pragma once
 
 #include <cstdint>
 
 namespace fused_cna {
 
-// Divides numbers from 0 to 2^31 - 1 by a positive one that the host knows: a multiplication instead of a chain of some
-// twenty instructions. Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
+// Divides numbers from 0 to 2^31 - 1 by a positive divisor known to the host: a multiplication instead of some twenty
+// dependent instructions. Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
 struct Divisor {
     int value = 1;
     uint32_t factor = 1;

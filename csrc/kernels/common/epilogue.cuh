@@ -1,4 +1,4 @@
-// Fold, residual, activation, rounding, store of neighbouring output channels: the end of every kernel.
+// The end of every kernel, for neighbouring output channels: fold, residual, activation, rounding, store.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 
 namespace fused_cna {
 
-// Neighbouring channels of each of Rows pixels in memory, of which the first `valid` exist. The stride is in elements.
+// Neighbouring channels of each of Rows pixels in memory; the first `valid` channels exist. The stride is in elements.
 template <int Rows, class T>
 struct Channels {
     struct Of {
@@ -22,7 +22,7 @@ struct Channels {
     int64_t stride;
     int valid;
 
-    // 16-byte accesses need all Width channels to exist, to lie densely and to start on a 16-byte boundary.
+    // 16-byte accesses need all Width channels to exist, to be dense and to start on a 16-byte boundary.
     template <int Width>
     __device__ __forceinline__ bool takes_vectors() const {
         bool are_aligned = true;
@@ -32,7 +32,7 @@ struct Channels {
     }
 };
 
-// The channels that exist, and zeros.
+// Reads the channels that exist; the others are zeros.
 template <int Width, int Rows, class T>
 __device__ __forceinline__ void load_channels(const Channels<Rows, const T>& source,
                                               device::Packed<Rows * Width, T>& values) {
@@ -81,8 +81,7 @@ __device__ __forceinline__ void store_channels(const Channels<Rows, T>& destinat
     }
 }
 
-// Makes outputs of the accumulators of Rows pixels' neighbouring channels: fold, residual, activation, which is
-// activate(values).
+// Turns the accumulators of Rows pixels' neighbouring channels into outputs: fold, residual, activate(values).
 template <int Rows, int Width, class T, class Activate>
 __device__ __forceinline__ void finish_values(float (&values)[Rows * Width], const ChannelFold (&folds)[Width],
                                               bool has_residual, const device::Packed<Rows * Width, T>& residual,
@@ -110,21 +109,21 @@ __device__ __forceinline__ void finish_values(float (&values)[Rows * Width], con
                                   [&](float (&all)[Rows* Width]) { activate(all, epilogue.activation); });
 }
 
-// Where the residual of a pixel's channels, from `channel` on, lies; null where the layer has none.
+// The residual of a pixel's channels from `channel` on; null where the layer has none.
 template <class T>
 __device__ __forceinline__ const T* residual_at(const ConvArgs& args, const RowPlace& place, int64_t channel) {
     if (!args.residual) return nullptr;
     return static_cast<const T*>(args.residual) + place.residual + channel * args.residual_strides.c;
 }
 
-// Asks for a pixel's residual, so that it is on its way to the L2 while the products are made.
+// Prefetches a pixel's residual into the L2 while the main loop runs.
 template <class T>
 __device__ __forceinline__ void prefetch_pixel_residual(const ConvArgs& args, const RowPlace& place, int64_t channel) {
     device::prefetch(residual_at<T>(args, place, channel));
 }
 
-// Finishes and stores the accumulators of a pixel's Width neighbouring channels, of which `valid` exist. The residual may be
-// y itself, so all of it is read before anything is stored.
+// Finishes and stores a pixel's Width neighbouring channels, of which `valid` exist. The residual may be y itself, so all of
+// it is read before anything is stored.
 template <int Width, class T>
 __device__ __forceinline__ void finish_channels(float (&accumulators)[Width], const ChannelFold (&folds)[Width],
                                                 const ConvArgs& args, const RowPlace& place, int64_t channel, int valid) {

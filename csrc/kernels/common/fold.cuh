@@ -1,4 +1,4 @@
-// Batch norm and conv bias of an output channel, folded on every call from the vectors as they were trained.
+// Batch norm and conv bias of an output channel, folded on every call from the trained vectors.
 #pragma once
 
 #include <cmath>
@@ -10,15 +10,15 @@
 namespace fused_cna {
 
 // Applied as z = (acc - offset) * scale + beta. In this form the error does not exceed that of the separate operations; with
-// the offset multiplied out it does, where mean and accumulator cancel.
+// the offset multiplied out it does where mean and accumulator cancel.
 struct ChannelFold {
     float scale;
     float offset;
     float beta;
 };
 
-// What the vectors hold for one channel. Making it asks for all five values and waits for none of them, so that folding
-// takes one latency of memory, and whatever is asked for meanwhile shares it.
+// The vectors' values for one channel. The constructor starts all five loads and waits for none, so that folding takes one
+// memory latency, shared with any other load started before fold().
 template <class T>
 class ChannelVectors {
    public:
@@ -49,7 +49,7 @@ class ChannelVectors {
     }
 
    private:
-    // As it was loaded: a conversion would wait for it.
+    // In the type it was loaded in: a conversion would wait for the load.
     struct Value {
         float wide;
         T narrow;
@@ -61,12 +61,12 @@ class ChannelVectors {
     T bias_;
 };
 
-// A table of neighbouring channels' folds, a channel for each of the block's first threads: asked for where it is made, and
-// folded where it is stored.
+// A table of neighbouring channels' folds, one channel for each of the block's first threads. The constructor starts the
+// loads; store() folds.
 template <class T>
 class FoldTable {
    public:
-    // The table has `size` places, of which `existing` are channels.
+    // `size` is the table's length; the first `existing` entries are channels.
     __device__ __forceinline__ FoldTable(const Epilogue& epilogue, int64_t first_channel, int size, int64_t existing)
         : epilogue_(epilogue),
           has_place_(device::thread_x() < size),

@@ -1,5 +1,5 @@
-// Operands of an implicit GEMM by cp.async, into stages of shared memory whose rows are swizzled: any stride, dilation and
-// filter, channels down to loads of 4 bytes.
+// Copies the operands of an implicit GEMM by cp.async into swizzled stages of shared memory: any stride, dilation and
+// filter; channels that allow loads of 4 bytes or more.
 #pragma once
 
 #include <device/device.cuh>
@@ -8,19 +8,19 @@
 
 namespace fused_cna::gather {
 
-// What is the same for all threads and expensive to compute, made on the host once per launch.
+// Values that are the same for all threads and expensive to compute; made on the host once per launch.
 struct Args {
     ConvArgs conv;
     ActivationGeometry x;
-    WalkSteps walk_steps[3];  // to the next channels, the next s, the next r
+    WalkSteps walk_steps[3];  // to the next channels, to the next s, to the next r
     int64_t weight_k_bytes;   // stride of the weight's output channels
     int c_per_group, k_per_group;
     Divisor channel_steps;  // main-loop steps per tap
-    int last_s;             // of a filter row
+    int last_s;             // the last s of a filter row
     int steps;              // main-loop steps of the whole reduction
 };
 
-// The rows and columns of a tile.
+// The rows and columns of a block's tile.
 struct Block {
     int first_row;
     int group, first_column;  // first_column counts within the group
@@ -29,8 +29,8 @@ struct Block {
     __device__ int first_channel(const Args& args) const { return group * args.k_per_group + first_column; }
 };
 
-// A stage holds M rows of x and behind them N of the weight. Threads copy them, each one 16-byte chunk of every row_pass-th
-// row. VectorBytes: the widest load that channels and alignment allow, 16, 8 or 4.
+// A stage holds M rows of x, then N rows of the weight. Each thread copies one 16-byte chunk of every row_pass-th row.
+// VectorBytes: the widest load that channels and alignment allow: 16, 8 or 4.
 template <class T, int M, int N, int RowBytes, int Threads, int VectorBytes>
 struct Shape {
     using Value = T;
@@ -46,14 +46,14 @@ struct Shape {
     static_assert(row_pass % 8 == 0, "rows that one thread copies must share their swizzle");
 };
 
-// Where a 16-byte chunk lies within its row: chunks of one column in eight neighbouring rows lie in distinct banks, so that
-// both the copies and load_matrices are free of conflicts.
+// The position of a 16-byte chunk in its row. Chunks of one column in eight neighbouring rows are in distinct banks, so
+// neither the copies nor load_matrices have bank conflicts.
 template <int RowBytes>
 __device__ __forceinline__ constexpr int swizzle(int row, int chunk) {
     return chunk ^ (RowBytes == 128 ? row % 8 : row / 2 % 4);
 }
 
-// Copies the operands of one main-loop step after another into shared memory.
+// Copies the operands of successive main-loop steps into shared memory.
 template <class Shape, template <int> class Rows>
 class OperandLoader {
     using T = typename Shape::Value;
@@ -82,7 +82,7 @@ class OperandLoader {
         rows_.enter_tap(args.x, walk_);
     }
 
-    // Starts the copies of the walk's step into a stage, and walks on.
+    // Starts the copies of the current step into a stage, and advances to the next step.
     __device__ __forceinline__ void load(uint32_t stage) {
         load_x(stage);
         load_weight(stage);
@@ -117,12 +117,12 @@ class OperandLoader {
     }
 
    private:
-    // Where this thread's chunk of the i-th of its rows lies; those of the weight follow those of x.
+    // The address of this thread's chunk of its i-th row; rows of the weight follow those of x.
     __device__ __forceinline__ uint32_t destination(uint32_t stage, int i) const {
         return destination_ + stage + i * Shape::row_pass * Shape::row_bytes;
     }
 
-    // Values beyond `values` are written as zeros.
+    // Values from index `values` on are written as zeros.
     static __device__ __forceinline__ void copy_chunk(uint32_t destination, const char* source, int values) {
 #pragma unroll
         for (int i = 0; i < 16 / Shape::vector_bytes; ++i) {
@@ -133,9 +133,9 @@ class OperandLoader {
 
     const Args& args_;
     uint32_t destination_;
-    int values_;  // channels of the group from this thread's chunk on: in this step, at a tap's first one
+    int values_;  // channels of the group from this thread's chunk on: in this step, and at a tap's first step
     int all_values_;
-    int last_values_;     // as many as this, or fewer, are left in a tap's last step
+    int last_values_;     // the last step of a tap has at most this many left
     int weight_columns_;  // columns from this thread's first weight row to the last that exists
     Walk walk_;
     Rows<Shape::x_rows> rows_;

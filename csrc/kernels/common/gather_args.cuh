@@ -1,12 +1,12 @@
-// Host side of the gather: what is expensive to compute, made once per launch.
+// Host side of the gather: fills the kernel's arguments once per launch.
 #pragma once
 
 #include "kernels/common/gather.cuh"
 
 namespace fused_cna::gather {
 
-// A dimension of size 1 may have any stride. Copies that are masked out do step along it, read nothing there, but need an
-// aligned address all the same.
+// A dimension of size 1 may have any stride. Masked-out copies step along it; they read nothing, but still need an aligned
+// address.
 inline ConvArgs without_idle_strides(ConvArgs conv) {
     const ConvProblem& problem = conv.problem;
     if (problem.n == 1) conv.x_strides.n = 0;
@@ -18,7 +18,7 @@ inline ConvArgs without_idle_strides(ConvArgs conv) {
     return conv;
 }
 
-// x_pixel_step: the distance from each pixel of x to the next in elements, for PointwiseRows alone.
+// x_pixel_step: elements from each pixel of x to the next, for PointwiseRows alone.
 template <class Shape>
 Args make_args(const ConvArgs& given, int64_t x_pixel_step) {
     constexpr int64_t bytes = sizeof(typename Shape::Value);

@@ -1,5 +1,5 @@
-// How a thread finds the rows of the left matrix that it loads: the activations under one tap of the filter, per output
-// pixel. Three ways, from the most general to the fastest; all give the same bytes.
+// The rows of the left matrix that a thread loads: for each output pixel, the activations under one tap of the filter. Three
+// ways to find them, from the most general to the fastest; all give the same bytes.
 #pragma once
 
 #include <device/device.cuh>
@@ -8,11 +8,11 @@
 
 namespace fused_cna::gather {
 
-// A position in the reduction, which is walked with the channels of a tap fastest, then s, then r.
+// A position in the reduction, which runs over the channels of a tap first, then s, then r.
 struct Walk {
     int r, s;            // the tap
-    const char* x;       // where this position lies for a row whose first tap is at offset 0
-    const char* weight;  // and in the thread's first filter
+    const char* x;       // address of this position for a row whose first tap has offset 0
+    const char* weight;  // address of this position in the thread's first filter
 };
 
 // Bytes from one step of the walk to the next, in each operand; made on the host.
@@ -20,12 +20,12 @@ struct WalkSteps {
     int64_t x, weight;
 };
 
-// Each kind of rows offers:
-//   start(x, first_row, step)  makes rows first_row, first_row + step, ... of the GEMM this thread's
-//   enter_tap(x, walk)         is called at the first step
-//   advance(x, walk, next_tap, next_row)  after each step: whether s or r has changed, and whether r has
-//   is_inside(i)               whether the i-th row exists and its tap lies inside the image
-//   source(i, walk)            the walk's position in the i-th row; meaningful only where is_inside(i)
+// Each kind of rows has:
+//   start(x, first_row, step)             gives the thread rows first_row, first_row + step, ... of the GEMM
+//   enter_tap(x, walk)                    called at the first step
+//   advance(x, walk, next_tap, next_row)  called after each step; next_tap: s or r has changed, next_row: r has changed
+//   is_inside(i)                          whether the i-th row exists and its tap lies inside the image
+//   source(i, walk)                       the walk's address in the i-th row; meaningful only where is_inside(i)
 struct ActivationGeometry {
     OutputRows output;
     int h, w;
@@ -34,10 +34,10 @@ struct ActivationGeometry {
     int r;
     Divisor s;
     int64_t n_bytes, h_bytes, w_bytes;  // strides
-    int64_t pixel_bytes;                // from a pixel to the next, for PointwiseRows alone
+    int64_t pixel_bytes;                // from one pixel to the next, for PointwiseRows alone
 };
 
-// Recomputes every coordinate at every tap. Any filter size; the oracle for the other two.
+// Recomputes every coordinate at every tap. Any filter size; the reference for the other two.
 template <int Count>
 class PlainRows {
    public:
@@ -71,8 +71,8 @@ class PlainRows {
     bool inside_[Count];
 };
 
-// One offset per row, made once. Whether a tap is inside is one bit per filter row and one per filter column, made once:
-// filters of at most 32 x 32.
+// One offset per row, and one bit per filter row and per filter column that says whether it is inside the image, all
+// computed once. Filters of at most 32 x 32.
 template <int Count>
 class MaskedRows {
    public:
@@ -92,7 +92,7 @@ class MaskedRows {
         s_bit_ = 1u << walk.s;
     }
 
-    // Behind tap 31 no bit is left, and nothing is inside.
+    // After tap 31 no bit is left, so nothing is inside.
     __device__ void advance(const ActivationGeometry&, const Walk&, bool next_tap, bool next_row) {
         s_bit_ = next_row ? 1u : s_bit_ << next_tap;
         r_bit_ <<= next_row;
@@ -102,7 +102,7 @@ class MaskedRows {
     __device__ const char* source(int i, const Walk& walk) const { return walk.x + offsets_[i]; }
 
    private:
-    // Taps lie at first, first + dilation, ...: those inside are neighbours.
+    // Taps lie at first, first + dilation, ...; those inside the image are consecutive.
     static __device__ uint32_t taps_inside(int taps, int first, const Divisor& dilation, int size) {
         const auto taps_before = [&](int position) {
             return position > first ? dilation.quotient(position - first - 1) + 1 : 0;
@@ -118,7 +118,7 @@ class MaskedRows {
     uint32_t r_bit_, s_bit_;
 };
 
-// 1x1, stride 1, no padding, pixels evenly spaced in memory: a plain GEMM, whose rows need no coordinates.
+// 1x1, stride 1, no padding, pixels evenly spaced in memory: a plain GEMM whose rows need no coordinates.
 template <int Count>
 class PointwiseRows {
    public:

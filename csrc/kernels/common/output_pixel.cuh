@@ -1,4 +1,4 @@
-// The rows of the implicit GEMM: which output pixel each one is, and where it is stored.
+// The rows of the implicit GEMM: the output pixel of each row, and where it is stored.
 #pragma once
 
 #include <device/device.cuh>
@@ -8,7 +8,7 @@
 
 namespace fused_cna {
 
-// n is -1 where there is no such row.
+// n is -1 where the row does not exist.
 struct Pixel {
     int64_t n;
     int p, q;
@@ -16,7 +16,7 @@ struct Pixel {
     __device__ bool exists() const { return n >= 0; }
 };
 
-// P and Q, in the type that rows are counted in: 32 bits where they fit, because a division costs several times more in 64.
+// The output's size in the rows' type: 32 bits where they fit, because a 64-bit division costs several times more.
 template <class Index>
 struct OutputSize {
     Index n, p, q;
@@ -27,7 +27,7 @@ struct OutputSize {
     }
 };
 
-// The same for rows that are numbered in 32 bits, without a division; made on the host.
+// The same for 32-bit row numbers, without a division; made on the host.
 struct OutputRows {
     int count = 0;
     Divisor q, p;
@@ -43,7 +43,7 @@ struct OutputRows {
     }
 };
 
-// Offsets of a pixel's channel 0 in the output and in the residual, in elements. y is -1 where there is no such pixel.
+// Offsets of a pixel's channel 0 in the output and in the residual, in elements. y is -1 where the pixel does not exist.
 struct alignas(16) RowPlace {
     int64_t y;
     int64_t residual;

@@ -1,5 +1,5 @@
-// The residual of a thread's coming turns of the epilogue, under way while it finishes this one: consumed as soon as it is
-// asked for, it would leave a multiprocessor with too little of it under way to fill device memory's bandwidth.
+// Copies the residual of a thread's next epilogue turns while it finishes the current one. With a load and its use in the
+// same turn, a multiprocessor would have too few bytes in flight to fill the device memory's bandwidth.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace fused_cna {
 
-// Depth turns ahead, in shared memory: Width dense channels, on a 16-byte boundary, of each of a turn's Rows pixels. A
-// thread reads nothing but what it has copied itself, so no barrier is needed.
+// A queue of Depth turns in shared memory. A turn holds Width dense channels, 16-byte aligned, of each of Rows pixels. A
+// thread reads only what it has copied itself, so no barrier is needed.
 template <int Rows, int Width, class T, int Threads, int Depth>
 class ResidualQueue {
     static constexpr int per_piece = device::values_per_vector<T>, row_pieces = Width / per_piece;
@@ -26,18 +26,18 @@ class ResidualQueue {
 
     __device__ explicit ResidualQueue(const Slots& slots) : slots_(slots.bytes), position_(device::thread_x() * 16) {}
 
-    // Starts the copy of one of the next turn's rows.
+    // Starts the copy of one row of the next turn.
     __device__ __forceinline__ void ask(int row, const T* source) const {
         const uint32_t slot = device::shared_address(slots_ + position_ % bytes) + row * row_bytes;
 #pragma unroll
         for (int i = 0; i < row_pieces; ++i) device::copy_async<16>(slot + i * piece_bytes, source + i * per_piece, true);
     }
 
-    // All that there is of the next turn has been asked for. Its place is that of the turn Depth turns ago.
+    // All copies of the next turn have been started. Its slot is that of the turn Depth turns ago.
     __device__ __forceinline__ void end_turn() { position_ += turn_bytes; }
 
-    // Waits for the turn that was asked for Depth turns ago, and takes what was copied; what was not is anything. Turns are
-    // groups of copies, but for those that were waited for before.
+    // Waits for the turn started Depth turns ago and reads it; rows that were not copied have any value. Each turn is one
+    // group of copies, except turns that the caller has waited for already.
     __device__ __forceinline__ void take(device::Packed<Rows * Width, T>& values) const {
         device::wait_copies<Depth - 1>();
 #pragma unroll

@@ -1,4 +1,4 @@
-// How every kernel starts: behind the kernels ahead on its stream, which may still run.
+// The start of every kernel: earlier kernels on its stream may still run.
 #pragma once
 
 #include <device/device.cuh>
@@ -7,13 +7,13 @@
 
 namespace fused_cna {
 
-// Tables that are made of arguments alone cost nothing while the kernels ahead end. A kernel that cannot start before that
-// asks for its first operands instead, and makes them while those are under way.
+// Where kernels can start early, tables made from arguments alone cost nothing while earlier kernels end. Elsewhere a kernel
+// first starts its loads, and makes the tables while these are in flight.
 inline constexpr bool prepares_ahead = device::is_hopper;
 
-// To be called by every thread, before anything of global memory is read or written. What needs arguments alone is best done
-// ahead of it, while the kernels ahead end. Meanwhile the L2 is asked for the weight, which those most often do not touch;
-// its values are read afterwards, as one of them may have changed it. Behind it the next kernel may start in turn.
+// Every thread must call it before it reads or writes global memory; work on arguments alone belongs before it. While it
+// waits it prefetches the weight into the L2: earlier kernels rarely write it, and its values are only read afterwards, in
+// case one did. After it the next kernel may start in turn.
 __device__ __forceinline__ void await_kernels_ahead(const ConvArgs& args, int threads) {
     if constexpr (device::is_hopper) {
         const uint64_t first = static_cast<uint64_t>(device::block_x()) * threads + device::thread_x();

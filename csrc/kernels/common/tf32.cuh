@@ -1,4 +1,4 @@
-// Rounding of float32 operands to tf32. Tensor cores would truncate, which biases every product the same way.
+// Rounding of float32 operands to tf32. Tensor cores truncate, which would bias every product the same way.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace fused_cna {
 
-// A value as an MMA takes it.
+// A value as an MMA operand: float32 is rounded to tf32.
 template <class T>
 __device__ __forceinline__ T as_operand(T value) {
     if constexpr (sizeof(T) == 4) {

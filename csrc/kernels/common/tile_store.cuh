@@ -1,4 +1,4 @@
-// The epilogue of a tile of accumulators that passes through shared memory, slice by slice.
+// The epilogue of a tile of accumulators that goes through shared memory, slice by slice.
 #pragma once
 
 #include <bit>
@@ -10,20 +10,20 @@
 
 namespace fused_cna {
 
-// A tile is Slices times Rows x Columns. Rows of a slice's accumulators lie Pitch floats apart. In a turn each thread
-// finishes `width` neighbouring columns of `rows_per_turn` rows: it waits for memory, and chooses its way, once for all.
+// The tile is Slices times Rows x Columns; rows of a slice's accumulators are Pitch floats apart. In each turn a thread
+// finishes `width` neighbouring columns of `rows_per_turn` rows, with one wait for memory and one set of branches for all.
 template <int Rows, int Columns, int Pitch, int Threads, int Slices = 1, int MostRowsPerTurn = 1>
 struct TileShape {
     static constexpr int rows = Rows, columns = Columns, pitch = Pitch, threads = Threads, slices = Slices;
     static constexpr int width = columns % 8 == 0 ? 8 : 1, stores_per_row = columns / width;
-    static constexpr int stores = (rows * stores_per_row + threads - 1) / threads;  // of a thread, in a slice
+    static constexpr int stores = (rows * stores_per_row + threads - 1) / threads;  // of one thread, per slice
     static constexpr int rows_per_turn = width == 8 && stores % MostRowsPerTurn == 0 ? MostRowsPerTurn : 1;
     static constexpr bool is_whole = rows * stores_per_row == stores * threads;
     static_assert(threads % stores_per_row == 0 && threads % rows == 0, "a thread keeps its column or its row");
     static_assert(is_whole || stores == 1, "threads without work are those of an only store");
 };
 
-// Where a block's columns lie among the output channels, and how many of them exist.
+// A block's columns among the output channels, and how many of them exist.
 struct ColumnRange {
     int64_t first_channel;
     int count;
@@ -40,7 +40,7 @@ class TileStore {
    public:
     using ResidualSlots = typename Queue::Slots;
 
-    // `places` are those of the tile's rows, in the order in which the slices take them.
+    // `places` are those of the tile's rows, in slice order.
     __device__ TileStore(const ConvArgs& args, const RowPlace* places, const ChannelFold* folds, const ColumnRange& columns,
                          const ResidualSlots& slots)
         : args_(args),
@@ -58,14 +58,14 @@ class TileStore {
                     device::is_aligned_16(residual_);
     }
 
-    // Asks for the residual of the first turns, once the places are there.
+    // Starts the copies of the first turns' residual. `places` must be complete.
     __device__ __forceinline__ void start() {
         if (!is_ahead_) return;
 #pragma unroll
         for (int turn = 0; turn < depth; ++turn) ask(first_row_ + turn * batch * rows_apart);
     }
 
-    // The same within the group of copies that is open. Before the first slice the caller waits for that group.
+    // The same within the open group of copies, which the caller must wait for before the first slice.
     __device__ __forceinline__ void start_in_open_group() {
         if (!is_ahead_) return;
 #pragma unroll
@@ -74,8 +74,8 @@ class TileStore {
 
     // Finishes and stores a slice: a rolled loop, so that the activations are instantiated once.
     __device__ __forceinline__ void store(int slice, const float* accumulators) {
-        // A thread whose columns do not exist has zeros, which SiLU divides on the division's slow path: as measured, 20 %
-        // of a layer's time.
+        // A thread whose columns do not exist has zeros, on which SiLU takes the division's slow path: measured as 20 % of a
+        // layer's time.
         if (goes_down_ && valid_ <= 0) return;
         if (slice == 0 && goes_down_) load_folds(first_column_);
         int row = first_row_, column = first_column_;
@@ -94,7 +94,8 @@ class TileStore {
     }
 
    private:
-    // Between the rows of a thread that goes down a column; threads beside each other in one that goes along rows.
+    // Rows between the rows of a thread that goes down a column; number of threads that share a column when threads go along
+    // rows.
     static constexpr int rows_apart = Shape::threads / Shape::stores_per_row, threads_per_column = Shape::rows / batch;
     static_assert(Shape::rows % batch == 0, "rows are finished in batches");
 
@@ -111,7 +112,7 @@ class TileStore {
         for (int j = 0; j < width; ++j) folds_[j] = folds_in_memory_[column + j];
     }
 
-    // Turns follow each other down the rows, through the slices.
+    // Turns go down the rows, through all slices.
     __device__ __forceinline__ void ask(int row) {
         ask_turn(row);
         device::commit_copies();
@@ -174,14 +175,14 @@ class TileStore {
     const ChannelFold* folds_in_memory_;
     ColumnRange columns_;
     Queue queue_;
-    // Neighbouring threads write along whichever dimension of y is dense: channels, and a thread then goes down the rows of
-    // its column, or else pixels, and it goes along its row.
+    // Neighbouring threads write along the dense dimension of y: channels, where each thread goes down the rows of its
+    // columns, or pixels, where each goes along its row.
     const bool goes_down_;
-    int first_row_, first_column_;  // of a slice, in the thread's first turn
-    int next_row_;                  // from a turn's row to its next
+    int first_row_, first_column_;  // in a slice, at the thread's first turn
+    int next_row_;                  // from one row of a turn to the next
     bool is_ahead_;                 // whether the queue copies the residual: all of the thread's channels are whole vectors
 
-    // Of the column that the thread is at:
+    // For the thread's current columns:
     int valid_;
     T* y_;               // as if the pixel's offset were 0
     const T* residual_;  // likewise; null where there is none

@@ -1,3 +1,4 @@
+// The launcher of `depthwise`: its kernel arguments, made on the host.
 #include "kernels/common/dispatch.cuh"
 #include "kernels/depthwise/kernel.cuh"
 #include "plan/plan.h"
@@ -6,7 +7,7 @@ namespace fused_cna::depthwise {
 
 namespace {
 
-// The plan's tile counts in pixels and channels what the kernel counts in strips and chunks.
+// The plan's tile is in pixels and channels, the kernel's counts in strips and chunks.
 template <class Traits>
 Args make_args(const ConvArgs& args, const Plan& plan) {
     const ConvProblem& problem = args.problem;

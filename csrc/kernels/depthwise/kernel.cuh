@@ -1,5 +1,5 @@
-// Depthwise convolution on the CUDA cores, for x with dense channels: a thread owns 16 bytes of channels and a strip of 7
-// output columns, and slides along the rows of the filter, so that what it loads serves every column that needs it.
+// Depthwise convolution on the CUDA cores, for x with dense channels. A thread owns 16 bytes of channels and a strip of 7
+// output columns, and goes down the filter rows; each load serves every column that needs it.
 #pragma once
 
 #include <device/device.cuh>
@@ -13,27 +13,27 @@ namespace fused_cna::depthwise {
 struct Args {
     ConvArgs conv;
     int p, q;        // of the output
-    int multiplier;  // output channels of one input channel
-    Divisor chunks;  // of a block's slab
-    int strips;      // of a block at a time
+    int multiplier;  // output channels per input channel
+    Divisor chunks;  // per slab
+    int strips;      // per block at a time
     Divisor slabs;
-    Divisor strips_per_row, band_rows, bands;  // of an image
-    int all_strips;                            // the rows that the last band lacks included
-    int strip_step;                            // from a block's strips to its next
+    Divisor strips_per_row, band_rows, bands;  // per image
+    int all_strips;                            // including the rows that the last band lacks
+    int strip_step;                            // from a block's strips to its next ones
 };
 
-// VectorBytes: the widest load of x that channels and alignment allow, 16 or 4; 0 where it is value by value.
+// VectorBytes: the widest load of x that channels and alignment allow, 16 or 4; 0 for value by value.
 template <class T, Tile Of, int VectorBytes>
 struct Traits {
     using Value = T;
     static constexpr Tile tile = Of;
     static constexpr int vector_bytes = VectorBytes;
     static constexpr int columns = strip_columns;
-    static constexpr int values = device::values_per_vector<T>;  // channels of a chunk
+    static constexpr int values = device::values_per_vector<T>;  // channels per chunk
     static constexpr int quads = values / 4;
     static constexpr int taps = tile.takes_any() ? most_taps : tile.filter * tile.filter;
-    // Four floats longer than a slab, so that the weights of one channel, which are neighbours in global memory, are written
-    // to different banks.
+    // Four floats longer than a slab: the weights of one channel, contiguous in global memory, are then written to different
+    // banks.
     static constexpr int weight_pitch = most_chunks * values + 4;
 
     static_assert(taps <= 64, "more than 64 products in one running sum lose accuracy");
@@ -42,10 +42,10 @@ struct Traits {
 
 template <class Traits>
 struct Shared {
-    // A thread's own: 16 bytes beside those of its neighbours, so that accesses are free of bank conflicts.
+    // Each thread's own: 16 bytes beside its neighbours', so that accesses have no bank conflicts.
     alignas(16) float sums[Traits::columns][Traits::quads][threads][4];
-    // As float, because every strip would convert them again. Of each tap the first four values of all chunks, then the
-    // next: threads of neighbouring chunks read neighbouring 16 bytes.
+    // As float, else every strip would convert them again. For each tap the first four values of all chunks, then the next
+    // four: threads of neighbouring chunks read neighbouring 16 bytes.
     alignas(16) float weights[Traits::taps][Traits::weight_pitch];
     ChannelFold folds[most_chunks * Traits::values];
     static_assert(Traits::tile.shared_bytes(sizeof(typename Traits::Value)) ==
@@ -59,14 +59,14 @@ struct Shared {
 template <class Traits>
 using Sums = float[Traits::columns][Traits::values];
 
-// Slabs run fastest over the grid: blocks that run together read whole pixels.
+// Slabs vary fastest over the grid: blocks that run together read whole pixels.
 struct Thread {
     int slab_channel;   // the block's first output channel
     int chunk, strip;   // within the block
     int first_channel;  // of the chunk
-    int channels;       // of the chunk, that exist: none where the thread has nothing to make
+    int channels;       // channels of the chunk that exist; 0 or fewer where the thread has no work
 
-    // The channels of a chunk that is there at all: with 16-byte accesses all of them.
+    // The channels of a chunk that exists; with 16-byte accesses always all.
     template <class Traits>
     __device__ int valid() const {
         return Traits::vector_bytes == 16 ? Traits::values : channels;
@@ -78,7 +78,7 @@ struct Thread {
         const int slab_channel = slab * args.chunks.value * Traits::values;
         const int chunk = args.chunks.remainder(device::thread_x()), strip = args.chunks.quotient(device::thread_x());
         const int k = static_cast<int>(args.conv.problem.k);
-        // A thread beyond the block's strips begins behind the last channel.
+        // A thread beyond the block's strips starts after the last channel, so it has no work.
         const int first_channel = strip < args.strips ? slab_channel + chunk * Traits::values : k;
         const int remaining = k - first_channel;
         return {.slab_channel = slab_channel,
@@ -89,10 +89,10 @@ struct Thread {
     }
 };
 
-// A strip by its first pixel. Strips below each other come next to each other: they share rows of x, which the second finds
-// in the L1. They are counted through the whole batch, so that no thread idles on small images.
+// A strip, given by its first pixel. Strips above each other are consecutive: they share rows of x, which the second finds
+// in the L1. They are numbered through the whole batch, so that no thread idles on small images.
 struct Strip {
-    int n, p, q;  // n is -1 where there is nothing to make
+    int n, p, q;  // n is -1 where there is no strip
 
     __device__ bool exists() const { return n >= 0; }
 
@@ -100,20 +100,20 @@ struct Strip {
     static __device__ Strip of(const Args& args, const Thread& thread, int index) {
         const int column = args.band_rows.quotient(index), band = args.strips_per_row.quotient(column);
         const int p = args.bands.remainder(band) * args.band_rows.value + args.band_rows.remainder(index);
-        // Not by thread.channels, which would have to stay in a register, of which the main loop has none left.
+        // Not thread.channels, which would need a register; the main loop has none left.
         const bool exists =
             index < args.all_strips && p < args.p && thread.first_channel < static_cast<int>(args.conv.problem.k);
         return {exists ? args.bands.quotient(band) : -1, p, args.strips_per_row.remainder(column) * Traits::columns};
     }
 };
 
-// Brings the weights of `taps` taps of the slab, from `first_tap` on, into shared memory: a batch at a time, of which all
-// are asked for before any is waited for.
+// Copies the weights of `taps` taps of the slab, from `first_tap` on, into shared memory, in batches whose loads all start
+// before the first is waited for.
 template <class Traits>
 __device__ __forceinline__ void load_weights(const Args& args, const Thread& thread, int first_tap, int taps,
                                              Shared<Traits>& shared) {
     using T = typename Traits::Value;
-    // As many as a slab of a filter known when compiled has for a thread. Those of any filter take more instructions each.
+    // A thread's share of a slab if the filter is known at compile time; other filters take more instructions per weight.
     constexpr int wanted = (most_chunks * Traits::values * Traits::taps + threads - 1) / threads;
     constexpr int batch = Traits::tile.takes_any() ? 4 : wanted < 16 ? wanted : 16;
     const FilterStrides& strides = args.conv.weight_strides;
@@ -140,7 +140,7 @@ __device__ __forceinline__ void load_weights(const Args& args, const Thread& thr
     }
 }
 
-// A chunk's values from shared memory, where every four of them lie `pitch` floats after the last.
+// A chunk's values from shared memory, `pitch` floats from one group of four to the next.
 template <int Values>
 __device__ __forceinline__ void read_chunk(const float* source, int pitch, float (&values)[Values]) {
 #pragma unroll
@@ -152,14 +152,14 @@ __device__ __forceinline__ void read_chunk(const float* source, int pitch, float
     }
 }
 
-// Which columns from `first` on lie in an image of `width`, as bits.
+// A bit for each column from `first` on: whether it is inside an image of `width`.
 __device__ __forceinline__ uint32_t columns_inside(int first, int columns, int width) {
     const int begin = first < 0 ? -first : 0;
     const int end = width - first < columns ? width - first : columns;
     return begin < end ? (1u << end) - (1u << begin) : 0u;
 }
 
-// A filter known when compiled: of each of its rows every column of x that the strip needs is loaded once.
+// A filter known at compile time: for each of its rows, every column of x that the strip needs is loaded once.
 template <class Traits>
 __device__ __forceinline__ void slide(const Args& args, const Thread& thread, const Strip& strip,
                                       const Shared<Traits>& shared, Sums<Traits>& sums) {
@@ -185,7 +185,7 @@ __device__ __forceinline__ void slide(const Args& args, const Thread& thread, co
             chunks[i] = row_mask >> i & 1 ? device::load_pieces<Traits::vector_bytes>(source, thread.valid<Traits>())
                                           : device::Vector16{};
         }
-        // Four channels at a time, so that the weights leave registers for the loads under way.
+        // Four channels at a time, so that the weights leave registers for the loads in flight.
 #pragma unroll
         for (int quad = 0; quad < Traits::quads; ++quad) {
             float weights[filter][4];
@@ -212,8 +212,8 @@ __device__ __forceinline__ void slide(const Args& args, const Thread& thread, co
     }
 }
 
-// The input channels of a chunk's output channels, which are multiples of them in number. Channels beyond
-// the last read the last one's; their sums are not stored.
+// The input channel of each output channel of a chunk. Channels beyond the last use the last one's; their sums are not
+// stored.
 template <int Values>
 struct InputChannels {
     int channels[Values];
@@ -227,7 +227,7 @@ struct InputChannels {
     }
 };
 
-// A chunk of the pixel of x whose first channel `source` points at; zeros where the pixel is not `inside`.
+// A chunk of the pixel of x at `source` (its first channel); zeros where the pixel is not `inside`.
 template <class Traits, class T>
 __device__ __forceinline__ void load_chunk(const T* source, bool inside, const Thread& thread,
                                            const InputChannels<Traits::values>& input, float (&x)[Traits::values]) {
@@ -240,7 +240,7 @@ __device__ __forceinline__ void load_chunk(const T* source, bool inside, const T
     }
 }
 
-// Any filter: its `taps` taps from `first_tap` on, whose weights lie in shared memory.
+// Any filter: `taps` taps from `first_tap` on, whose weights are in shared memory.
 template <class Traits>
 __device__ __forceinline__ void multiply_taps(const Args& args, const Thread& thread, const Strip& strip, int first_tap,
                                               int taps, const Shared<Traits>& shared, Sums<Traits>& sums) {
@@ -273,7 +273,7 @@ __device__ __forceinline__ void multiply_taps(const Args& args, const Thread& th
     }
 }
 
-// Writes a thread's sums to where store_strip reads them, and adds to what is there unless they are the `first`.
+// Adds a thread's sums to those in shared memory, for store_strip; the `first` overwrite them.
 template <class Traits>
 __device__ __forceinline__ void stage_sums(const Sums<Traits>& sums, bool first, Shared<Traits>& shared) {
 #pragma unroll
@@ -290,7 +290,7 @@ __device__ __forceinline__ void stage_sums(const Sums<Traits>& sums, bool first,
     }
 }
 
-// The sums of every thread's strip into shared memory.
+// Computes the sums of every thread's strip into shared memory.
 template <class Traits>
 __device__ __forceinline__ void accumulate(const Args& args, const Thread& thread, const Strip& strip,
                                            Shared<Traits>& shared) {
@@ -314,7 +314,7 @@ __device__ __forceinline__ void accumulate(const Args& args, const Thread& threa
     }
 }
 
-// Asks for a strip's residual, so that it is on its way to the L2 while the products are made.
+// Prefetches a strip's residual into the L2 while the main loop runs.
 template <class Traits>
 __device__ __forceinline__ void prefetch_residual(const Args& args, const Thread& thread, const Strip& strip) {
     RowPlace place = place_of_pixel(args.conv, {strip.n, strip.p, strip.q});
@@ -325,7 +325,7 @@ __device__ __forceinline__ void prefetch_residual(const Args& args, const Thread
     }
 }
 
-// Finishes and stores a thread's strip pixel by pixel: a rolled loop, so that the activations are instantiated once.
+// Finishes and stores a thread's strip pixel by pixel, in a rolled loop, so that the activations are instantiated once.
 template <class Traits>
 __device__ __forceinline__ void store_strip(const Args& args, const Thread& thread, const Strip& strip,
                                             const Shared<Traits>& shared) {

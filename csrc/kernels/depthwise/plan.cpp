@@ -1,3 +1,4 @@
+// When `depthwise` is legal, its versions, and their estimated time.
 #include <algorithm>
 
 #include "plan/cost.h"
@@ -9,15 +10,15 @@ namespace {
 
 using fused_cna::resident_blocks;
 
-// Counted in the machine code, float32 and 16-bit types alike but for their conversions; measurements may replace them.
-constexpr double row_instructions = 25;         // of a filter row, or a tap of any filter, beside its loads
-constexpr double load_instructions = 6;         // of a chunk: address, predicate, zeros and the load
-constexpr double narrow_load_instructions = 9;  // more of them for a chunk in pieces
-constexpr double value_load_instructions = 6;   // more of them per value loaded alone
+// Counted in the machine code, for float32 and 16-bit types alike except for conversions; not measured yet.
+constexpr double row_instructions = 25;         // for a filter row, or a tap of any filter, besides its loads
+constexpr double load_instructions = 6;         // for a chunk: address, predicate, zeros and the load
+constexpr double narrow_load_instructions = 9;  // more for a chunk in pieces
+constexpr double value_load_instructions = 6;   // more per value loaded alone
 constexpr double pixel_instructions = 90;       // to finish and store a chunk
 constexpr double strip_instructions = 180;      // to find a strip and to stage its sums
-constexpr double weight_instructions = 15;      // to bring one weight into shared memory
-constexpr int64_t most_rounds = 16;             // of a block: more would leave late blocks nothing to balance with
+constexpr double weight_instructions = 15;      // to copy one weight into shared memory
+constexpr int64_t most_rounds = 16;             // per block: more would make blocks too long to balance the load
 
 int64_t all_strips(const ConvProblem& problem) {
     const int64_t p = problem.p(), bands = bands_of(p);
@@ -30,7 +31,7 @@ int64_t resident_blocks(const ConvProblem& problem, const Tile& tile, const Devi
     return resident_blocks(threads, tile.shared_bytes(size_in_bytes(problem.dtype)), tile.blocks_per_multiprocessor, device);
 }
 
-// The work of one thread for one strip, in instructions: multiply-adds, the main loop with them, and all.
+// The instructions of one thread for one strip: multiply-adds, the main loop including them, and all.
 struct StripWork {
     double products, loop, all;
 };
@@ -56,7 +57,7 @@ Estimate estimate(const ConvProblem& problem, const Tile& tile, const Plan& plan
     const double rounds = static_cast<double>(ceil_div(all_strips(problem), blocks_of_slab * strips_of_block));
     const double taps = static_cast<double>(problem.r * problem.s);
     const double weights = weight_instructions * taps * plan.tile.n / threads;
-    // The first row of a strip comes from memory; the others were asked for by strips above and below.
+    // A strip's first row comes from memory; strips above and below have already requested the others.
     const double rows = tile.takes_any() ? taps : tile.filter;
     const double waits = (rounds - 1) * memory_latency + rounds * (rows - 1) * step_latency;
     return {
@@ -71,7 +72,7 @@ std::string unsupported_reason(const ConvProblem& problem, const Tile& tile, con
     const std::string filter = std::to_string(tile.filter) + "x" + std::to_string(tile.filter);
     const bool fits_filter = problem.r == tile.filter && problem.s == tile.filter && problem.stride_h == tile.stride &&
                              problem.stride_w == tile.stride && problem.dil_h == 1 && problem.dil_w == 1;
-    // Coordinates of the last strip's columns, and of the strips that the last band has too many.
+    // Coordinates of the last strip's columns, and of the last band's surplus strips.
     const int64_t last = std::max(problem.padded_w() + strip_columns * problem.stride_w,
                                   problem.padded_h() + most_band_rows * problem.stride_h);
     const int64_t strips = all_strips(problem);
@@ -109,7 +110,7 @@ Candidate candidate_of_tile(const ConvProblem& problem, const DeviceInfo& device
     plan.tile = {static_cast<int>(strips * strip_columns), static_cast<int>(chunks * values),
                  static_cast<int>(tile.takes_any() ? std::min<int64_t>(taps, most_taps) : taps)};
 
-    // As many blocks as run at once, each with as many rounds as the others: weights and folds are then made once.
+    // As many blocks as run at once, each with as many rounds as the others, so that each makes weights and folds only once.
     const int64_t blocks_of_slab = ceil_div(all_strips(problem), strips);
     const int64_t at_once = resident_blocks(problem, tile, device) * device.multiprocessors;
     const int64_t rounds = std::clamp<int64_t>(ceil_div(blocks_of_slab * slabs(problem, plan), at_once), 1, most_rounds);

@@ -1,3 +1,4 @@
+// The launcher of `depthwise_toeplitz`: its kernel arguments, made on the host.
 #include "kernels/common/dispatch.cuh"
 #include "kernels/depthwise_toeplitz/kernel.cuh"
 #include "plan/plan.h"

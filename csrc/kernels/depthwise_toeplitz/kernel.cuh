@@ -1,7 +1,7 @@
 // Depthwise convolution with wide filters on tensor cores. Eight neighbouring outputs of a row are sixteen neighbouring
-// inputs times a banded (Toeplitz) matrix of the filter row's taps: for one channel and one filter row, an MMA makes 16
-// strips of 8 columns, and the sum over the filter rows stays in its accumulators. float16 and bfloat16, compute capability
-// 8.0 and newer; channels of x must be dense.
+// inputs times a banded (Toeplitz) matrix of the filter row's taps. For one channel and one filter row, an MMA computes 16
+// strips of 8 columns; the sum over the filter rows stays in its accumulators. float16 and bfloat16, compute capability 8.0
+// and newer; channels of x must be dense.
 #pragma once
 
 #include <device/device.cuh>
@@ -13,7 +13,7 @@ namespace fused_cna::depthwise_toeplitz {
 
 inline constexpr int channels_per_warp = slab_channels / warps;
 
-// A warp makes every warps-th channel of the slab; of each, all strips by row.
+// A warp computes every warps-th channel of the slab: for each channel, all strips by row.
 using Accumulators = float[channels_per_warp][strip_rows][4];
 
 // A lane's words of the right operand for one filter row; see Words.
@@ -21,7 +21,7 @@ struct alignas(8) Fragment {
     uint32_t words[2];
 };
 
-// Whether the strips that a load_matrices reads together lie in distinct banks, in every tile.
+// Whether strips that one load_matrices reads together are in distinct banks, for every tile.
 constexpr bool strips_lie_in_distinct_banks(int filter_rows) {
     for (int across = 1; across <= most_strips; ++across) {
         for (int down = 1; down * across <= most_strips; ++down) {
@@ -41,8 +41,8 @@ constexpr bool strips_lie_in_distinct_banks(int filter_rows) {
 }
 static_assert(strips_lie_in_distinct_banks(5) && strips_lie_in_distinct_banks(7) && strips_lie_in_distinct_banks(10));
 
-// One channel of an MMA tile. A row of the planes is read once and multiplied with every filter row that it meets in the
-// strip's rows.
+// One channel of an MMA tile. A row of the planes is read once and multiplied by every filter row that the strip's rows need
+// it for.
 template <class T, int FilterRows>
 __device__ __forceinline__ void multiply_channel(const Args& args, uint32_t strip_address, const uint32_t* filter,
                                                  float (&total)[strip_rows][4]) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void multiply_channel(const Args& args, uint32_t stri
     }
 }
 
-// The same by the formula.
+// The same by the plain formula.
 template <class T>
 __device__ __forceinline__ void sum_channel(const Args& args, const Tables& tables, const unsigned char* plane,
                                             const uint32_t* filter, float (&total)[strip_rows][4]) {
@@ -116,7 +116,7 @@ __device__ __forceinline__ bool are_finite(const float (&total)[strip_rows][4]) 
 template <class T, int FilterRows>
 __device__ __forceinline__ void accumulate_strips(const Args& args, const Block& block, const Shared& shared,
                                                   Accumulators& total) {
-    // The second half of the lanes brings the inputs 8 columns further.
+    // The second half of the lanes reads the inputs 8 columns further.
     const int offset = shared.tables.strips[device::lane() % most_strips].offset + device::lane() / 16 * chunk_bytes;
 #pragma unroll
     for (int i = 0; i < channels_per_warp; ++i) {
@@ -125,13 +125,13 @@ __device__ __forceinline__ void accumulate_strips(const Args& args, const Block&
         const unsigned char* plane = shared.planes + plane_offset(args.layout, channel);
         const uint32_t* filter = shared.filter + channel * args.filter_rows * filter_row_pitch;
         multiply_channel<T, FilterRows>(args, device::shared_address(plane) + offset, filter, total[i]);
-        // The zeros of T carry an infinity or a NaN of x, as NaN, to outputs that do not read it.
+        // Zeros of the matrix turn an infinity or NaN of x into NaN in outputs that do not read it: recompute these.
         if (!are_finite(total[i])) sum_channel<T>(args, shared.tables, plane, filter, total[i]);
     }
 }
 
-// Rows of the staged accumulators are ordered as accumulators lie in registers and lanes, strip row by strip row, which
-// keeps the writes free of bank conflicts.
+// Rows of the staged accumulators are in the order of registers and lanes, one strip row after the other, so that the writes
+// have no bank conflicts.
 __device__ __forceinline__ void stage_accumulators(const Accumulators& total, float* accumulators) {
 #pragma unroll
     for (int c = 0; c < channels_per_warp; ++c) {
@@ -146,18 +146,18 @@ __device__ __forceinline__ void stage_accumulators(const Accumulators& total, fl
     }
 }
 
-// What a thread stores: the same 8 channels of the same column of a strip in all its rows, so that addresses and fold are
-// made once.
+// What a thread stores: the same 8 channels of one column of a strip, in all its rows, so that addresses and folds are made
+// once.
 struct Share {
     static constexpr int width = 8, halves = slab_channels / width, pixels = threads / halves;
     static_assert(pixels == most_pixels / strip_rows, "one thread for every pixel of a row of all strips");
 
-    int index, column;  // of the staged accumulators; of the slab's channels
-    Pixel first;        // that does not exist where there is nothing to store
+    int index, column;  // row of the staged accumulators; first of the slab's channels
+    Pixel first;        // does not exist where there is nothing to store
     int rows, channels;
 
     static __device__ Share of(const Args& args, const Block& block, const Shared& shared) {
-        // Neighbouring threads write along whichever dimension of y is dense: channels, or else pixels.
+        // Neighbouring threads write along the dense dimension of y: channels, else pixels.
         const bool channels_dense = args.conv.y_strides.c == 1;
         const int thread = device::thread_x();
         const int column = (channels_dense ? thread % halves : thread / pixels) * width;
@@ -174,7 +174,7 @@ struct Share {
     }
 };
 
-// Asks for the residual, so that it is on its way to the L2 while the products are made.
+// Prefetches the residual into the L2 while the main loop runs.
 template <class T>
 __device__ __forceinline__ void prefetch_residual(const Args& args, const Block& block, const Shared& shared) {
     const Share share = Share::of(args, block, shared);

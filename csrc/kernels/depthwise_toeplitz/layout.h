@@ -1,56 +1,57 @@
-// The tile of `depthwise_toeplitz`, and how it lies in shared memory: read by its plan and by its kernel.
+// The tile of `depthwise_toeplitz` and its layout in shared memory, read by its plan and its kernel.
 #pragma once
 
 #include <cstdint>
 
 namespace fused_cna::depthwise_toeplitz {
 
-// Filter rows that are taken in one pass; a larger filter takes several.
+// Filter rows per pass; a larger filter takes several passes.
 inline constexpr int filter_rows_of_pass[] = {5, 7};
 
 // Output pixels are counted in strips; each strip is one row of the MMAs' left operand.
 inline constexpr int strip_rows = 4, strip_columns = 8;  // output pixels
-inline constexpr int most_strips = 16;                   // of a block
+inline constexpr int most_strips = 16;                   // per block
 inline constexpr int most_pixels = most_strips * strip_rows * strip_columns;
-inline constexpr int slab_channels = 16;  // of a block: a whole 32-byte sector of every pixel
+inline constexpr int slab_channels = 16;  // per block: a whole 32-byte sector of every pixel
 inline constexpr int widest_filter = 9;
 inline constexpr int threads = 256;
-inline constexpr int blocks_per_multiprocessor = 3;  // that registers allow: the launch bound
+inline constexpr int blocks_per_multiprocessor = 3;  // the launch bound, set by registers
 
 struct Choice {
-    int pass = 0;                          // in filter_rows_of_pass
-    int images = 0, down = 0, across = 0;  // strips one below and one beside the other
+    int pass = 0;                          // index in filter_rows_of_pass
+    int images = 0, down = 0, across = 0;  // images, strips down, strips across
 
     constexpr int rows() const { return down * strip_rows; }
     constexpr int columns() const { return across * strip_columns; }
     constexpr int strips() const { return images * down * across; }
 };
 
-// A filter row as the MMAs take it: for every distance from an input back to an output, two words. The pitch, in words,
-// keeps neighbouring rows' stores free of bank conflicts.
+// A filter row in the form that the MMAs read: two words for every distance from an input back to an output. The pitch, in
+// words, keeps neighbouring rows' stores free of bank conflicts.
 inline constexpr int farthest_back = 7, filter_row_pitch = 30;
-// Of the accumulators, in floats: from pixel to pixel, odd against bank conflicts; from one row of all strips to the next.
+// Strides of the accumulators, in floats: from pixel to pixel, odd to avoid bank conflicts, and from one row of all strips
+// to the next.
 inline constexpr int pitch = slab_channels + 1;
 inline constexpr int row_pitch = most_pixels / strip_rows * pitch;
 inline constexpr int chunk_bytes = 16;
 inline constexpr int tables_bytes = 512;
-// Halves of the slab are stored together; this puts them into different banks.
+// The two halves of the slab are stored together; the skew puts them into different banks.
 inline constexpr int half_skew = 64;
 
-// The shared memory of a block: tables, then the planes, then the filter. A plane holds a channel's input pixels, in chunks
-// of 8 columns: images of rows, with a skew after every strip_rows of them. Strips that one load_matrices reads together lie
-// in distinct banks: from one strip to the next the chunk goes on by `step`, modulo the 8 chunks that fill all banks.
+// A block's shared memory: tables, then the planes, then the filter. A plane holds a channel's input pixels in chunks of 8
+// columns: images of rows, with a skew after every strip_rows rows. Strips that one load_matrices reads together are in
+// distinct banks: from one strip to the next the chunk advances by `step`, modulo the 8 chunks that fill all banks.
 struct Layout {
-    int rows = 0;                                 // of an image
-    int row = 0, skew = 0, image = 0, plane = 0;  // from one to the next, in chunks
-    int64_t filter_at = 0, shared_bytes = 0;      // the accumulators take over from planes and filter
+    int rows = 0;                                 // per image
+    int row = 0, skew = 0, image = 0, plane = 0;  // distances from one to the next, in chunks
+    int64_t filter_at = 0, shared_bytes = 0;      // the accumulators reuse the memory of planes and filter
 
-    // `filter_rows` in whole passes.
+    // `filter_rows` must be whole passes.
     static constexpr Layout of(const Choice& tile, int filter_rows) {
         Layout layout;
         layout.rows = tile.rows() + filter_rows - 1;
-        layout.row = tile.across + 1;  // an MMA takes 8 columns more than it gives
-        // Where a row of strips fills the banks in whole parts, any odd step will do: the one that costs least memory.
+        layout.row = tile.across + 1;  // an MMA reads 8 columns more than it computes
+        // Where rows of strips divide the banks evenly, any odd step works: take the one that costs the least memory.
         const int last_step = banks % tile.across == 0 ? 7 : 1;
         int step = 1;
         layout.skew = banks;
@@ -73,14 +74,14 @@ struct Layout {
         return layout;
     }
 
-    // Where a strip begins.
+    // The first chunk of a strip.
     constexpr int strip_chunk(const Choice& tile, int strip) const {
         const int position = strip / tile.across;
         return position / tile.down * image + position % tile.down * (strip_rows * row + skew) + strip % tile.across;
     }
 
    private:
-    static constexpr int banks = 8;  // of 16 bytes
+    static constexpr int banks = 8;  // 16 bytes each
     static constexpr int remainder(int chunks) { return (chunks % banks + banks) % banks; }
 };
 

@@ -1,4 +1,4 @@
-// How depthwise_toeplitz brings its operands: x transposed from neighbouring channels to planes of one channel each, the
+// The operands of depthwise_toeplitz in shared memory: x transposed from neighbouring channels to one plane per channel, the
 // filters as the words of Toeplitz matrices.
 #pragma once
 
@@ -19,23 +19,23 @@ struct Args {
     int slabs, tiles_p, tiles_q;
     int c, h, w, r, s, pad_top, pad_left;
     int filter_rows;  // r, rounded up to whole passes
-    bool wide_loads;  // 16 bytes of x, else 4
+    bool wide_loads;  // loads 16 bytes of x at a time, else 4
 };
 
-// Where a strip begins: in a channel's plane, in bytes, and in the output. n is -1 where there is no such strip; it is then
-// read as if it were the first.
+// Where a strip begins: in bytes in a channel's plane, and in the output. n is -1 where the strip does not exist; the kernel
+// then reads the first strip.
 struct Strip {
     int offset;
     int n, p, q;
 };
 
 struct Block {
-    int first_image, p, q;  // of its first output pixel
+    int first_image, p, q;  // the block's first output pixel
     int first_channel, channels;
 
-    // Slabs run fastest over the grid: blocks that share lines of x and y run together and find them in the L2.
+    // Slabs vary fastest over the grid: blocks that share lines of x and y run together and find them in the L2.
     static __device__ Block of(const Args& args) {
-        // Unsigned, because that is a shorter division.
+        // Unsigned division is shorter.
         unsigned tile = static_cast<unsigned>(device::block_x());
         const unsigned slabs = args.slabs, tiles_p = args.tiles_p, tiles_q = args.tiles_q;
         const int first_channel = static_cast<int>(tile % slabs) * slab_channels, remaining = args.c - first_channel;
@@ -65,7 +65,7 @@ struct Tables {
 };
 static_assert(sizeof(Tables) <= tables_bytes, "the tables must fit before the planes");
 
-// The parts of a block's shared memory: accumulators take over from planes and filter.
+// The parts of a block's shared memory; the accumulators reuse the memory of planes and filter.
 struct Shared {
     Tables& tables;
     unsigned char* planes;
@@ -79,7 +79,7 @@ struct Shared {
     }
 };
 
-// Where a row of an image and a channel's plane begin, in bytes.
+// Byte offsets of a row in its image and of a channel's plane.
 __device__ __forceinline__ int row_offset(const Layout& layout, int row) {
     const unsigned skews = static_cast<unsigned>(row) / strip_rows;
     return (row * layout.row + static_cast<int>(skews) * layout.skew) * chunk_bytes;
@@ -93,14 +93,14 @@ __device__ __forceinline__ uint32_t first_halves(uint32_t a, uint32_t b) { retur
 __device__ __forceinline__ uint32_t second_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000); }
 
 // A lane's share of the right operand for one filter row, T[j][q] = filter[j - q] with sixteen inputs j and eight outputs q:
-// inputs 2t and 2t + 1 of output g, and those 8 further. It depends on the distance 2t - g alone, from -7 to 6.
+// inputs 2t and 2t + 1 of output g, and those 8 further. It depends only on the distance 2t - g, from -7 to 6.
 template <class T>
 struct alignas(8) Words {
     T values[4];
 };
 
-// A filter row of the slab: asked for all at once, then written as Words by distance, zero where there is no such
-// tap.
+// A filter row of the slab. The constructor starts all its loads; store() writes it as Words by distance, zero where there
+// is no tap.
 template <class T>
 class FilterRow {
     static constexpr int back = farthest_back, widest = widest_filter;
@@ -135,7 +135,7 @@ class FilterRow {
     T taps_[widest];
 };
 
-// Those rows of the slab's filters that the threads' first ones leave: of filters with many rows.
+// Stages the rows beyond one per thread, where filters have many rows.
 template <class T>
 __device__ __forceinline__ void stage_other_rows(const Args& args, const Block& block, const Shared& shared) {
 #pragma unroll 1
@@ -144,7 +144,7 @@ __device__ __forceinline__ void stage_other_rows(const Args& args, const Block& 
     }
 }
 
-// A tap of a filter row in those words.
+// A tap, read back from the Words of a filter row.
 template <class T>
 __device__ __forceinline__ float tap_of_words(const uint32_t* filter_row, int s) {
     const auto* words = reinterpret_cast<const Words<T>*>(filter_row) + farthest_back;
@@ -169,8 +169,8 @@ __device__ __forceinline__ void store_transposed(const device::Vector16 (&pixels
     }
 }
 
-// Brings the block's part of x into the planes, zeros where it is padding. A thread takes the same 4 columns and 8 channels
-// of one row after another.
+// Copies the block's part of x into the planes, with zeros for padding. A thread takes the same 4 columns and 8 channels of
+// one row after another.
 template <class T>
 __device__ __forceinline__ void stage_planes(const Args& args, const Block& block, const Shared& shared) {
     constexpr int columns_per_item = 4, channels_per_item = 8, halves = slab_channels / channels_per_item;
@@ -182,7 +182,7 @@ __device__ __forceinline__ void stage_planes(const Args& args, const Block& bloc
     const int half = item % halves, column = item / halves * columns_per_item;
     const int channel = block.first_channel + half * channels_per_item, channels = args.c - channel;
     const int first_w = block.q - args.pad_left, first_h = block.p - args.pad_top, w = first_w + column;
-    // Columns that no output needs are left out: they would only cost bandwidth.
+    // Columns that no output needs are skipped: they would only cost bandwidth.
     const int needed = first_w + args.tile.columns() + args.s - 1;
     const int end = channels <= 0 ? 0 : needed < args.w ? needed : args.w;
 

@@ -1,3 +1,4 @@
+// When `depthwise_toeplitz` is legal, its tiles, and their estimated time.
 #include <algorithm>
 
 #include "plan/cost.h"
@@ -9,7 +10,7 @@ namespace {
 
 // Warp instructions, counted in the compiled kernel.
 constexpr double instructions_per_block = 3500;   // coordinates, the table of the filter, folds, staging
-constexpr double instructions_per_item = 133;     // four pixels of 8 channels brought and transposed
+constexpr double instructions_per_item = 133;     // to copy and transpose four pixels of 8 channels
 constexpr double instructions_per_multiply = 5;   // with its share of loads and of the check for infinities
 constexpr double instructions_per_result = 12.5;  // fold, a cheap activation, rounding, store
 
@@ -27,14 +28,14 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     const Layout layout = layout_of(problem, choice);
     const double rows = rows_of_pass(choice), channels = slab_channels;
     const double channel_passes = channels * static_cast<double>(passes(problem, rows_of_pass(choice)));
-    // Warps that have no strip of the tile store nothing.
+    // Warps without a strip of the tile store nothing.
     const double results = static_cast<double>(ceil_div(choice.strips(), 4)) * 4 * strip_rows * strip_columns * channels;
     const double multiplies = channel_passes * rows * strip_rows;
     constexpr double products_per_multiply = 16 * 8 * 16;
 
     const double x_matrices = channel_passes * (rows + strip_rows - 1) * 512;
     const double filter_words = channel_passes * rows * shared_bytes_per_cycle;
-    // All accumulators are written once, the results read with two lanes to a bank.
+    // All accumulators are written once; the results are read with two lanes per bank.
     const double staged = (most_pixels * channels + results * 2) * 4;
     const double shared = (layout.plane * 16 * channels + x_matrices + filter_words + staged) / shared_bytes_per_cycle;
     const double items = choice.images * layout.rows * layout.row * 2 * channels / 8;
@@ -43,7 +44,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
                          issued_per_cycle;
     const double cycles =
         std::max({multiplies * products_per_multiply / (mma_per_clock(device) * mma_share), shared, issue});
-    // The phases of a block wait for each other, which only other blocks can hide.
+    // A block's phases wait for each other; only other blocks can hide that.
     const double lone = 2 * memory_latency + shared + issue;
     const int64_t resident = resident_blocks(threads, layout.shared_bytes, blocks_per_multiprocessor, device);
     return {.products_us = as_us(waves(plan, 1, device) * cycles, device),
@@ -52,7 +53,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
             .overhead_us = launch_us + conversions_us(problem, plan, device)};
 }
 
-// Why the kernel cannot run the problem, whatever the tile; empty where it can.
+// Why no tile can run the problem; empty where some may.
 std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& device) {
     if (!too_old(device).empty()) return too_old(device);
     if (problem.dtype == DType::float32) return "its tensor cores take float16 and bfloat16, not float32";
@@ -67,7 +68,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
         return "the filter is " + std::to_string(problem.s) + " wide, it takes widths from 2 to " +
                std::to_string(widest_filter);
     }
-    // no higher filter's table fits any device's shared memory
+    // the table of a higher filter fits no device's shared memory
     if (constexpr int64_t highest = 128; problem.r > highest)
         return with_numbers("the filter has", problem.r, " rows", highest);
     if (constexpr int64_t most_images = int_limit - most_strips; problem.n > most_images) {
@@ -103,8 +104,8 @@ Candidate candidate_of(const ConvProblem& problem, const DeviceInfo& device, con
     return candidate;
 }
 
-// How many images a tile of so many strips may hold: as many as fill it, and half of that where blocks may be few. Several
-// only where they are whole.
+// How many images a tile of so many strips may hold: as many as fill it, or half, for more blocks. Several only where each
+// image is whole.
 std::vector<int> useful_images(const ConvProblem& problem, const Choice& choice) {
     if (choice.rows() < problem.p() || choice.columns() < problem.q()) return {1};
     const int most = static_cast<int>(std::min<int64_t>(problem.n, most_strips / choice.strips()));
@@ -114,7 +115,7 @@ std::vector<int> useful_images(const ConvProblem& problem, const Choice& choice)
 
 void list_candidates(Kernel, const ConvProblem& problem, const DeviceInfo& device, std::vector<Candidate>& all) {
     const auto padded_rows = [&](int rows) { return passes(problem, rows) * rows; };
-    // The pass that leaves fewer rows of zeros behind the filter's last.
+    // The pass size that pads the filter with fewer rows of zeros.
     const int pass = padded_rows(filter_rows_of_pass[1]) <= padded_rows(filter_rows_of_pass[0]) ? 1 : 0;
     if (const std::string reason = unsupported_reason(problem, device); !reason.empty()) {
         all.push_back({base_plan(problem, {.pass = pass}), reason});
@@ -123,7 +124,7 @@ void list_candidates(Kernel, const ConvProblem& problem, const DeviceInfo& devic
     const int most_across = static_cast<int>(std::min<int64_t>(ceil_div(problem.q(), strip_columns), most_strips));
     for (int across = 1; across <= most_across; ++across) {
         const int most_down = static_cast<int>(std::min<int64_t>(ceil_div(problem.p(), strip_rows), most_strips / across));
-        // Tiles that could be twice as high only read more.
+        // Tiles that could be twice as high would only read more.
         for (int down = most_down / 2 + 1; down <= most_down; ++down) {
             Choice choice{pass, 1, down, across};
             for (const int images : useful_images(problem, choice)) {

@@ -1,3 +1,4 @@
+// The launcher of `direct`.
 #include "kernels/common/dispatch.cuh"
 #include "kernels/direct/kernel.cuh"
 #include "plan/plan.h"

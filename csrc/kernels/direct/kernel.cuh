@@ -1,5 +1,5 @@
 // Any convolution: any stride, padding, dilation, groups and memory format, with 64-bit offsets. An implicit GEMM on the
-// CUDA cores that recomputes every coordinate. The fallback of the fast kernels, and the one they are checked against.
+// CUDA cores that recomputes every coordinate. The fallback for the fast kernels, and the reference they are tested against.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,8 @@
 
 namespace fused_cna::direct {
 
-// A block makes tile.m pixels x tile.n channels of one group, tile.k products a step; a thread thread_m x thread_n of them.
+// A block computes tile.m pixels x tile.n channels of one group, tile.k products per step; a thread computes thread_m x
+// thread_n of them.
 template <BlockTile tile>
 struct Traits {
     static constexpr int m = tile.m, n = tile.n, k = tile.k;
@@ -22,7 +23,7 @@ struct Traits {
     static_assert(k <= 64, "more than 64 products in one running sum lose accuracy");
 };
 
-// Rows are one value longer than the tile, so that writes down a column spread over the banks.
+// Rows are one value longer than the tile, so that writes down a column hit different banks.
 template <class T, class Traits>
 struct Shared {
     using Output = TileStore<T, TileShape<Traits::m, Traits::n, Traits::n + 1, threads>>;
@@ -44,7 +45,7 @@ struct Shared {
     static_assert(sizeof(Operands) + sizeof(places) <= 32 * 1024, "direct must fit the 48 KB that need no opt-in");
 };
 
-// The block's place in the output, and the extents that its loops run over.
+// The block's place in the output, and the bounds of its loops.
 struct Block {
     int64_t first_row;  // of gemm_m
     int group;
@@ -53,7 +54,7 @@ struct Block {
     int c_per_group;
     int products;  // gemm_k
 
-    // Channel tiles run fastest over the grid: blocks that share pixels run together and find them in the L2.
+    // Channel tiles vary fastest over the grid: blocks that share pixels run together and find them in the L2.
     template <class Traits>
     static __device__ Block of(const ConvProblem& problem) {
         const int k_per_group = static_cast<int>(problem.k_per_group());
@@ -83,7 +84,7 @@ __device__ void prepare_pixels(const ConvArgs& args, const Block& block, Shared<
     }
 }
 
-// Products are numbered with the input channel fastest, then s, then r: neighbours in channels_last memory.
+// Products are numbered channel first, then s, then r: neighbours in channels_last memory.
 template <class T>
 __device__ float load_activation(const ConvArgs& args, const Block& block, const Pixel& pixel, int product) {
     const ConvProblem& problem = args.problem;
@@ -109,11 +110,11 @@ __device__ float load_weight(const ConvArgs& args, const Block& block, int colum
                      tap / s * strides.r + tap % s * strides.s]);
 }
 
-// Brings `depth` products of every row and column into shared memory.
+// Copies `depth` products of every row and column into shared memory.
 template <class T, class Traits>
 __device__ void load_operands(const ConvArgs& args, const Block& block, int first_product, int depth,
                               Shared<T, Traits>& shared) {
-    // Neighbouring threads read along whichever dimension of x is dense: channels, or else pixels.
+    // Neighbouring threads read along the dense dimension of x: channels, else pixels.
     const bool channels_dense = args.x_strides.c == 1;
     for (int i = device::thread_x(); i < Traits::m * Traits::k; i += threads) {
         const int product = channels_dense ? i % Traits::k : i / Traits::m;
@@ -130,11 +131,11 @@ __device__ void load_operands(const ConvArgs& args, const Block& block, int firs
     }
 }
 
-// A thread's rows and columns lie threads_m and threads_n apart, so that a warp reads neighbouring words.
+// A thread's rows and columns are threads_m and threads_n apart, so that a warp reads neighbouring words.
 template <class T, class Traits>
 __device__ void multiply(const Shared<T, Traits>& shared, int depth, float (&total)[Traits::thread_m][Traits::thread_n]) {
     const int first_row = device::thread_x() / Traits::threads_n, first_column = device::thread_x() % Traits::threads_n;
-    // Summed apart and then added: one running sum over thousands of products has several times the error.
+    // Summed separately, then added to the total: one running sum over thousands of products has several times the error.
     float chunk[Traits::thread_m][Traits::thread_n] = {};
     for (int product = 0; product < depth; ++product) {
         float x[Traits::thread_m], weight[Traits::thread_n];

@@ -1,3 +1,4 @@
+// When `direct` is legal, and its estimated time.
 #include <algorithm>
 
 #include "plan/cost.h"
@@ -7,15 +8,14 @@ namespace fused_cna::direct {
 
 namespace {
 
-constexpr double fma_share = 0.15;  // of the CUDA cores' rate, in the main loop; as measured on an H200
-constexpr double load_cost = 28;    // multiply-adds in the time of the 110 instructions of one address and load, there
+constexpr double fma_share = 0.15;  // of the CUDA cores' rate, in the main loop; measured on an H200
+constexpr double load_cost = 28;    // multiply-adds in the time of one address and load, 110 instructions; on an H200
 
 Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
     const double m = plan.tile.m, n = plan.tile.n;
     const double products_per_block = m * n * static_cast<double>(problem.gemm_k());
     const double cycles = products_per_block * (1 + load_cost * (m + n) / (m * n)) / (fma_per_clock(device) * fma_share);
-    // Nothing is loaded ahead: every step asks for its own operands, whole even where products end before, and waits for
-    // them.
+    // Nothing is loaded ahead: every step waits for its own operands. Steps are counted whole, also the last.
     const double steps = static_cast<double>(ceil_div(problem.gemm_k(), plan.tile.k));
     const double loads = load_cost * (m + n) * plan.tile.k / (fma_per_clock(device) * fma_share);
     return {.products_us = as_us(waves(plan, 1, device) * cycles, device),

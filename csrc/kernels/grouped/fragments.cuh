@@ -1,4 +1,4 @@
-// How a warp of the kernel `grouped` reads the fragments of an MMA from shared memory.
+// Reads the MMA fragments of `grouped` from shared memory.
 #pragma once
 
 #include <device/device.cuh>
@@ -7,14 +7,14 @@
 
 namespace fused_cna::grouped {
 
-// Where a slot's output pixel finds its first position in the halo, in bytes. Slots without a pixel read any.
+// Byte offset in the halo of the first position that a slot's output pixel reads. Slots without a pixel read position 0.
 __device__ __forceinline__ int halo_of_slot(const Args& args, int slot) {
     const SlotPlace place = place_of_slot(args, slot);
     return place.exists ? (place.p * args.stride_h * args.row_positions + place.q) * args.pixel_pitch : 0;
 }
 
-// Reads x in 16-byte chunks by ldmatrix: a step is two neighbours in the list of all taps' chunks, and each lane names the
-// address of one chunk of one pixel.
+// Reads x in 16-byte chunks by ldmatrix. A step is two consecutive entries in the list of all taps' chunks; each lane gives
+// the address of one chunk of one pixel.
 template <int Fragments>
 class ChunkReader {
    public:
@@ -43,7 +43,7 @@ class ChunkReader {
     uint32_t pixels_[Fragments];
 };
 
-// Reads x in 4-byte words, the registers of a fragment, each of any tap.
+// Reads x in 4-byte words, each a register of a fragment and of any tap.
 template <int Fragments>
 class WordReader {
    public:
@@ -74,8 +74,8 @@ class WordReader {
     int pixels_[Fragments * 2];
 };
 
-// Zeroes what the last step reads behind the end of the reduction: it is another tap's, and an infinity among it would make
-// a NaN of its product with the weight's zero.
+// Zeroes what the last step reads beyond the end of the reduction. It belongs to another tap; an infinity there times the
+// weight's zero would be a NaN.
 template <int Fragments>
 __device__ __forceinline__ void clear_tail(int tail_words, uint32_t (&words)[Fragments][4]) {
     const int word = device::lane() % 4;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void clear_tail(int tail_words, uint32_t (&words)[Fra
     }
 }
 
-// Reads the weights of a unit's columns, step after step. Columns that do not exist read the last one that does.
+// Reads the weights of a unit's columns, step by step. Columns that do not exist read the last one that does.
 template <int Blocks>
 class WeightReader {
    public:
@@ -124,7 +124,7 @@ class WeightReader {
 
    private:
     uint32_t pairs_[Blocks / 2 + 1];
-    const uint32_t* last_;  // of an odd number of blocks
+    const uint32_t* last_;  // for the last block, where the number of blocks is odd
 };
 
 }  // namespace fused_cna::grouped

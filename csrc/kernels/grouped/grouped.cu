@@ -1,3 +1,4 @@
+// The launcher of `grouped`: its kernel arguments, made on the host.
 #include <algorithm>
 
 #include "kernels/common/dispatch.cuh"

@@ -1,6 +1,6 @@
-// Convolution in groups of few channels on tensor cores. A block brings the input that a rectangle of output pixels reads,
-// its halo, into shared memory once, for several groups side by side, and the weights of these groups; mma.sync then takes
-// its operands straight from the halo. float16, bfloat16, and float32 rounded to tf32; compute capability 8.0 and newer.
+// Convolution in groups of few channels on tensor cores. A block copies the halo, the input that a rectangle of output
+// pixels reads, into shared memory once for several neighbouring groups, and those groups' weights; mma.sync reads its
+// operands straight from the halo. float16, bfloat16, and float32 rounded to tf32; compute capability 8.0 and newer.
 // Channels of x and of the weight must be dense, a group's a whole number of 4-byte words.
 #pragma once
 
@@ -28,11 +28,11 @@ struct Traits {
 template <class Traits>
 using Accumulators = float[Traits::fragments][Traits::column_blocks][4];
 
-// A warp's share of its block: a set of pixel slots x the columns of one unit.
+// A warp's share of its block: one set of pixel slots x one unit of columns.
 struct Warp {
     int first_slot;
-    int group;                  // within the block
-    int first_column, columns;  // of the group's in this block; how many exist
+    int group;                  // index within the block
+    int first_column, columns;  // the first of the group's columns in this block; how many exist
 
     template <class Traits>
     static __device__ Warp of(const Args& args, const Block& block) {
@@ -44,13 +44,13 @@ struct Warp {
                 remaining < Traits::tile.columns() ? remaining : Traits::tile.columns()};
     }
 
-    // False where the last block has fewer groups, or columns, than the others.
+    // False where the last block has fewer groups or columns than the others.
     __device__ bool exists() const { return columns > 0; }
     __device__ int first_column_of_block(const Block& block) const { return group * block.columns_per_group + first_column; }
 };
 
 __device__ __forceinline__ void prepare_places(const Args& args, const Block& block, const Memory& memory) {
-    // Rolled, because an unrolled loop divides by the number of threads to know how often it turns.
+    // Rolled: to unroll it the compiler would divide by the number of threads to count the turns.
 #pragma unroll 1
     for (int i = device::thread_x(); i < args.pieces; i += args.threads) memory.offsets[i] = offset_of_piece(args, i);
 #pragma unroll 1
@@ -85,13 +85,13 @@ __device__ __forceinline__ void accumulate(const Args& args, const Block& block,
     }
 }
 
-// Writes a warp's accumulators to where the epilogue finds them, [slot][column].
+// Writes a warp's accumulators to memory.staged, [slot][column].
 template <class Traits>
 __device__ __forceinline__ void stage_accumulators(const Args& args, const Block& block, const Warp& warp,
                                                    const Memory& memory, const Accumulators<Traits>& total) {
     const int row = device::lane() / 4, column = device::lane() % 4 * 2;
     float* first = memory.staged + (warp.first_slot + row) * args.staging_pitch + warp.first_column_of_block(block) + column;
-    // Groups of an odd number of columns start at odd addresses.
+    // With an odd number of columns, groups start at odd addresses.
     const bool in_pairs = block.columns_per_group % 2 == 0;
 #pragma unroll
     for (int i = 0; i < Traits::fragments * 2; ++i) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ void stage_accumulators(const Args& args, const Block
     }
 }
 
-// Asks for the residual, so that it is on its way to the L2 while the products are made.
+// Prefetches the residual into the L2 while the main loop runs.
 template <class T>
 __device__ __forceinline__ void prefetch_residual(const Args& args, const Block& block, const Memory& memory) {
 #pragma unroll 1
@@ -127,7 +127,7 @@ template <class T>
 __device__ __forceinline__ void store_outputs(const Args& args, const Block& block, const Memory& memory) {
     constexpr int width = 8;
     const int columns = block.columns();
-    // Most threads keep their columns, and need not read the folds again.
+    // Most threads keep their columns from turn to turn; they need not read the folds again.
     ChannelFold folds[width];
     int folds_of = -1;
 #pragma unroll 1
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(Traits::tile.most_threads, Traits::tile.blocks
     device::sync_threads();
     load_halo(args, block, memory);
     device::commit_copies();
-    // A block has a thread for every column, and for those that fill up the last eight.
+    // The block has a thread for every column, including the padding to a multiple of eight.
     const FoldTable<T> folds(args.conv.epilogue, block.first_channel, (args.columns + 7) / 8 * 8, block.columns());
     if constexpr (!prepares_ahead) prepare_places(args, block, memory);
     folds.store(memory.folds);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(Traits::tile.most_threads, Traits::tile.blocks
     Accumulators<Traits> total = {};
     if (warp.exists()) accumulate<Traits>(args, block, warp, memory, total);
 
-    // The staged accumulators take over the operands' memory.
+    // The staged accumulators reuse the operands' memory.
     device::sync_threads();
     if (warp.exists()) stage_accumulators<Traits>(args, block, warp, memory, total);
     device::sync_threads();

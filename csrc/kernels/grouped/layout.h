@@ -1,5 +1,5 @@
-// How `grouped` lays a problem out: what a block reads and where it keeps it. The plan asks for sizes,
-// the kernel for places.
+// The layout of a problem for `grouped`: what a block reads, and where it lies in shared memory. The plan needs the sizes,
+// the launcher passes the offsets to the kernel.
 #pragma once
 
 #include <algorithm>
@@ -9,18 +9,18 @@
 
 namespace fused_cna::grouped {
 
-// Output pixels are taken in octets, eight neighbours of one row: the rows of one matrix of ldmatrix. A row's last octet may
-// be partly empty. A slot is a place for an output pixel in an octet.
+// Output pixels are taken in octets: eight neighbours of one row, the rows of one ldmatrix matrix. A row's last octet may be
+// partly empty. A slot is a place for an output pixel in an octet.
 inline constexpr int octet = 8;
 
 struct Layout {
-    // The input that the rectangle of output pixels reads, its halo. Columns are sorted by their place modulo the stride, in
-    // as many phases, so that neighbouring outputs read neighbouring positions of a row whatever the stride.
+    // The halo: the input that the rectangle of output pixels reads. Its columns are sorted by their index modulo the stride
+    // (their phase), so that neighbouring outputs read neighbouring positions of a row whatever the stride.
     int64_t halo_rows = 0, halo_columns = 0, phases = 0, phase_columns = 0, row_positions = 0;
-    // Bytes of one group's channels, of all of a block's, and from one position to the next. The latter is an odd multiple
-    // of the widest access to a group, so that the reads of an octet are free of bank conflicts.
+    // Bytes of one group's channels, of all the block's groups, and from one position to the next. The last is an odd
+    // multiple of a group's widest access, so that the reads of an octet have no bank conflicts.
     int64_t tap_bytes = 0, pixel_bytes = 0, pixel_pitch = 0;
-    // The reduction of one output channel, (r, s, c). A step takes 32 bytes, the last one `tail_words` words of 4 bytes.
+    // The reduction of one output channel, (r, s, c). A step takes 32 bytes, the last `tail_words` words of 4 bytes.
     int64_t weight_bytes = 0, weight_pitch = 0, steps = 0, tail_words = 0;
     int64_t octets_per_row = 0, pixel_sets = 0, slots = 0;  // a set is one warp's share of the slots
     int64_t units_per_group = 0, units = 0, warps = 0;      // a unit is one warp's share of the columns
@@ -28,11 +28,11 @@ struct Layout {
     int64_t slabs_per_group = 0, slabs = 0;                 // a slab is a block's share of the channels
     int64_t tiles_p = 0, tiles_q = 0, blocks = 0;
 
-    // Offsets in shared memory, where the staged accumulators take over the operands'.
+    // Offsets in shared memory. The staged accumulators reuse the operands' memory.
     int64_t weights_at = 0, offsets_at = 0, columns_at = 0, places_at = 0, folds_at = 0, shared_bytes = 0;
 };
 
-// Entries of a step in the table of offsets.
+// Entries per step in the table of offsets.
 constexpr int64_t offsets_per_step(Reader reader) { return reader == Reader::chunks ? 2 : 8; }
 
 inline constexpr int64_t bytes_per_place = 16, bytes_per_fold = 12;
@@ -70,7 +70,7 @@ constexpr Layout make_layout(const ConvProblem& problem, const Tile& tile, const
     layout.tiles_q = ceil_div(problem.q(), choice.q);
     layout.blocks = problem.n * layout.tiles_p * layout.tiles_q * layout.slabs;
 
-    // More than any shared memory holds is too much, however much, and the product is not to overflow.
+    // Clamped to more than any shared memory holds, so that the product cannot overflow.
     constexpr int64_t most_positions = int64_t{1} << 24;
     const int64_t positions = std::min(layout.halo_rows * layout.row_positions, most_positions);
     layout.weights_at = round_up(positions * layout.pixel_pitch, 16);

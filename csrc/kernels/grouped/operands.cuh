@@ -1,4 +1,4 @@
-// What a block of the kernel `grouped` is, and how its operands come into shared memory.
+// The block and the shared memory of `grouped`, and the copies of its operands.
 #pragma once
 
 #include <device/device.cuh>
@@ -9,7 +9,7 @@
 
 namespace fused_cna::grouped {
 
-// The sizes of Layout in the type that the kernel counts in, and what else is the same for all threads.
+// The sizes of Layout as 32-bit numbers, and other values that are the same for all threads.
 struct Args {
     ConvArgs conv;
     Choice choice;
@@ -17,7 +17,7 @@ struct Args {
     int64_t weight_k_bytes, weight_r_bytes, weight_s_bytes;
     int h, w, p, q, stride_h, stride_w, pad_top, pad_left, dil_h, dil_w, groups, k_per_group;
     int x_vector_bytes, weight_vector_bytes;
-    bool taps_dense;      // the weights of an output channel follow each other without gaps
+    bool taps_dense;      // whether an output channel's weights are contiguous
     bool channels_dense;  // of y
     int halo_rows, halo_columns, row_positions;
     Divisor phases, phase_columns, tap_bytes, s, octets_per_row;
@@ -26,19 +26,19 @@ struct Args {
     int slots, threads, columns, staging_pitch;
     Divisor slabs_per_group, slabs, tiles_p, tiles_q;
     int weights_at, offsets_at, columns_at, places_at, folds_at;
-    Shares halo_shares;     // piece of a pixel, position, row
-    Shares weight_shares;   // piece of the reduction, column
-    Shares padding_shares;  // word behind the reduction, column; of no use where there is none
-    Shares output_shares;   // eight columns and slot, whichever is dense in y first
+    Shares halo_shares;     // pieces of a pixel, positions, rows
+    Shares weight_shares;   // pieces of the reduction, columns
+    Shares padding_shares;  // words after the reduction, columns; unused where there are none
+    Shares output_shares;   // eight columns and slots, the one that is dense in y first
 };
 
 // The block's shared memory.
 struct Memory {
     unsigned char* halo;     // [row][position] of pixel_pitch bytes
     unsigned char* weights;  // [column] of weight_pitch bytes
-    float* staged;           // [slot] of staging_pitch floats, in the operands' place
-    int* offsets;            // of every piece of the reduction, from an output pixel's first position, in bytes
-    int* columns;            // of the input, by position in a row of the halo; -1 where there is none
+    float* staged;           // [slot] of staging_pitch floats, in the operands' memory
+    int* offsets;            // of every piece of the reduction, in bytes from an output pixel's first position
+    int* columns;            // of the input, by position in a row of the halo; -1 where outside
     RowPlace* places;        // by slot
     ChannelFold* folds;      // by column
 
@@ -61,7 +61,7 @@ struct Block {
     int columns_per_group;
     int first_channel;  // of the output
 
-    // Slabs of channels run fastest over the grid: blocks that share pixels run together.
+    // Slabs of channels vary fastest over the grid: blocks that share pixels run together.
     static __device__ Block of(const Args& args) {
         const int block = static_cast<int>(device::block_x());
         const int slab = args.slabs.remainder(block), tile = args.slabs.quotient(block);
@@ -99,12 +99,12 @@ __device__ __forceinline__ Pixel output_pixel(const Args& args, const Block& blo
     return {place.exists && p < args.p && q < args.q ? block.n : -1, p, q};
 }
 
-// Where a column of the halo lies in its row.
+// The position of a halo column in its row.
 __device__ __forceinline__ int position_of_column(const Args& args, int column) {
     return args.phases.remainder(column) * args.phase_columns.value + args.phases.quotient(column);
 }
 
-// Finds the input column at every position of a halo row, or -1.
+// Finds the input column of every position of a halo row, or -1.
 __device__ __forceinline__ void find_columns(const Args& args, const Block& block, const Memory& memory) {
     const int first_w = block.first_q * args.stride_w - args.pad_left;
 #pragma unroll 1
@@ -115,7 +115,7 @@ __device__ __forceinline__ void find_columns(const Args& args, const Block& bloc
     }
 }
 
-// How far a piece of the reduction, a chunk or a word, lies from an output pixel's first position. 0 behind the last one.
+// Bytes from an output pixel's first position to a piece (chunk or word) of the reduction. 0 after the last piece.
 __device__ __forceinline__ int offset_of_piece(const Args& args, int piece) {
     const int byte = piece * args.piece_bytes;
     if (byte >= args.weight_bytes) return 0;
@@ -136,14 +136,14 @@ __device__ __forceinline__ void load_halo_by(const Args& args, const Block& bloc
     for (Walk at(args.halo_shares); at.slow < args.halo_rows; at.advance()) {
         const int h = first_h + at.slow, w = memory.columns[at.middle], byte = at.fast * Bytes;
         const bool valid = h >= 0 && h < args.h && w >= 0 && byte < bytes;
-        // A copy of nothing needs an aligned address all the same.
+        // A copy that reads nothing still needs an aligned address.
         const char* source = valid ? slab + h * args.x_h_bytes + w * args.x_w_bytes + byte : x;
         const int position = at.slow * args.row_positions + at.middle;
         device::copy_async<Bytes>(halo + position * args.pixel_pitch + byte, source, valid);
     }
 }
 
-// Zeros where the halo lies outside the image.
+// The halo is zero outside the image.
 __device__ __forceinline__ void load_halo(const Args& args, const Block& block, const Memory& memory) {
     switch (args.x_vector_bytes) {
         case 16: return load_halo_by<16>(args, block, memory);
@@ -172,7 +172,7 @@ __device__ __forceinline__ void load_weights_by(const Args& args, const Block& b
     }
 }
 
-// [column][r, s, c], filled up with zeros to whole steps.
+// [column][r, s, c], padded with zeros to whole steps.
 __device__ __forceinline__ void load_weights(const Args& args, const Block& block, const Memory& memory) {
     switch (args.weight_vector_bytes) {
         case 16: load_weights_by<16>(args, block, memory); break;

@@ -1,3 +1,4 @@
+// When `grouped` is legal, its tiles and rectangles, and their estimated time.
 #include <algorithm>
 
 #include "kernels/grouped/layout.h"
@@ -13,15 +14,15 @@ const char* reader_name(Reader reader) { return reader == Reader::chunks ? "chun
 // Instructions of a warp, counted in the compiled kernel.
 constexpr double block_instructions = 700;                                   // coordinates, tables
 constexpr double copy_instructions = 50;                                     // of 32 copies
-constexpr double chunk_step_instructions = 36, word_step_instructions = 80;  // of a step, beside its products
+constexpr double chunk_step_instructions = 36, word_step_instructions = 80;  // of a step, besides its products
 constexpr double product_instructions = 5.5;  // of 16 x 8 results, with its share of the weights' fragments
 constexpr double staging_instructions = 6;    // of 32 pairs of accumulators
 
-// Assumptions that no measurement has yet replaced; times in multiprocessor cycles.
+// Assumptions, not measured yet; times in multiprocessor cycles.
 constexpr double lone_step = 70;               // offsets, fragments and first products of a lone warp's step
-constexpr double lone_instruction = 2;         // of a lone warp outside of the main loop
+constexpr double lone_instruction = 2;         // of a lone warp outside the main loop
 constexpr double staging_cycles = 24.0 / 256;  // of shared memory, for one staged accumulator
-constexpr double slot_cost = 4;                // a slot's time, in that of one position of the halo
+constexpr double slot_cost = 4;                // a slot's time, in units of one halo position's
 
 int64_t resident_blocks(const Tile& tile, const Layout& layout, const DeviceInfo& device) {
     const int64_t by_registers = tile.blocks_per_multiprocessor * Tile::most_warps / layout.warps;
@@ -58,7 +59,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
         (halo_bytes + weights_bytes) / l2_bytes_per_cycle,
         instructions / issued_per_cycle + epilogue.busy,
     });
-    // Positions of the halo are known behind the weights' copies, fragments behind the halo's.
+    // Halo positions are known after the weights' copies, fragments after the halo's.
     const double alone = ahead / warps * lone_instruction + 2 * memory_latency +
                          static_cast<double>(layout.steps) * lone_step + epilogue.alone;
     const int64_t resident = resident_blocks(tile, layout, device);
@@ -80,7 +81,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     return too_far(problem);
 }
 
-// Why this tile does not; empty where it may.
+// Why this tile does not take the problem; empty where it may.
 std::string unsupported_reason(const ConvProblem& problem, const Tile& tile) {
     if (tile.reader == Reader::chunks && problem.dense_vector_bytes() < 16) {
         return "a group's " + std::to_string(problem.c_per_group()) + " channels are not whole chunks of 16 bytes";
@@ -92,7 +93,7 @@ std::string unsupported_reason(const ConvProblem& problem, const Tile& tile) {
     return "";
 }
 
-// The rectangle of at most so many octets that covers the output at the least cost of slots and halo.
+// The rectangle of at most `sets` pixel sets that covers the output at the least cost of slots and halo.
 Choice best_rectangle(const ConvProblem& problem, const Tile& tile, int64_t sets) {
     const int64_t octets = sets * tile.slots() / octet;
     Choice best;
@@ -118,8 +119,8 @@ Choice best_rectangle(const ConvProblem& problem, const Tile& tile, int64_t sets
     return best;
 }
 
-// The shares of the channels worth comparing for a number of pixel sets: as many groups as there are warps for, then fewer,
-// for more blocks; where one group has too many output channels, a part of them.
+// Shares of the channels to compare for a number of pixel sets: as many groups as there are warps, then fewer, for more
+// blocks; where one group has too many output channels, a part of them.
 std::vector<Choice> useful_choices(const ConvProblem& problem, int index, int64_t sets) {
     const Tile& tile = tiles[index];
     Choice rectangle = best_rectangle(problem, tile, sets);
@@ -181,12 +182,12 @@ void list_candidates(Kernel, const ConvProblem& problem, const DeviceInfo& devic
         std::vector<Candidate> found;
         for (const int64_t sets : {1, 2, 4}) {
             for (const Choice& choice : useful_choices(problem, i, sets)) {
-                // On a small output more pixel sets may give the same choice again.
+                // On a small output, more pixel sets may give the same choice again.
                 const auto is_same = [&](const Candidate& other) { return choice_of(other.plan) == choice; };
                 if (std::ranges::none_of(found, is_same)) found.push_back(candidate_of(problem, device, choice));
             }
         }
-        // Of wide groups no share fits shared memory, and the one that needs least says so for all.
+        // With wide groups no share may fit shared memory; then only the smallest is listed, with its reason.
         const auto needed = [&](const Candidate& candidate) { return layout_of(problem, candidate.plan).shared_bytes; };
         if (std::ranges::none_of(found, &Candidate::is_supported)) found = {*std::ranges::min_element(found, {}, needed)};
         all.insert(all.end(), found.begin(), found.end());

@@ -1,4 +1,4 @@
-// Sharing out items among the threads of a block without a division per item.
+// Distributes items over the threads of a block without a division per item.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,7 @@
 
 namespace fused_cna::grouped {
 
-// Items in three dimensions, the fast one first, of which each of `threads` threads takes every `threads`-th. Made on the
-// host.
+// Items in three dimensions, the fast one first; each of `threads` threads takes every `threads`-th item. Made on the host.
 struct Shares {
     Divisor fasts, middles;
     int fast_step = 0, middle_step = 0, slow_step = 0;
@@ -24,7 +23,7 @@ struct Shares {
           slow_step(threads / of_fasts / of_middles) {}
 };
 
-// A thread's way through its share: the next item costs two carries.
+// A thread's walk through its items: the next one costs two carries.
 class Walk {
    public:
     int fast, middle, slow;

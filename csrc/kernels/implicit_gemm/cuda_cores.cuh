@@ -1,4 +1,4 @@
-// Warp-level arithmetic on the CUDA cores, for the implicit GEMM: float32 as it is.
+// A warp's arithmetic on the CUDA cores, for the implicit GEMM: exact float32.
 #pragma once
 
 #include <cmath>
@@ -9,8 +9,8 @@
 
 namespace fused_cna::implicit_gemm {
 
-// The lanes of a warp form 4 rows x 8 columns; a thread makes every fourth row and every eighth column of the warp's tile,
-// so that a warp reads neighbouring rows of shared memory, which the swizzle keeps in distinct banks.
+// The lanes of a warp form 4 rows x 8 columns. A thread computes every fourth row and every eighth column of the warp's
+// tile, so that a warp reads neighbouring rows of shared memory, which the swizzle keeps in distinct banks.
 template <class Traits>
 class CudaCoreMath {
     static constexpr int lanes_m = 4, lanes_n = 8;
@@ -29,8 +29,8 @@ class CudaCoreMath {
             Traits::weight_start + weight_row * Traits::row_bytes + swizzle<Traits::row_bytes>(weight_row, 0) * 16;
     }
 
-    // The number of a step is the bits of the offset that the swizzle leaves to an exclusive or. The swizzle repeats every 8
-    // rows; 4 rows further down it differs in one bit.
+    // Step k differs from step 0 in bits of the chunk number, which an exclusive or flips in the swizzled offset. The
+    // swizzle repeats every 8 rows; 4 rows further it differs in one bit.
     __device__ __forceinline__ void read(int, uint32_t stage, int k) {
         constexpr int swizzle_of_row_4 = swizzle<Traits::row_bytes>(4, 0) * 16;
         const uint32_t x = (x_offset_ + stage) ^ (k * 16), weight = (weight_offset_ + stage) ^ (k * 16);

@@ -1,6 +1,5 @@
-// Sums that the compensated products could not make, because an operand is infinite, not a number, or too large to split:
-// their differences have no meaning, and leave something that is not finite. Such a sum is made again from the operands as
-// they are, one product after another, which is slow and rare.
+// Repairs sums that the compensated products got wrong because an operand is infinite, NaN, or too large to split: the sum
+// is then not finite. It is computed again from the original operands, one product after another, which is slow and rare.
 #pragma once
 
 #include <cmath>
@@ -11,7 +10,7 @@
 
 namespace fused_cna::implicit_gemm {
 
-// Products of one output over the main-loop steps of the block's split.
+// The sum of one output over the main-loop steps of the block's split.
 template <class Traits>
 __device__ float exact_sum(const Args& args, const Block& block, int row, int column) {
     using T = typename Traits::Value;
@@ -39,8 +38,8 @@ __device__ float exact_sum(const Args& args, const Block& block, int row, int co
     return sum;
 }
 
-// Looks through rows of sums that the whole block sees, `pitch` floats apart; row_of_tile(i) is the tile's row of the i-th.
-// Rows and columns outside the output may hold non-finite values too, where a zero meets an infinity; they stay as they are.
+// Checks rows of sums in memory that the whole block sees, `pitch` floats apart; row_of_tile(i) is the tile's row of the
+// i-th. Rows and columns outside the output may also hold non-finite values, where a zero meets an infinity; these stay.
 template <class Traits, class RowOfTile>
 __device__ __forceinline__ void repair_sums(const Args& args, const Block& block, float* sums, int64_t pitch, int rows,
                                             const RowOfTile& row_of_tile) {

@@ -1,3 +1,4 @@
+// The implicit GEMM on the CUDA cores: exact float32.
 #include "kernels/implicit_gemm/cuda_cores.cuh"
 #include "kernels/implicit_gemm/launch.cuh"
 

@@ -1,3 +1,4 @@
+// The implicit GEMM on tensor cores: float16.
 #include "kernels/implicit_gemm/launch.cuh"
 #include "kernels/implicit_gemm/tensor_cores.cuh"
 

@@ -1,3 +1,4 @@
+// The implicit GEMM on tensor cores: float32 rounded to tf32.
 #include "kernels/implicit_gemm/launch.cuh"
 #include "kernels/implicit_gemm/tensor_cores.cuh"
 

@@ -1,3 +1,4 @@
+// The implicit GEMM on tensor cores: float32 by three tf32 products.
 #include "kernels/implicit_gemm/launch.cuh"
 #include "kernels/implicit_gemm/tensor_cores.cuh"
 

@@ -1,6 +1,6 @@
-// Dense and grouped convolution as an implicit GEMM: operands are brought by cp.async through several stages of swizzled
-// shared memory, and multiplied by one of the arithmetics in tensor_cores.cuh and cuda_cores.cuh. Compute capability 8.0 and
-// newer. Channels of x and of the weight must be dense (stride 1).
+// Dense and grouped convolution as an implicit GEMM: cp.async copies the operands into several stages of swizzled shared
+// memory; tensor_cores.cuh or cuda_cores.cuh multiplies them. Compute capability 8.0 and newer. Channels of x and of the
+// weight must be dense (stride 1).
 #pragma once
 
 #include <device/device.cuh>
@@ -10,8 +10,8 @@
 
 namespace fused_cna::implicit_gemm {
 
-// What the epilogue keeps in the operands' memory: a slice of the accumulators at the beginning, the residual under way at
-// the end. A reduction of few steps never reaches the end, and the residual can be under way beside the operands.
+// The epilogue's use of the operands' memory: a slice of the accumulators at the start, the residual in flight at the end. A
+// reduction of few steps never uses the end, so the residual can be loaded beside the operands.
 template <class Traits>
 struct EpilogueMemory {
     static constexpr int operand_bytes = Traits::stages * Traits::stage_bytes;
@@ -31,11 +31,11 @@ struct Shared {
         alignas(128) unsigned char stages[Traits::stages][Traits::stage_bytes];
         EpilogueMemory<Traits> epilogue;
     };
-    RowPlace places[Traits::m];  // in the order in which slices take the rows
+    RowPlace places[Traits::m];  // in slice order
     ChannelFold folds[Traits::n];
 };
 
-// Row of the tile that is row `index` in the order of the slices: slice i holds the i-th few rows of every warp.
+// The tile's row that has `index` in slice order: slice i holds the i-th few rows of every warp.
 template <class Traits>
 __device__ __forceinline__ int row_of_slice_order(int index) {
     constexpr int rows = Traits::warp_slice_rows;
@@ -54,7 +54,7 @@ __device__ __forceinline__ void prepare_places(const Args& args, const Block& bl
     }
 }
 
-// Which stage is read and which is filled, as offsets in bytes.
+// The stages being read and written, as offsets in bytes.
 template <class Traits>
 class StageRing {
    public:
@@ -70,8 +70,8 @@ class StageRing {
     uint32_t read_ = 0, write_ = end - stage_bytes;
 };
 
-// Starts the copies of the step that is stages - 1 ahead. Groups are committed even when empty, so that the number under way
-// is always the same.
+// Starts the copies for the step that is stages - 1 ahead. Empty groups are committed too, so that the number in flight is
+// always the same.
 template <class Traits, class Loader>
 __device__ __forceinline__ void load_ahead(Loader& loader, StageRing<Traits>& ring, int step, int steps) {
     if (step + Traits::stages - 1 < steps) loader.load(ring.write());
@@ -79,15 +79,15 @@ __device__ __forceinline__ void load_ahead(Loader& loader, StageRing<Traits>& ri
     ring.next_write();
 }
 
-// The stage that is read next has landed, and every warp has read the last of the stage that is written next.
+// Waits until the next stage to read has landed and every warp has finished reading the next stage to write.
 template <class Traits>
 __device__ __forceinline__ void next_stage() {
     device::wait_copies<Traits::stages - 2>();
     device::sync_threads();
 }
 
-// The main loop: each step reads one stage while the copies of the next ones are under way. Within a step a part is read
-// while the one before it is multiplied, across the end of the stage too.
+// The main loop: each step reads one stage while the next ones are being copied. Within a step, one part is read while the
+// previous one is multiplied, also across the end of a stage.
 template <class Traits, class Loader>
 __device__ __forceinline__ void multiply_reading_ahead(Loader& loader, typename Traits::Math& math, int steps) {
     StageRing<Traits> ring;
@@ -108,8 +108,8 @@ __device__ __forceinline__ void multiply_reading_ahead(Loader& loader, typename 
     }
 }
 
-// The same for an arithmetic whose registers do not suffice for a second buffer, and whose products take so long that
-// the warps hide each other's reads.
+// The same for arithmetic that lacks registers for a second buffer, and whose products take long enough for the warps to
+// hide each other's reads.
 template <class Traits, class Loader>
 __device__ __forceinline__ void multiply_in_turn(Loader& loader, typename Traits::Math& math, int steps) {
     StageRing<Traits> ring;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply_in_turn(Loader& loader, typename Traits
     math.end_chunk();
 }
 
-// Starts the copies of the first steps, into stages `First` to `End`. The last one's group is left open.
+// Starts the copies of the first steps, into stages `First` to `End` (exclusive). The last group is left open.
 template <class Traits, int First, int End, class Loader>
 __device__ __forceinline__ void load_first(Loader& loader, int steps) {
 #pragma unroll
@@ -161,7 +161,7 @@ __device__ __forceinline__ void store_slices(const Args& args, const Block& bloc
     }
 }
 
-// Writes the tile's share of the sums to the workspace, [splits][tiles_m * m][tiles_n * n] float32, for split_k to add up.
+// Writes the tile's partial sums to the workspace, [splits][tiles_m * m][tiles_n * n] float32, for split_k to add up.
 template <class Traits>
 __device__ __forceinline__ void store_partial_sums(const Args& args, const Block& block, const typename Traits::Math& math) {
     const int warp_m = device::warp() / Traits::warps_n, warp_n = device::warp() % Traits::warps_n;
@@ -188,12 +188,12 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     OperandLoader<Traits, Rows> loader(args, block, first_step, device::shared_address(&shared.stages[0][0]));
     if constexpr (prepares_ahead) prepare_places(args, block, shared);
     await_kernels_ahead(args.conv, Traits::threads);
-    // What the first products wait for comes first, then what takes long.
+    // First what the first products wait for, then whatever has a long latency.
     load_first<Traits, 0, 1>(loader, steps);
     const FoldTable<typename Traits::Value> folds(args.conv.epilogue, block.first_channel(args), Traits::n, block.columns);
     load_first<Traits, 1, Traits::stages - 1>(loader, steps);
     if constexpr (!prepares_ahead) prepare_places(args, block, shared);
-    // Asked for once more behind the main loop, in which a predicate kept would be one too many.
+    // Evaluated again after the main loop, rather than kept in a predicate during it.
     const auto residual_beside_operands = [&] { return args.steps <= EpilogueMemory<Traits>::untouched_after_steps; };
     if (!is_split && residual_beside_operands()) {
         device::sync_threads();
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     } else {
         multiply_in_turn<Traits>(loader, math, steps);
     }
-    // The epilogue takes over the stages.
+    // The epilogue reuses the stages' memory.
     device::wait_copies<0>();
     device::sync_threads();
 

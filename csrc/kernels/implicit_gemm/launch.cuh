@@ -1,4 +1,4 @@
-// Host side of the implicit GEMM: from a plan to the instantiation that it names. Included once per dtype and arithmetic.
+// Host side of the implicit GEMM: launches the instantiation that the plan names. Included once per dtype and arithmetic.
 #pragma once
 
 #include "kernels/common/dispatch.cuh"
@@ -34,7 +34,7 @@ const char* launch_kernel(const ConvArgs& conv, const Plan& plan, Stream stream)
                           int64_t{args.tiles_per_group.value} * Traits::n, stream);
 }
 
-// The instantiations, which are those that supported_addressing in plan.cpp allows.
+// The instantiations: those that supported_addressing in plan.cpp allows.
 template <class T, class Arithmetic, Tile tile>
 const char* launch_tile(const ConvArgs& conv, const Plan& plan, Stream stream) {
     const Addressing addressing = std::get<Choice>(plan.choice).addressing;
@@ -50,14 +50,14 @@ const char* launch_tile(const ConvArgs& conv, const Plan& plan, Stream stream) {
         if (is_masked && plan.vector_bytes == 8) return launch_kernel<Half, gather::MaskedRows>(conv, plan, stream);
         if (is_masked && plan.vector_bytes == 4) return launch_kernel<Quarter, gather::MaskedRows>(conv, plan, stream);
         if constexpr (tile.takes_any_filter) {
-            // What allows wide loads allows narrow ones: one version serves all.
+            // Memory that allows wide loads allows narrow ones too, so one version serves all.
             if (addressing == Addressing::plain) return launch_kernel<Quarter, gather::PlainRows>(conv, plan, stream);
         }
     }
     return no_instantiation;
 }
 
-// tiles: the array in tile.h that the plan's choice counts in.
+// tiles: the array in tile.h that the plan's choice indexes.
 template <class T, class Arithmetic, const auto& tiles>
 const char* launch_tiles(const ConvArgs& conv, const Plan& plan, Stream stream) {
     return with_tile<tiles>(std::get<Choice>(plan.choice).tile,

@@ -1,4 +1,4 @@
-// The operands of the implicit GEMM: its traits, and which part of the problem a block takes.
+// The operands of the implicit GEMM: its traits, and a block's part of the problem.
 #pragma once
 
 #include <device/device.cuh>
@@ -11,24 +11,24 @@ namespace fused_cna::implicit_gemm {
 
 using gather::swizzle;
 
-// As gather::Args: made on the host once per launch.
+// Like gather::Args: made on the host once per launch.
 struct Args : gather::Args {
     Divisor tiles_per_group, tiles_n, tiles_m;
     int steps_per_split;
 };
 
 // VectorBytes as in gather::Shape.
-// Arithmetic says how a warp multiplies what lies in a stage, and names:
-//   bytes_per_step               of every row, that one step of it takes
+// Arithmetic says how a warp multiplies the contents of a stage. It has:
+//   bytes_per_step               bytes of every row that one step takes
 //   rows_per_slice               rows of a warp that the epilogue takes at a time
 //   reads_ahead                  whether it has two buffers, or only buffer 0
 //   Math<Traits>                 the accumulators of one thread, with
-//     Math(stages)               reads from the memory of the stages
-//     read(buffer, stage, k)     takes step k of a stage into a buffer
+//     Math(stages)               `stages` is the memory of all stages
+//     read(buffer, stage, k)     reads step k of a stage into a buffer
 //     multiply(buffer)           adds the products of a buffer
-//     end_chunk()                without a second buffer: is called once 64 products or fewer were added, and at the end
-//     write(slice, rows, pitch)  writes the warp's slice-th rows to memory whose rows lie `pitch` floats apart
-//     repair(...)                goes over sums that the whole block wrote, and mends what the arithmetic could not make
+//     end_chunk()                without a second buffer: called after every 64 products or fewer, and at the end
+//     write(slice, rows, pitch)  writes the warp's slice-th rows to memory whose rows are `pitch` floats apart
+//     repair(...)                corrects sums that the whole block wrote, where the arithmetic could not compute them
 template <class T, Tile Of, int VectorBytes, class Arithmetic>
 struct Traits : gather::Shape<T, Of.m, Of.n, Of.k_bytes, Of.threads(), VectorBytes> {
     using Value = T;
@@ -54,8 +54,8 @@ struct Traits : gather::Shape<T, Of.m, Of.n, Of.k_bytes, Of.threads(), VectorByt
     static_assert(stages >= 2, "one stage is read while another is filled");
 };
 
-// Adds a chunk of float32 sums to the total and starts the next. Arithmetics that sum on the CUDA cores take 64 products a
-// chunk: one running sum over thousands of products has several times the error.
+// Adds a chunk of float32 sums to the total and starts the next chunk. Arithmetic that sums on the CUDA cores takes 64
+// products per chunk: one running sum over thousands of products has several times the error.
 template <int Count>
 __device__ __forceinline__ void add_chunk(float (&total)[Count], float (&chunk)[Count]) {
 #pragma unroll
@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_chunk(float (&total)[Count], float (&chunk)[
 struct Block : gather::Block {
     int tile_n, split;
 
-    // Column tiles run fastest over the grid: blocks that share activations run together and find them in the L2.
+    // Column tiles vary fastest over the grid: blocks that share activations run together and find them in the L2.
     template <class Traits>
     static __device__ Block of(const Args& args) {
         const int block = static_cast<int>(device::block_x());

@@ -1,3 +1,4 @@
+// When the implicit GEMMs for 8.0 and newer are legal, and the estimated time of each tile, addressing and split.
 #include <algorithm>
 #include <span>
 #include <string>
@@ -11,22 +12,22 @@ namespace {
 
 using fused_cna::resident_blocks;
 
-// Assumptions that no measurement has yet replaced.
-constexpr double compensated_share = 0.7;  // of the tensor cores' rate, beside splitting operands and adding up in float32
-constexpr double fma_share = 0.75;         // of the CUDA cores' rate: the share of multiply-adds among the instructions
+// Assumptions, not measured yet.
+constexpr double compensated_share = 0.7;  // of the tensor cores' rate, while splitting operands and adding up in float32
+constexpr double fma_share = 0.75;         // of the CUDA cores' rate: the share of multiply-adds among all instructions
 
-// As measured on an H200: offsets and masks of a block's rows, which plain matrix products do not have; and of each step
-// what coordinates take.
+// In cycles, measured on an H200: a block's setup of its rows' offsets and masks, which plain matrix products do not have,
+// and each step's computation of coordinates.
 constexpr double masks_latency = 900, coordinates_latency = 360;
 
-// Where the error of three tf32 products is within that of a plain float32 sum, as measured; see docs/accuracy.md.
+// From here on the error of three tf32 products was measured to be within a plain float32 sum's; see docs/accuracy.md.
 constexpr int64_t fewest_compensated = 64;
 
 int64_t resident_blocks(const Tile& tile, const DeviceInfo& device) {
     return resident_blocks(tile.threads(), tile.shared_bytes(), tile.blocks_per_multiprocessor, device);
 }
 
-// The kernels differ in their arithmetic and their tiles.
+// The three kernels differ in their arithmetic and their tiles.
 std::span<const Tile> tiles_of(Kernel kernel) {
     if (kernel == Kernel::implicit_gemm_tf32x3) return tf32x3_tiles;
     if (kernel == Kernel::implicit_gemm_fp32) return fp32_tiles;
@@ -58,13 +59,13 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     const int64_t all_steps = problem.r * problem.s * ceil_div(problem.c_per_group(), plan.tile.k);
     const double steps = static_cast<double>(ceil_div(all_steps, split_k));
 
-    // A split's blocks leave sums in the workspace, as floats; a second launch adds them up and finishes.
+    // A split's blocks write float sums to the workspace; a second launch adds them up and finishes.
     const double outputs = static_cast<double>(tile.m) * tile.n;
     const bool is_split = split_k > 1;
     const EpilogueCycles epilogue = is_split ? EpilogueCycles{outputs * 4 / l2_rate, outputs * 4 / l2_rate + l2_latency}
                                              : epilogue_cycles(problem, outputs, tile.threads());
     const bool has_masks = choice_of(plan).addressing != Addressing::pointwise;
-    // One block's epilogue hides behind the products of the others.
+    // One block's epilogue overlaps the products of the others.
     const int64_t resident = std::min(resident_blocks(tile, device), ceil_div(plan.blocks, device.multiprocessors));
     const double products = steps * step;
     const double busy =
@@ -85,7 +86,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     return estimate;
 }
 
-// The ways of addressing that a supported problem's geometry and the tile's instantiations leave, the fastest first.
+// The addressing modes that the problem's geometry and the tile's instantiations allow, fastest first.
 std::vector<Addressing> supported_addressing(const ConvProblem& problem, const Plan& plan) {
     std::vector<Addressing> ways;
     if (is_pointwise(problem, plan) && plan.vector_bytes == 16) ways.push_back(Addressing::pointwise);
@@ -94,7 +95,7 @@ std::vector<Addressing> supported_addressing(const ConvProblem& problem, const P
     return ways;
 }
 
-// Splits worth comparing: those that leave every block about four steps or more, on a grid that does not fill the device.
+// Splits to compare: each block keeps about four steps or more, and the grid does not fill the device.
 std::vector<int> useful_splits(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
     const int64_t steps = problem.r * problem.s * ceil_div(problem.c_per_group(), plan.tile.k);
     std::vector<int> splits{1};
@@ -106,7 +107,7 @@ std::vector<int> useful_splits(const ConvProblem& problem, const Plan& plan, con
     return splits;
 }
 
-// Why the tile cannot run the problem at all, whatever addressing and split; empty where it can.
+// Why the tile cannot run the problem, whatever the addressing and split; empty where it can.
 std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& device, const Plan& plan) {
     const Tile& tile = tile_of(plan);
     const int64_t padded_rows = ceil_div(problem.gemm_m(), tile.m) * tile.m;
@@ -132,7 +133,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     return no_gather_reason(problem, plan.vector_bytes, tile.takes_narrow_vectors, tile.takes_any_filter);
 }
 
-// Everything but addressing and split.
+// The plan except for addressing and split.
 Plan base_of_tile(const ConvProblem& problem, Kernel kernel, int index) {
     const Tile& tile = tiles_of(kernel)[index];
     const int k = tile.k_bytes / static_cast<int>(size_in_bytes(problem.dtype));
@@ -155,7 +156,7 @@ void add_tile(const ConvProblem& problem, const DeviceInfo& device, Kernel kerne
             auto& choice = std::get<Choice>(plan.choice);
             choice.addressing = addressing;
             choice.split_k = split;
-            // One version with the narrowest loads serves every alignment.
+            // One version, with the narrowest loads, serves every alignment.
             if (addressing == Addressing::plain) plan.vector_bytes = 4;
             if (split > 1) plan.workspace_bytes = plan.blocks * split * tile.m * tile.n * int64_t{sizeof(float)};
             plan.blocks *= split;

@@ -1,3 +1,4 @@
+// The launcher of split_k.
 #include "kernels/common/dispatch.cuh"
 #include "kernels/implicit_gemm/split_k.cuh"
 #include "kernels/implicit_gemm/split_k.h"

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
     const ColumnRange columns{group * problem.k_per_group() + column, static_cast<int>(problem.k_per_group() - column)};
 
     const int thread = device::thread_x();
-    // As await_kernels_ahead, but for the weight, which is not read here.
+    // Like await_kernels_ahead, without the weight, which is not read here.
     device::await_prerequisites();
     device::launch_dependents();
     const FoldTable<T> folds(args.conv.epilogue, columns.first_channel, Tile::columns, columns.count);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(SplitKTile::threads) split_k(const __grid_cons
 
     const int row = thread / (Tile::columns / Tile::width), offset = thread % (Tile::columns / Tile::width) * Tile::width;
     float sums[Tile::width] = {};
-    // Several shares under way at once.
+    // Unrolled, to have several loads in flight.
 #pragma unroll 4
     for (int split = 0; split < args.split_k; ++split) {
         float values[Tile::width];

@@ -1,5 +1,5 @@
-// Warp-level arithmetic on tensor cores, for the implicit GEMM: mma.sync on float16, bfloat16 and float32, the latter
-// rounded to tf32 or, compensated, with products as accurate as float32's own.
+// A warp's arithmetic on tensor cores, for the implicit GEMM: mma.sync on float16, bfloat16 and float32. float32 is rounded
+// to tf32 or, compensated, has products as accurate as float32's own.
 #pragma once
 
 #include <cstring>
@@ -11,8 +11,8 @@
 
 namespace fused_cna::implicit_gemm {
 
-// A float32 as a sum of two tf32, each rounded to nearest: the remainder is below 2^-23 of it. Where the big one
-// is not finite the small one has no meaning, and repair_sums comes in.
+// A float32 as a sum of two tf32, each rounded to nearest: the remainder is below 2^-23 of it. Where the big part is not
+// finite the small one is meaningless; repair_sums then corrects the result.
 struct SplitWord {
     uint32_t big, small;
 };
@@ -26,7 +26,7 @@ __device__ __forceinline__ SplitWord split_word(uint32_t word) {
     const float rest = value - big_value;
     uint32_t rest_word;
     memcpy(&rest_word, &rest, sizeof(rest_word));
-    // Rounded by the addition alone, because tensor cores ignore the bits below.
+    // Adding half a step is enough to round, because tensor cores ignore the bits below.
     return {big, rest_word + half_a_step};
 }
 
@@ -49,8 +49,8 @@ class TensorCoreMath {
     static_assert(!compensated || sizeof(T) == 4, "only float32 products need compensation");
 
    public:
-    // The lane's addresses for load_matrices in stage 0. A later k step flips bits of the chunk number, which the swizzle
-    // leaves to an exclusive or; fragments further down share their swizzle, because it repeats every 8 rows.
+    // The lane's addresses for load_matrices in stage 0. Later k steps flip bits of the chunk number by an exclusive or,
+    // which commutes with the swizzle; fragments further down share their swizzle, because it repeats every 8 rows.
     __device__ explicit TensorCoreMath(const unsigned char* stages) {
         const uint32_t shared = device::shared_address(stages);
         const int lane = device::lane();
@@ -129,14 +129,14 @@ class TensorCoreMath {
     }
 
    private:
-    // What one step of a warp takes from shared memory.
+    // A warp's operands of one step.
     struct Fragments {
         uint32_t x[fragments_m][4];
         uint32_t weight[fragments_n][2];
     };
 
-    // Three products instead of one: big x big, and big x small both ways. They start from zero and are added to the chunk
-    // by the CUDA cores, because tensor cores truncate when they add to a larger sum. Ootomo and Yokota, "Recovering single
+    // Three products instead of one: big x big, and big x small both ways. They start from zero, and the CUDA cores add them
+    // to the chunk, because tensor cores truncate when they add to a larger sum. Ootomo and Yokota, "Recovering single
     // precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022.
     __device__ __forceinline__ void multiply_compensated(const Fragments& fragments) {
         uint32_t weight_big[fragments_n][2], weight_small[fragments_n][2];
@@ -146,7 +146,7 @@ class TensorCoreMath {
         for (int i = 0; i < fragments_m; ++i) {
             uint32_t x_big[4], x_small[4];
             split_words(fragments.x[i], x_big, x_small);
-            // a product of each column fragment in turn, so that none waits for the one before it
+            // one product of every column fragment in turn, so that none depends on the one before it
             float parts[fragments_n][4] = {};
 #pragma unroll
             for (int j = 0; j < fragments_n; ++j) device::multiply_add<T>(parts[j], x_small, weight_big[j]);
@@ -177,7 +177,7 @@ struct TensorCores {
     using Math = TensorCoreMath<Traits, false>;
 };
 
-// float32 by three tf32 products.
+// float32 as three tf32 products.
 struct CompensatedTensorCores {
     static constexpr int bytes_per_step = 32;
     static constexpr int rows_per_slice = 16;

@@ -1,4 +1,4 @@
-// The tiles of the implicit GEMM, read by its plan and by its kernels.
+// The tiles of the implicit GEMM, read by its plan and its kernels.
 #pragma once
 
 #include <array>
@@ -6,17 +6,17 @@
 
 namespace fused_cna::implicit_gemm {
 
-// Its depth is in bytes, because an MMA takes 32 bytes of a row whatever the type.
+// The depth is in bytes, because an MMA takes 32 bytes of a row whatever the type.
 struct Tile {
     int m = 0, n = 0, k_bytes = 0;
-    int stages = 0;  // tiles of operands under way at once
+    int stages = 0;  // tiles of operands in flight or in use at once
     int warps_m = 0, warps_n = 0;
-    int blocks_per_multiprocessor = 0;  // that registers allow: the launch bound
+    int blocks_per_multiprocessor = 0;  // the launch bound, set by registers
     bool takes_narrow_vectors = false;  // also instantiated for loads of 8 and 4 bytes
     bool takes_any_filter = false;      // also instantiated with plain addressing
 
     constexpr int threads() const { return warps_m * warps_n * 32; }
-    // Operands, and beside them the tables of rows (16 bytes) and of channels (12 bytes).
+    // Operands, and the tables of rows (16 bytes each) and channels (12 bytes each).
     constexpr int64_t shared_bytes() const { return int64_t{stages} * (m + n) * k_bytes + m * 16 + n * 12; }
 };
 
@@ -24,9 +24,9 @@ inline constexpr std::array<Tile, 9> sm80_tiles{{
     // Most products per byte of shared memory: large layers with many channels.
     {256, 128, 64, 3, 4, 2, 1},
     {128, 256, 64, 3, 2, 4, 1},
-    // Two blocks a multiprocessor: one's epilogue hides behind the other's products.
+    // Two blocks per multiprocessor: one's epilogue overlaps the other's products.
     {128, 128, 64, 4, 2, 2, 2},
-    // The same, deeper: half as many barriers per product where the reduction is long.
+    // The same, deeper: half as many barriers per product, for long reductions.
     {128, 128, 128, 3, 2, 4, 1},
     // Few output channels, many pixels: early layers.
     {256, 64, 64, 4, 4, 2, 1},
@@ -37,8 +37,8 @@ inline constexpr std::array<Tile, 9> sm80_tiles{{
     {64, 64, 64, 6, 2, 2, 3, true, true},
 }};
 
-// Three products for one, operands split in two, and sums kept twice, as the chunk and the total: 48 results a thread at
-// most.
+// Each product is three, operands are split in two, and sums are kept twice (chunk and total): at most 48 results per
+// thread.
 inline constexpr std::array<Tile, 4> tf32x3_tiles{{
     {192, 64, 64, 4, 4, 2, 1},
     {96, 64, 64, 4, 2, 2, 2},
@@ -46,8 +46,8 @@ inline constexpr std::array<Tile, 4> tf32x3_tiles{{
     {64, 64, 64, 6, 2, 2, 2, true, true},
 }};
 
-// CUDA cores: 8 x 8 results a thread in the large tiles, 8 x 4 in the small ones, each once for the running chunk of
-// products and once for the total.
+// CUDA cores: 8 x 8 results per thread in the large tiles, 8 x 4 in the small ones, each kept twice: for the current chunk
+// of products and for the total.
 inline constexpr std::array<Tile, 4> fp32_tiles{{
     {128, 128, 64, 4, 4, 2, 1},
     {128, 64, 64, 4, 4, 1, 2},
@@ -55,7 +55,7 @@ inline constexpr std::array<Tile, 4> fp32_tiles{{
     {64, 64, 64, 4, 2, 2, 3, true, true},
 }};
 
-// How the rows of the left matrix are found; see rows.cuh.
+// How the rows of the left matrix are found; see kernels/common/gather_rows.cuh.
 enum class Addressing : int32_t { plain, masked, pointwise };
 
 constexpr const char* addressing_name(Addressing addressing) {
@@ -64,7 +64,7 @@ constexpr const char* addressing_name(Addressing addressing) {
 }
 
 struct Choice {
-    int tile = 0;  // in the kernel's tiles
+    int tile = 0;  // index in the kernel's tiles
     int stages = 0;
     int split_k = 1;  // blocks that share one tile's reduction
     Addressing addressing = Addressing::plain;

@@ -1,5 +1,5 @@
-// The epilogue of a warpgroup's tile: fold, residual and activation in the registers that hold the sums, and the output
-// through shared memory, where the residual has been brought meanwhile.
+// The epilogue of a warpgroup's tile: fold, residual and activation in the registers that hold the sums. Residual and output
+// go through shared memory; the residual is loaded there during the main loop.
 #pragma once
 
 #include "kernels/common/epilogue.cuh"
@@ -7,7 +7,7 @@
 
 namespace fused_cna::implicit_gemm_sm90 {
 
-// A warpgroup that multiplies, as its threads see it.
+// A consumer warpgroup, as seen by one of its threads.
 struct Group {
     int index, thread, warp, lane;
 
@@ -19,7 +19,7 @@ struct Group {
     __device__ bool leads() const { return thread == 0; }
 };
 
-// Shared memory of the output: slices of columns, whose rows are swizzled as the maps of y and of the residual have them.
+// The output's shared memory: slices of columns, with rows swizzled like the maps of y and of the residual.
 template <class Traits>
 class Staging {
     using T = typename Traits::Value;
@@ -31,7 +31,7 @@ class Staging {
 
     __device__ Staging(const Group& group, Shared<Traits>& shared)
         : first_(device::shared_address(&shared.staged[group.index][0][0])) {
-        // As load_matrices and store_matrices take addresses, or as the thread's own sums lie.
+        // 16-bit types: addresses for load_matrices and store_matrices. float32: where the thread's own sums are.
         own_row_ = group.warp * 16 + (sizeof(T) == 2 ? group.lane / 16 * 8 + group.lane % 8 : group.lane / 4);
         own_chunk_ = sizeof(T) == 2 ? group.lane / 8 % 2 : group.lane % 4 / 2;
         own_offset_ = sizeof(T) == 2 ? 0 : group.lane % 2 * 8;
@@ -42,7 +42,7 @@ class Staging {
         return this->slice(slice) + row * row_bytes + gather::swizzle<row_bytes>(row, chunk) * 16;
     }
 
-    // The thread's values in half of a slice, of a block of rows: in each of two rows 8 apart two pairs of columns.
+    // The thread's values in half of a slice, for a block of 64 rows: two pairs of columns in each of two rows 8 apart.
     __device__ __forceinline__ void load(int slice, int block, int half, Values& values) const {
         if constexpr (sizeof(T) == 2) {
             device::load_matrices(own_address(slice, block * 64, half * 2), values.words);
@@ -67,7 +67,7 @@ class Staging {
     }
 
    private:
-    // `row` is a multiple of 8, which the swizzle does not see.
+    // `row` is a multiple of 8, which does not change the swizzle.
     __device__ uint32_t own_address(int slice, int row, int chunk) const {
         return this->slice(slice) + (own_row_ + row) * row_bytes +
                gather::swizzle<row_bytes>(own_row_, chunk + own_chunk_) * 16 + own_offset_;
@@ -90,7 +90,7 @@ class Epilogue {
     using Sums = float[Traits::blocks][Traits::n / 2];
 
    public:
-    // Asks for what the folds are made of, so that it comes while the products are made.
+    // Starts loading the fold's vectors, so that they arrive during the main loop.
     __device__ Epilogue(const Args& args, const Group& group, Shared<Traits>& shared, const gather::Block& block,
                         int first_row)
         : args_(args),
@@ -106,7 +106,7 @@ class Epilogue {
         }
     }
 
-    // Starts the residual's way to shared memory, once the output of the tile before has left it.
+    // Starts copying the residual to shared memory, once the previous tile's output has left it.
     __device__ __forceinline__ void ask_residual() {
         if (!args_.residual_by_map || !group_.leads()) return;
         device::wait_stores_read<0>();
@@ -122,8 +122,8 @@ class Epilogue {
         }
     }
 
-    // Finishes and stores the tile. A split's blocks have each the sums of a share of the reduction, and finish slices in
-    // turns. `parity`: of the residual's barrier.
+    // Finishes and stores the tile. With a split, each block has the sums of its share of the reduction and finishes every
+    // split-th slice. `parity`: of the residual's barrier.
     __device__ __forceinline__ void finish(const Sums& sums, int parity) {
         if (split() > 1) publish_sums(sums);
         prepare(parity);
@@ -139,11 +139,11 @@ class Epilogue {
     // Blocks that share the tile.
     __device__ int split() const { return Traits::is_pingpong ? 1 : args_.split.value; }
     __device__ int slices() const { return (block_.columns + Tile::slice - 1) / Tile::slice; }
-    // Made anew where it is needed: what it holds would be in the way of the sums.
+    // Made where it is needed: kept, it would take registers from the sums.
     __device__ Staging<Traits> staging() const { return Staging<Traits>(group_, shared_); }
     __device__ int column_of(int slice) const { return block_.first_column + slice * Tile::slice; }
 
-    // The folds are there, and so is the residual.
+    // Completes the folds, and waits for the residual.
     __device__ __forceinline__ void prepare(int parity) {
 #pragma unroll
         for (int i = 0; i < channels_per_thread; ++i) {
@@ -165,7 +165,7 @@ class Epilogue {
         }
     }
 
-    // The commonest activations only clamp. Unrolled, because registers cannot be indexed.
+    // For identity, relu and relu6, which only clamp. Unrolled, because registers cannot be indexed.
     __device__ __forceinline__ void finish_clamped(const Sums& sums) {
         const float low = args_.conv.epilogue.activation.low, high = args_.conv.epilogue.activation.high;
 #pragma unroll
@@ -184,7 +184,7 @@ class Epilogue {
         }
     }
 
-    // The others are too long for that, and what a split has to add up lies in memory.
+    // For all other activations, which are too long to unroll, and for splits, whose sums are in memory.
     __device__ __forceinline__ void finish_in_turns(const Sums& sums) {
 #pragma unroll 1
         for (int slice = rank_; slice < slices(); slice += split()) {
@@ -211,7 +211,7 @@ class Epilogue {
         }
     }
 
-    // The sums of a slice, half after half: of each row two pairs of columns.
+    // The sums of a slice, one half after the other: two pairs of columns of each row.
     static __device__ __forceinline__ void take_sums(const float (&sums)[Traits::n / 2], int slice, float (&own)[16]) {
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
@@ -245,7 +245,7 @@ class Epilogue {
         staging().store(slice, block, half, device::round_values<8, T>(values));
     }
 
-    // Leaves all sums where the cluster finds them, in the place of operands that every warpgroup has multiplied.
+    // Writes all sums to shared memory for the cluster, over the operands, which every warpgroup has finished multiplying.
     __device__ __forceinline__ void publish_sums(const Sums& sums) {
         device::named_barrier(1 + Traits::consumers, Traits::consumers * 128);
 #pragma unroll
@@ -266,7 +266,7 @@ class Epilogue {
         return device::shared_address(&shared_.sums[part * 4 + i][group_.index * 128 + group_.thread]);
     }
 
-    // In the order of the shares, whichever block does it. Two are under way at once.
+    // Adds the shares in order, whichever block does it. Two shares are loaded at once.
     __device__ __forceinline__ void add_sums(int part, float (&own)[16]) const {
 #pragma unroll
         for (float& value : own) value = 0;
@@ -296,15 +296,15 @@ class Epilogue {
         } else {
             group_.sync();
             store_rows();
-            // a bulk copy may bring the next residual to where they read
+            // the next residual's bulk copy may overwrite what these stores read
             device::fence_async_proxy();
             group_.sync();
         }
     }
 
-    // Calls visit(address of 16 bytes in shared memory, place of their pixel, their channel, how many exist). Neighbouring
-    // threads go along whichever dimension of the tensor is dense. Both ways through memory have the same chunks for a
-    // thread, as a residual that is y itself asks.
+    // Calls visit(address of 16 bytes in shared memory, their pixel's place, first channel, how many exist). Neighbouring
+    // threads go along the dense dimension of the tensor. A thread gets the same chunks for loading and for storing, as
+    // needed where the residual is y itself.
     template <class Visit>
     __device__ __forceinline__ void for_own_chunks(const Visit& visit) const {
         constexpr int per_chunk = device::values_per_vector<T>, per_row = Traits::n / per_chunk;

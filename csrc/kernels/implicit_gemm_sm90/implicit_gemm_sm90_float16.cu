@@ -1,3 +1,4 @@
+// The Hopper kernel for float16.
 #include "kernels/implicit_gemm_sm90/launch.cuh"
 
 namespace fused_cna::implicit_gemm_sm90 {

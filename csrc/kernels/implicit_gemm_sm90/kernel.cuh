@@ -1,5 +1,6 @@
-// Dense and grouped convolution as an implicit GEMM for compute capability 9.0: persistent blocks, one warpgroup that copies
-// and one or two that multiply by wgmma. Channels of x and of the weight must be dense (stride 1).
+// Dense and grouped convolution as an implicit GEMM for compute capability 9.0: persistent blocks of one producer warpgroup
+// that copies and one or two consumer warpgroups that multiply by wgmma. Channels of x and of the weight must be dense
+// (stride 1).
 #pragma once
 
 #include <device/warpgroup.cuh>
@@ -10,8 +11,9 @@
 
 namespace fused_cna::implicit_gemm_sm90 {
 
-// Of two warpgroups that take turns, each begins a tile when the other has met all barriers of the tile before. Barriers
-// tell phases apart by their parity alone: who came to one early would take an old phase for the one that it waits for.
+// Orders two pingpong warpgroups: each begins a tile once the other has waited at all barriers of the previous tile.
+// Barriers tell phases apart only by parity, so a warpgroup that came too early would take an old phase for the one it waits
+// for.
 template <class Traits>
 class Turn {
    public:
@@ -29,13 +31,13 @@ class Turn {
     const Group& group_;
 };
 
-// The main loop of a tile: a step's products are made while those of the step before are waited for, whose stage is then
-// free. `meanwhile` is called once, while the first products are made. `parity`: of the group's tiles.
+// The main loop of a tile. A step's products are started, then the previous step's are waited for, which frees its stage.
+// `meanwhile` is called once, while the first products run. `parity`: of the group's tiles.
 template <class Traits, class Meanwhile>
 __device__ __forceinline__ void multiply(Shared<Traits>& shared, const Group& group, Ring<Traits::stages>& ring, int steps,
                                          int parity, float (&sums)[Traits::blocks][Traits::n / 2],
                                          const Meanwhile& meanwhile) {
-    constexpr int32_t block_step = 64 * Traits::row_bytes / 16;  // in a descriptor's units
+    constexpr int32_t block_step = 64 * Traits::row_bytes / 16;  // in the units of a descriptor
     const int first_row = Traits::is_pingpong ? 0 : group.index * Traits::rows;
     const auto release = [&](int stage) {
         if (group.lane == 0) device::arrive(shared.empty[stage]);
@@ -96,7 +98,7 @@ __device__ __forceinline__ void multiply_and_finish(const Args& args, Shared<Tra
         if constexpr (Traits::is_pingpong) ring.skip(steps.count);
         epilogue.finish(sums, parity);
     }
-    // Shared memory stays until all of it is read.
+    // Shared memory must exist until all of it has been read.
     if (group.leads()) device::wait_stores_read<0>();
     if constexpr (!Traits::is_pingpong) {
         if (args.split.value > 1) device::await_cluster();
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(Traits::block_threads, 1) implicit_gemm_sm90(c
         make_barriers(args, shared);
         await_kernels_ahead(args.conv, Traits::block_threads);
         const int warpgroup = device::warpgroup();
-        // One warpgroup that multiplies has registers enough.
+        // With a single consumer warpgroup there are enough registers.
         if (warpgroup == 0) {
             if constexpr (Traits::consumers == 2) device::give_registers<Traits::copying_registers>();
             copy_operands<Traits, Rows>(args, shared);

@@ -1,9 +1,10 @@
+// The launcher of the Hopper kernel: by storage type.
 #include "args.h"
 #include "plan/plan.h"
 
 namespace fused_cna::implicit_gemm_sm90 {
 
-// One file per dtype, because their tiles make most of the compile time.
+// One file per dtype, because the tiles take most of the compile time.
 using Launch = const char*(const ConvArgs& args, const Plan& plan, Stream stream);
 Launch launch_float32, launch_float16, launch_bfloat16;
 

@@ -1,4 +1,4 @@
-// Host side of the Hopper kernel: from a plan to the instantiation that it names. Included once per dtype.
+// Host side of the Hopper kernel: launches the instantiation that the plan names. Included once per dtype.
 #pragma once
 
 #include "kernels/common/dispatch.cuh"
@@ -11,7 +11,7 @@
 
 namespace fused_cna::implicit_gemm_sm90 {
 
-// Columns of tiles that lie in a band: all where they are few, else about as many as make a wave of blocks square.
+// Width of a band, in tiles: all columns where they are few, else about what makes a wave of blocks square.
 inline int band_of(int tiles_n) {
     constexpr int most = 16, wanted = 12;
     return tiles_n <= most ? tiles_n : static_cast<int>(ceil_div(tiles_n, ceil_div(tiles_n, wanted)));
@@ -36,7 +36,7 @@ Args make_args(const ConvArgs& given, const Plan& plan) {
     args.tile_step = static_cast<int>(plan.blocks / choice.split_k);
     args.steps_per_split = static_cast<int>(ceil_div(args.steps, choice.split_k));
 
-    // What has no map goes without.
+    // An operand without a map is copied without one.
     const MapTile tile{Traits::m, Traits::n, Traits::rows, Tile::slice};
     args.x_is_tiled = choice.fetch == Fetch::tiled;
     args.weight_by_map =
@@ -71,7 +71,7 @@ const char* launch_kernel(const ConvArgs& conv, const Plan& plan, Stream stream)
     return device::launch<implicit_gemm_sm90<Traits, Rows>>(shape, stream, args);
 }
 
-// The instantiations, which are those that plan.cpp allows.
+// The instantiations: those that plan.cpp allows.
 template <class T, Tile tile>
 const char* launch_tile(const ConvArgs& conv, const Plan& plan, Stream stream) {
     if constexpr (tile.takes(sizeof(T))) {
@@ -85,7 +85,7 @@ const char* launch_tile(const ConvArgs& conv, const Plan& plan, Stream stream) {
             if (!any_filter && plan.vector_bytes == 8) return launch_kernel<Half, gather::MaskedRows>(conv, plan, stream);
             if (!any_filter && plan.vector_bytes == 4) return launch_kernel<Quarter, gather::MaskedRows>(conv, plan, stream);
             if constexpr (tile.takes_any_filter) {
-                // What allows wide loads allows narrow ones: one version serves all.
+                // Memory that allows wide loads allows narrow ones too, so one version serves all.
                 if (any_filter) return launch_kernel<Quarter, gather::PlainRows>(conv, plan, stream);
             }
         }

@@ -1,12 +1,12 @@
-// What bulk tensor copies ask of a problem, for the plan and for the launcher.
+// Limits of bulk tensor copies, for the plan and the launcher.
 #pragma once
 
 #include "problem.h"
 
 namespace fused_cna::implicit_gemm_sm90 {
 
-// Of an im2col map: where the first tap of the first and of the last output pixel lies, from the image's first pixel and
-// from its last.
+// Corners of an im2col map: the position of the first output pixel's first tap from the image's first pixel, and of the last
+// output pixel's first tap from the image's last.
 struct Corners {
     int64_t lower_w, lower_h, upper_w, upper_h;
 };

@@ -1,3 +1,4 @@
+// Makes the tensor maps of the Hopper kernel, and caches them.
 #include "kernels/implicit_gemm_sm90/maps.cuh"
 
 #include <atomic>
@@ -15,13 +16,13 @@ namespace fused_cna::implicit_gemm_sm90 {
 
 namespace {
 
-// A dimension behind the dense one: its stride in elements, and how many of it a box takes.
+// A dimension after the dense one: its stride in elements, and the box's extent.
 struct Dimension {
     int64_t size, stride;
     int box = 1;
 };
 
-// A dimension of one element is never stepped along, and gets a stride that encoding takes.
+// The stride of a dimension of one element is never used, and is replaced by one that the driver accepts.
 device::MapGeometry geometry_of(const void* address, DType dtype, int64_t size, int box,
                                 std::initializer_list<Dimension> others) {
     device::MapGeometry map{.address = address, .dtype = dtype, .rank = 1};
@@ -79,7 +80,7 @@ Geometry x_geometry(const ConvArgs& conv, bool is_tiled, const MapTile& tile) {
     return if_aligned(map);
 }
 
-// {channels, s, r, filters}, so that what lies behind a tap's last channel is zero and not the next tap.
+// {channels, s, r, filters}: beyond a tap's last channel the copy reads zeros, not the next tap.
 Geometry weight_geometry(const ConvArgs& conv, const MapTile& tile) {
     const ConvProblem& p = conv.problem;
     const FilterStrides& strides = conv.weight_strides;
@@ -88,7 +89,7 @@ Geometry weight_geometry(const ConvArgs& conv, const MapTile& tile) {
                                   {{p.s, strides.s}, {p.r, strides.r}, {p.k, strides.k, tile.n}}));
 }
 
-// {a group's channels, groups, pixels}: what a tile has beyond its group is not written.
+// {a group's channels, groups, pixels}: columns of a tile beyond its group are not written.
 Geometry output_geometry(const ConvArgs& conv, const void* data, const Strides& strides, const MapTile& tile) {
     const ConvProblem& p = conv.problem;
     const auto step = pixel_step(p.n, p.p(), p.q(), strides);
@@ -99,8 +100,8 @@ Geometry output_geometry(const ConvArgs& conv, const void* data, const Strides& 
 }
 
 bool find_map(const Geometry& geometry, device::TensorMap& map) {
-    // A map depends on nothing but its geometry and address, and an address is one device's. Kernels get maps by value,
-    // captured graphs too, so that forgetting one harms nobody.
+    // A map depends only on its geometry and address, and an address belongs to one device. Kernels and captured graphs hold
+    // maps by value, so a map can be dropped at any time.
     constexpr size_t most_maps = 4096;
     static std::map<device::MapGeometry, device::TensorMap> maps;
     static std::mutex mutex;

@@ -1,4 +1,4 @@
-// Tensor maps of a launch. Host only.
+// The tensor maps of a launch. Host only.
 #pragma once
 
 #include <optional>
@@ -10,23 +10,23 @@
 
 namespace fused_cna::implicit_gemm_sm90 {
 
-// What a box holds: rows of x and of the weight, or a slice of a warpgroup's output.
+// The size of a box: m or n rows of x or of the weight; rows x columns, a slice, of a warpgroup's output.
 struct MapTile {
     int m, n;
     int rows, columns;
 };
 
-// How bulk copies see the operands; none where they cannot. `conv` has strides of 0 where there is but one element.
+// An operand's map geometry, if bulk copies can access it. `conv` has strides of 0 in dimensions of one element.
 using Geometry = std::optional<device::MapGeometry>;
 Geometry x_geometry(const ConvArgs& conv, bool is_tiled, const MapTile& tile);
 Geometry weight_geometry(const ConvArgs& conv, const MapTile& tile);
 Geometry output_geometry(const ConvArgs& conv, const void* data, const Strides& strides, const MapTile& tile);
 
-// The map of a geometry, encoded when it is first asked for: that costs the host microseconds, and layers ask for the same
-// maps again and again. False where there is none. Safe to call from several threads.
+// The map of a geometry; false where there is none. Encoding costs the host microseconds and layers reuse their maps, so
+// maps are cached. Safe to call from several threads.
 bool find_map(const Geometry& geometry, device::TensorMap& map);
 
-// For kernels/run, which says what they are.
+// Declared and documented in kernels/run.
 RefusedMaps refused_maps();
 bool has_tensor_maps();
 

@@ -1,4 +1,4 @@
-// The operands of the Hopper kernel: its traits, which tiles a block takes, and how bulk copies bring a step's operands.
+// The operands of the Hopper kernel: its traits, a block's tiles, and the bulk copies of a step's operands.
 #pragma once
 
 #include <device/hopper.cuh>
@@ -8,14 +8,14 @@
 
 namespace fused_cna::implicit_gemm_sm90 {
 
-// As gather::Args: made on the host once per launch.
+// Like gather::Args: made on the host once per launch.
 struct Args : gather::Args {
     device::TensorMap x_map, weight_map, residual_map, y_map;
     bool x_by_map, x_is_tiled, weight_by_map, residual_by_map, y_by_map;  // else value by value, or by the gather
-    Divisor tiles_per_group;                                              // of columns
-    int tiles, tile_step;                                                 // of a block, or of a cluster's blocks
-    Divisor band, last_band;  // columns of tiles that lie in a band, and in the last one
-    Divisor band_tiles;       // tiles of a band
+    Divisor tiles_per_group;                                              // tiles of columns
+    int tiles, tile_step;                                                 // step between the tiles of a block, or cluster
+    Divisor band, last_band;  // columns of tiles per band, and in the last band, which may have fewer
+    Divisor band_tiles;       // tiles per band
     Divisor split;            // blocks that share a tile
     int bands, steps_per_split;
 };
@@ -27,18 +27,18 @@ struct Traits : gather::Shape<T, Of.m, Of.n, Tile::k_bytes, 128, VectorBytes> {
     static constexpr int m = tile.m, n = tile.n, consumers = tile.consumers();
     static constexpr int block_threads = tile.threads(), stages = tile.stages(sizeof(T));
     static constexpr bool is_pingpong = tile.schedule == Schedule::pingpong;
-    static constexpr int k_steps = Tile::k_bytes / 32;  // of a stage: a product takes 32 bytes of each row
+    static constexpr int k_steps = Tile::k_bytes / 32;  // per stage: one product takes 32 bytes of each row
 
-    // Of a warpgroup that multiplies: rows, in blocks of 64, the rows of a product, and columns, in slices. A thread has 16
-    // sums in a slice of a block, and finishes 8 at a time.
+    // A consumer warpgroup's rows, in blocks of 64 (the rows of one wgmma), and columns, in slices. A thread has 16 sums in
+    // a slice of a block, and finishes 8 at a time.
     static constexpr int rows = tile.rows_of_consumer(), blocks = rows / 64, slices = n / Tile::slice;
     static constexpr int slice_row_bytes = Tile::slice * sizeof(T), slice_bytes = rows * slice_row_bytes;
 
-    // Products take float32 operands as they lie in memory and would truncate them: they are rounded there first.
+    // wgmma would truncate float32 operands, so they are rounded in shared memory first.
     static constexpr bool rounds = sizeof(T) == 4;
 
-    // Registers of a thread that copies and of one that multiplies; a block begins with 168 for each. A gather keeps four
-    // for each of the thread's rows.
+    // Registers per thread of a producer and of a consumer; a block starts with 168 for each. A gather keeps four for each
+    // of the thread's rows.
     static constexpr int copying_registers = tile.gathers() ? m == 64 ? 72 : 88 : 40;
     static constexpr int multiplying_registers = (3 * 168 - copying_registers) / 2 / 8 * 8;
 
@@ -48,8 +48,8 @@ struct Traits : gather::Shape<T, Of.m, Of.n, Tile::k_bytes, 128, VectorBytes> {
     static_assert(stages >= Tile::least_stages, "one stage is multiplied, one is done with, one is filled");
 };
 
-// Tiles are counted in bands of columns; within a band they run along the columns first. So blocks that run together share
-// rows of x, and columns of the weight, and find both in the L2.
+// Tiles are numbered in bands of columns; within a band, columns vary fastest. So blocks that run together share rows of x
+// and columns of the weight, and find both in the L2.
 template <class Traits>
 __device__ __forceinline__ gather::Block block_of_tile(const Args& args, int tile) {
     const int band = args.band_tiles.quotient(tile), within = args.band_tiles.remainder(tile);
@@ -63,7 +63,7 @@ __device__ __forceinline__ gather::Block block_of_tile(const Args& args, int til
             .columns = remaining < Traits::n ? remaining : Traits::n};
 }
 
-// The block's share of the reduction of its tiles: all of it, or a part where the blocks of a cluster share it.
+// The block's share of its tiles' reduction: all of it, or a part where the blocks of a cluster share it.
 struct Steps {
     int first, count;
 
@@ -74,7 +74,7 @@ struct Steps {
     }
 };
 
-// The tiles of a block: that of its number, or of its cluster's, and on by the whole grid.
+// The tiles of a block: the one with its number (or its cluster's), then every tile_step-th.
 struct TileWalk {
     int tile, step;
 
@@ -85,7 +85,7 @@ struct TileWalk {
     __device__ void next() { tile += step; }
 };
 
-// Which stage comes next, and the parity of its barriers' phase.
+// The next stage, and the parity of its barriers' phase.
 template <int Stages>
 struct Ring {
     int stage = 0, parity = 0;
@@ -98,7 +98,7 @@ struct Ring {
     }
 };
 
-// Bulk copies of one step's operands after another, all of them started by one thread.
+// Bulk copies of the operands of successive steps, all started by one thread.
 template <class Traits>
 class MapLoader {
    public:
@@ -116,7 +116,7 @@ class MapLoader {
         w_ = pixel.q * args.x.stride_w - args.x.pad_left;
     }
 
-    // The bytes that a step's copies bring.
+    // The bytes of a step's copies.
     static __device__ int step_bytes(const Args& args) {
         return (args.x_by_map ? Traits::m * Traits::row_bytes : 0) +
                (args.weight_by_map ? Traits::n * Traits::row_bytes : 0);
@@ -150,9 +150,9 @@ class MapLoader {
     }
 
     const Args& args_;
-    int r_, s_, c_;  // the walk's tap and channel
+    int r_, s_, c_;  // tap and channel of the next step
     int first_channel_, first_filter_, first_row_;
-    int n_, h_, w_;  // of the first row's pixel under tap (0, 0)
+    int n_, h_, w_;  // the first row's pixel under tap (0, 0)
 };
 
 }  // namespace fused_cna::implicit_gemm_sm90

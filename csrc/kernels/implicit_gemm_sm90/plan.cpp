@@ -1,3 +1,4 @@
+// When the Hopper kernel is legal, and the estimated time of each tile, fetch and split.
 #include <algorithm>
 #include <string>
 
@@ -10,23 +11,23 @@ namespace fused_cna::implicit_gemm_sm90 {
 
 namespace {
 
-// Assumptions that no measurement has yet replaced; times in multiprocessor cycles.
-constexpr double wgmma_share = 0.85;           // of the tensor cores' rate, in a main loop that is fed
-constexpr double map_l2_bytes_per_cycle = 40;  // to one multiprocessor, by bulk copies; plain reads reach 42, as measured
-constexpr double turn_instructions = 50, residual_instructions = 16;  // of a warp, for 8 outputs a lane
-constexpr double turn_latency = 150;                                  // of a lone warp
-constexpr double cluster_latency = 400;                               // of a barrier
-constexpr double share_latency = 250;                                 // of 16 sums of a thread from other blocks
+// Assumptions, not measured yet; times in multiprocessor cycles.
+constexpr double wgmma_share = 0.85;           // of the tensor cores' rate, in a main loop that never waits for operands
+constexpr double map_l2_bytes_per_cycle = 40;  // to one multiprocessor, by bulk copies; plain reads reach 42, measured
+constexpr double turn_instructions = 50, residual_instructions = 16;  // per warp, for 8 outputs per lane
+constexpr double turn_latency = 150;                                  // for a lone warp
+constexpr double cluster_latency = 400;                               // per barrier
+constexpr double share_latency = 250;                                 // for 16 sums per thread from other blocks
 constexpr int shares_at_once = 2;
-constexpr int most_blocks_of_cluster = 8;           // that every device takes
-constexpr int64_t multiprocessors_of_cluster = 16;  // that are close enough, or a few more
-constexpr double map_latency = 1000;   // from a bulk copy's start until its bytes count at a barrier, and are seen
-constexpr double start_and_end = 700;  // barriers, maps and registers before the first copy; the output's way behind all
+constexpr int most_blocks_of_cluster = 8;           // the limit on every device
+constexpr int64_t multiprocessors_of_cluster = 16;  // that can form a cluster; some devices have a few more
+constexpr double map_latency = 1000;   // from a bulk copy's start until a barrier has counted its bytes, and threads see it
+constexpr double start_and_end = 700;  // barriers, maps and registers before the first copy; the last output's store
 
 const Choice& choice_of(const Plan& plan) { return std::get<Choice>(plan.choice); }
 const Tile& tile_of(const Plan& plan) { return tiles[choice_of(plan).tile]; }
 
-// mma.sync does five eighths of it, see device.h.
+// mma.sync reaches five eighths of this rate, see plan/device.h.
 double products_per_clock(const ConvProblem& problem, const DeviceInfo& device) {
     const double half = mma_per_clock(device) * 8 / 5 * wgmma_share;
     return problem.dtype == DType::float32 ? half / 2 : half;
@@ -40,8 +41,8 @@ int64_t steps_in(const ConvProblem& problem, int64_t k) {
     return problem.r * problem.s * ceil_div(problem.c_per_group(), k);
 }
 
-// Of a step: products; shared memory, which operands are written to and read from, those of the weight once for 64 rows of
-// x, and float32 ones once more both ways to be rounded; the L2; the copies of a gather.
+// The most of: a step's products; shared memory traffic (operands written and read, the weight once per 64 rows of x,
+// float32 once more both ways for rounding); L2 traffic; the copies of a gather.
 double step_cycles(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
     const Tile& tile = tile_of(plan);
     const bool rounds = problem.dtype == DType::float32, gathers = choice_of(plan).fetch == Fetch::gather;
@@ -53,7 +54,7 @@ double step_cycles(const ConvProblem& problem, const Plan& plan, const DeviceInf
                      gathers ? bytes / plan.vector_bytes / copies_per_cycle : 0});
 }
 
-// What `outputs` take behind their products: of the multiprocessor, and of a warpgroup that does it alone.
+// Time to finish `outputs` after their products: of the whole multiprocessor, and of a lone warpgroup.
 EpilogueCycles finish_cycles(const ConvProblem& problem, double outputs, int warps) {
     const double turns = outputs / 8 / 32;
     const double moved = outputs * static_cast<double>(size_in_bytes(problem.dtype)) * (problem.has_residual ? 2 : 1);
@@ -63,13 +64,13 @@ EpilogueCycles finish_cycles(const ConvProblem& problem, double outputs, int war
     return {busy, std::max(busy, turns / warps * turn_latency)};
 }
 
-// How many tiles the device has under way at once.
+// How many tiles the device computes at once.
 int64_t tiles_at_once(int split, const DeviceInfo& device) {
     return device.multiprocessors / multiprocessors_of_cluster * (multiprocessors_of_cluster / split) +
            device.multiprocessors % multiprocessors_of_cluster / split;
 }
 
-// As finish_cycles, of a block that finishes its part of a tile. The shares come from the others a few at a time.
+// Like finish_cycles, for a block that finishes its part of a split tile. The others' shares arrive a few at a time.
 EpilogueCycles finish_split_cycles(const ConvProblem& problem, const Tile& tile, int split) {
     const int64_t slices = ceil_div(ceil_div(tile.n, Tile::slice), split);
     const double outputs = static_cast<double>(tile.m * slices * Tile::slice);
@@ -91,7 +92,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     const EpilogueCycles finish = split > 1 ? finish_split_cycles(problem, tile, split)
                                             : finish_cycles(problem, outputs, is_pingpong ? 4 : 4 * tile.consumers());
 
-    // A block has its tiles one after the other; those of two warpgroups in turn overlap.
+    // A block computes its tiles one after the other; those of two pingpong warpgroups overlap.
     const double in_turn = static_cast<double>(ceil_div(tiles_in(problem, tile), tiles_at_once(split, device)));
     const auto all = [&](double main_loop) {
         if (!is_pingpong) return in_turn * (main_loop + finish.alone);
@@ -123,7 +124,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     return "";
 }
 
-// Why a tile does not, whatever brings x; empty where it may.
+// Why the tile does not take the problem, however x is fetched; empty where it may.
 std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& device, const Plan& plan) {
     const Tile& tile = tile_of(plan);
     const int64_t bytes = size_in_bytes(problem.dtype);
@@ -141,7 +142,7 @@ std::string unsupported_reason(const ConvProblem& problem, const DeviceInfo& dev
     return no_gather_reason(problem, plan.vector_bytes, tile.takes_narrow_vectors, tile.takes_any_filter);
 }
 
-// Why bulk copies cannot bring x; empty where they can.
+// Why bulk copies cannot fetch x; empty where they can.
 std::string no_maps_reason(const ConvProblem& problem, const DeviceInfo& device, const Plan& plan) {
     const auto outside = [](const char* what, int64_t given, int64_t least, int64_t most) {
         return std::string(what) + " is " + std::to_string(given) + ", a tensor map takes " + std::to_string(least) +
@@ -171,8 +172,8 @@ std::string no_maps_reason(const ConvProblem& problem, const DeviceInfo& device,
     return "";
 }
 
-// Splits worth comparing: those that leave every block two steps or more, and fewer than a smaller split, on a grid that
-// does not fill the device.
+// Splits to compare: each block keeps two steps or more, and fewer than with a smaller split, on a grid that does not fill
+// the device.
 std::vector<int> useful_splits(const ConvProblem& problem, const Plan& plan, const DeviceInfo& device) {
     const int64_t steps = steps_in(problem, plan.tile.k), in_all = tiles_in(problem, tile_of(plan));
     std::vector<int> splits{1};
@@ -221,7 +222,7 @@ void add_tile(const ConvProblem& problem, const DeviceInfo& device, int index, s
         return;
     }
     if (!fits_masks(problem)) {
-        // One version with the narrowest loads serves every alignment.
+        // One version, with the narrowest loads, serves every alignment.
         choice.takes_any_filter = true;
         plan.vector_bytes = 4;
     }

@@ -1,12 +1,12 @@
-// The warpgroup that copies. x comes in one of three ways: tiled and im2col by bulk copies, or gathered by cp.async. All
-// fill the same stages.
+// The producer warpgroup. x comes in one of three ways: tiled or im2col by bulk copies, or gathered by cp.async. All fill
+// the same stages.
 #pragma once
 
 #include "kernels/implicit_gemm_sm90/shared.cuh"
 
 namespace fused_cna::implicit_gemm_sm90 {
 
-// All that is copied is copied by maps, and is multiplied as it lies there: one thread does it.
+// Where maps copy all operands and none needs rounding: one thread starts all copies.
 template <class Traits>
 __device__ __forceinline__ void copy_by_maps(const Args& args, Shared<Traits>& shared) {
     const Steps steps = Steps::of(args);
@@ -21,8 +21,8 @@ __device__ __forceinline__ void copy_by_maps(const Args& args, Shared<Traits>& s
     }
 }
 
-// Every thread copies, or rounds, its chunks of each stage. `behind` stages of copies are under way before the first of them
-// is waited for.
+// Every thread copies, or rounds, its chunks of each stage. `behind` stages of copies are in flight before the first is
+// waited for.
 template <class Traits, template <int> class Rows>
 class ThreadCopies {
     static constexpr int behind = Traits::stages > 3 ? Traits::stages - 3 : 1;
@@ -51,7 +51,7 @@ class ThreadCopies {
     }
 
    private:
-    // The barrier at which bulk copies count: what has to be rounded is not full when it has landed.
+    // The barrier that counts bulk copies: a stage that must be rounded is not full when it has landed.
     __device__ device::PhaseBarrier& landed(int stage) {
         return Traits::rounds ? shared_.landed[stage] : shared_.full[stage];
     }
@@ -80,7 +80,7 @@ class ThreadCopies {
         finished_.next();
     }
 
-    // The chunks that this thread would gather.
+    // Rounds the chunks that this thread would gather.
     static __device__ __forceinline__ void round_chunks(uint32_t stage) {
         const int row = device::thread_x() / Traits::chunks_per_row, chunk = device::thread_x() % Traits::chunks_per_row;
         const uint32_t first = stage + row * Traits::row_bytes + gather::swizzle<Traits::row_bytes>(row, chunk) * 16;
@@ -99,11 +99,11 @@ class ThreadCopies {
     Ring<Traits::stages> started_, finished_;
 };
 
-// How often a stage's barrier is arrived at until the stage is full.
+// Arrivals at a stage's barrier until the stage is full.
 template <class Traits>
 __device__ __forceinline__ int arrivals_of_full(const Args& args) {
     if (Traits::rounds) return 128;
-    return args.x_by_map ? 1 : 129;  // every thread, and the one that starts the bulk copies once more
+    return args.x_by_map ? 1 : 129;  // every thread, and a second arrival of the thread that starts the bulk copies
 }
 
 template <class Traits, template <int> class Rows>

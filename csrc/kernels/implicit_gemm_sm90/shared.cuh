@@ -1,4 +1,4 @@
-// What the warpgroups of the Hopper kernel share.
+// Shared memory of the Hopper kernel.
 #pragma once
 
 #include "kernels/implicit_gemm_sm90/operands.cuh"
@@ -7,13 +7,13 @@ namespace fused_cna::implicit_gemm_sm90 {
 
 template <class Traits>
 struct alignas(1024) Shared {
-    // Operands as the products take them. Sums that a cluster adds up take their place when all are multiplied: of each
-    // thread that multiplies, 16 bytes after 16 bytes.
+    // Operands in the layout of wgmma. After the main loop the sums that a cluster adds up take their place: 16 bytes of
+    // every consumer thread, then the next 16.
     union {
         unsigned char stages[Traits::stages][Traits::stage_bytes];
         device::Vector16 sums[Traits::is_pingpong ? 1 : Traits::blocks * Traits::n / 8][Traits::consumers * 128];
     };
-    // The residual on its way from memory, and in its place the output on its way back.
+    // The residual after its load, and in its place the output before its store.
     unsigned char staged[Traits::consumers][Traits::slices][Traits::slice_bytes];
     float folds[Traits::consumers][3][Traits::n];  // scale, offset, beta
     device::PhaseBarrier full[Traits::stages], empty[Traits::stages], landed[Traits::stages];

@@ -1,4 +1,4 @@
-// The tiles of the Hopper kernel, read by its plan and by its kernels.
+// The tiles of the Hopper kernel, read by its plan and its kernels.
 #pragma once
 
 #include <algorithm>
@@ -7,11 +7,11 @@
 
 namespace fused_cna::implicit_gemm_sm90 {
 
-// How the warpgroups that multiply share the tiles of a block. Each is joined by one that copies.
+// How the consumer warpgroups share a block's tiles. One producer warpgroup is added to each.
 enum class Schedule : int32_t {
     single,       // one warpgroup
-    cooperative,  // two, each half of a tile's rows
-    pingpong      // two, each every second tile: one's epilogue lies behind the other's products
+    cooperative,  // two, each with half of a tile's rows
+    pingpong      // two, each with every second tile: one's epilogue overlaps the other's products
 };
 
 constexpr const char* schedule_name(Schedule schedule) {
@@ -19,7 +19,7 @@ constexpr const char* schedule_name(Schedule schedule) {
     return names[static_cast<int>(schedule)];
 }
 
-// Its depth is 128 bytes: the widest swizzle, and four products of wgmma.
+// The depth is 128 bytes: the widest swizzle, and four wgmma products.
 struct Tile {
     int m = 0, n = 0;
     Schedule schedule = Schedule::single;
@@ -34,14 +34,14 @@ struct Tile {
     constexpr int rows_of_consumer() const { return schedule == Schedule::cooperative ? m / 2 : m; }
     constexpr int64_t stage_bytes() const { return int64_t{m + n} * k_bytes; }
 
-    // The output on its way to memory, the tables of folds (12 bytes a channel), and the barriers.
+    // The output before its store, the tables of folds (12 bytes per channel), and the barriers.
     constexpr int64_t bytes_beside_stages(int64_t value_bytes) const {
         const int64_t staged = int64_t{consumers()} * rows_of_consumer() * n * value_bytes;
         const int64_t barriers = (3 * most_stages + 4) * 8;
         return staged + int64_t{consumers()} * n * 12 + barriers;
     }
 
-    // Tiles of operands under way at once: as many as fit.
+    // Tiles of operands in flight or in use at once: as many as fit.
     constexpr int stages(int64_t value_bytes) const {
         const int64_t bytes = shared_limit - bytes_beside_stages(value_bytes);
         return static_cast<int>(std::clamp<int64_t>(bytes / stage_bytes(), 0, most_stages));
@@ -52,7 +52,7 @@ struct Tile {
     }
     constexpr bool takes(int64_t value_bytes) const { return stages(value_bytes) >= least_stages; }
 
-    // Addresses of 256 rows are too many for the registers that the sums leave.
+    // Addresses of 256 rows need more registers than the sums leave.
     constexpr bool gathers() const { return m < 256; }
 };
 
@@ -69,17 +69,17 @@ inline constexpr std::array<Tile, 13> tiles{{
     {128, 64, Schedule::pingpong, true},
     {128, 32, Schedule::pingpong, true},
     {64, 64, Schedule::pingpong},
-    // Few pixels: a block has but one tile.
+    // Few pixels: a block has only one tile.
     {64, 128, Schedule::single},
     {64, 64, Schedule::single, true, true},
     {64, 32, Schedule::single},
 }};
 
-// In the place of a tile that cannot gather, should the driver refuse to encode its map.
+// Replaces a tile that cannot gather where the driver refuses to encode its map.
 inline constexpr int gathering_tile = 3;
 static_assert(tiles[gathering_tile].gathers());
 
-// How x comes into shared memory; see producer.cuh.
+// How x is copied to shared memory; see producer.cuh.
 enum class Fetch : int32_t { tiled, im2col, gather };
 
 constexpr const char* fetch_name(Fetch fetch) {
@@ -92,7 +92,7 @@ struct Choice {
     int stages = 0;
     int split_k = 1;  // blocks of a cluster that share one tile's reduction
     Fetch fetch = Fetch::gather;
-    bool takes_any_filter = false;  // by plain addressing, which only the gather has
+    bool takes_any_filter = false;  // with plain addressing, which only the gather has
 };
 
 }  // namespace fused_cna::implicit_gemm_sm90

@@ -1,7 +1,7 @@
-// Convolutions with few output pixels: squeeze-excite, heads. Bound by one read of the weight, and below that by latency, so
-// there are no tensor cores and no copies to shared memory: a team of lanes streams whole filters through registers, 16
-// bytes a lane and load, and adds up in a fixed order. x is read through the L1, where it stays: staged it would cost a
-// barrier a step and save nothing, because a chunk of x is loaded no more often than from shared memory. float32 is exact.
+// Convolutions with few output pixels: squeeze-excite, heads. Bound by one read of the weight, and for small weights by
+// latency, so it uses neither tensor cores nor copies to shared memory: a team of lanes streams whole filters through
+// registers, 16 bytes per lane and load, and sums in a fixed order. x is read through the L1, where it stays: staging it
+// would cost a barrier per step and save no loads. float32 is exact.
 #pragma once
 
 #include <cstring>
@@ -19,16 +19,16 @@ struct Args {
     ConvArgs conv;
     OutputRows output;  // its count is gemm_m
     int c_per_group, k_per_group;
-    Divisor lanes;    // of a team
-    int teams;        // of a block
-    Divisor columns;  // output channels that a block makes
+    Divisor lanes;    // per team
+    int teams;        // per block
+    Divisor columns;  // output channels per block
     Divisor tiles_m, tiles_n_per_group;
-    Divisor chunks_per_tap, s;  // chunks are of 16 bytes
-    int chunks, steps;          // of all taps
+    Divisor chunks_per_tap, s;  // a chunk is 16 bytes
+    int chunks, steps;          // over all taps
 };
 
-// VectorBytes: of one load; as narrow as a value, it takes channels at any stride. Pointwise: the filter has one tap, which
-// lies inside the image for every output pixel.
+// VectorBytes: bytes per load; as narrow as one value, it allows channels at any stride. Pointwise: the filter has one tap,
+// which is inside the image for every output pixel.
 template <class T, Tile tile, int VectorBytes, bool Pointwise>
 struct Traits {
     using Value = T;
@@ -36,7 +36,7 @@ struct Traits {
     static constexpr int unroll = tile.unroll_of(VectorBytes);
     static constexpr int vector_bytes = VectorBytes;
     static constexpr bool is_pointwise = Pointwise;
-    static constexpr int values = device::values_per_vector<T>;  // of a chunk
+    static constexpr int values = device::values_per_vector<T>;  // per chunk
     static constexpr int most_columns = threads * channels;
 
     static_assert(unroll * values <= 64, "more than 64 products in one running sum lose accuracy");
@@ -44,7 +44,7 @@ struct Traits {
                   "fewer loads under way leave the latency of device memory bare");
 };
 
-// Where an output pixel's window begins in x: its coordinates, which may lie outside the image, and its offset in elements.
+// Where an output pixel's window begins in x: its coordinates, which may be outside the image, and its offset in elements.
 struct Window {
     int64_t offset;
     int h, w;
@@ -55,16 +55,16 @@ struct Shared {
     Window windows[Traits::rows];
     RowPlace places[Traits::rows];
     ChannelFold folds[Traits::most_columns];
-    // [warps of a team][rows][columns]; teams of several warps are fewer, so that it never takes more.
+    // [warps of a team][rows][columns]. Teams of several warps are fewer, so the size never exceeds this.
     float sums[Traits::rows * Traits::most_columns];
 };
 
 struct Block {
     int first_row, rows;       // how many of the tile's rows exist
-    int group, first_channel;  // the channel counts within the group
+    int group, first_channel;  // the channel's index within the group
     int columns;               // how many of the block's columns exist
 
-    // Row tiles run fastest over the grid: blocks that share filters run together and find them in the L2.
+    // Row tiles vary fastest over the grid: blocks that share filters run together and find them in the L2.
     template <class Traits>
     static __device__ Block of(const Args& args) {
         const int block = static_cast<int>(device::block_x());
@@ -84,7 +84,7 @@ struct Block {
     static __device__ int smaller(int a, int b) { return a < b ? a : b; }
 };
 
-// A chunk's first `values` values, `stride` elements apart where they are loaded one by one; zeros behind them.
+// A chunk's first `values` values, then zeros. `stride` is in elements and applies where values are loaded one by one.
 template <class Traits>
 __device__ __forceinline__ device::Vector16 load_chunk(const typename Traits::Value* source, int64_t stride, int values) {
     using T = typename Traits::Value;
@@ -99,14 +99,14 @@ __device__ __forceinline__ device::Vector16 load_chunk(const typename Traits::Va
     return chunk;
 }
 
-// One lane's share of the reduction: of every `lanes` neighbouring chunks, channels fastest, then s, then r, it takes one.
+// One lane's share of the reduction: one of every `lanes` neighbouring chunks, channel first, then s, then r.
 template <class Traits>
 class LaneOperands {
     using T = typename Traits::Value;
 
    public:
     __device__ LaneOperands(const Args& args, const Block& block) : args_(args) {
-        // Neighbouring teams have neighbouring filters, which lie side by side where they are short.
+        // Neighbouring teams take neighbouring filters, which are adjacent in memory where they are short.
         const int team = args.lanes.quotient(device::thread_x());
         const ConvArgs& conv = args.conv;
         chunk_ = args.lanes.remainder(device::thread_x());
@@ -132,7 +132,7 @@ class LaneOperands {
         }
     }
 
-    // Starts the loads of the same step's activations, which are zero outside the image.
+    // Starts the loads of the same step's activations, zero outside the image.
     __device__ __forceinline__ void load_x(int step, const Window* windows) {
         const ConvProblem& problem = args_.conv.problem;
         const Strides& strides = args_.conv.x_strides;
@@ -163,7 +163,7 @@ class LaneOperands {
     device::Vector16 x[Traits::unroll][Traits::rows];
 
    private:
-    // Of a chunk in the filter; without values behind the end of the reduction.
+    // A chunk's position in the filter; it has no values beyond the end of the reduction.
     struct Position {
         int r, s, c;
         int values;
@@ -184,7 +184,7 @@ class LaneOperands {
     const T* weight_;  // the filter of the team's first channel
     const T* x_;       // the group's first channel
     int chunk_;        // the lane's place in the team
-    int columns_;      // from the team's first one to the block's last that exists; its next is `teams` further
+    int columns_;      // from the team's first column to the block's last; the team's next is `teams` further
     int rows_;
 };
 
@@ -194,7 +194,7 @@ using Sums = float[Traits::rows][Traits::channels];
 template <class Traits>
 __device__ __forceinline__ void multiply(const LaneOperands<Traits>& operands, int step, Sums<Traits>& total) {
     using T = typename Traits::Value;
-    // Summed apart and then added: one running sum over thousands of products has several times the error.
+    // Summed separately, then added to the total: one running sum over thousands of products has several times the error.
     Sums<Traits> sums = {};
 #pragma unroll
     for (int u = 0; u < Traits::unroll; ++u) {
@@ -232,7 +232,7 @@ __device__ void prepare_rows(const Args& args, const Block& block, Shared<Traits
     shared.windows[i] = {pixel.n * strides.n + h * strides.h + w * strides.w, static_cast<int>(h), static_cast<int>(w)};
 }
 
-// Those of the columns beyond one for each thread, which teams of one or two lanes make.
+// Folds of the columns after the first `threads`, which exist where teams have one or two lanes.
 template <class Traits>
 __device__ void prepare_other_folds(const Args& args, const Block& block, Shared<Traits>& shared) {
 #pragma unroll 1
@@ -242,7 +242,7 @@ __device__ void prepare_other_folds(const Args& args, const Block& block, Shared
     }
 }
 
-// Adds up over the lanes of a team that lie in one warp, and leaves the results in shared memory.
+// Sums over the lanes of a team within one warp, into shared memory.
 template <class Traits>
 __device__ __forceinline__ void reduce(const Args& args, Sums<Traits>& total, Shared<Traits>& shared) {
     const int lanes_in_warp = Block::smaller(args.lanes.value, 32);
@@ -264,8 +264,8 @@ __device__ __forceinline__ void reduce(const Args& args, Sums<Traits>& total, Sh
     }
 }
 
-// Calls visit(place among the sums, row, column) for a thread's outputs. A turn is as many neighbouring channels of a row as
-// a team has: most of what it takes are latencies, and these are the same for all of them.
+// Calls visit(index in sums, row, column) for a thread's outputs. A turn takes as many neighbouring channels of a row as a
+// team has: most of its time is latency, which they share.
 template <class Traits, class Visit>
 __device__ __forceinline__ void for_own_outputs(const Args& args, const Block& block, const Visit& visit) {
 #pragma unroll 1
@@ -276,7 +276,7 @@ __device__ __forceinline__ void for_own_outputs(const Args& args, const Block& b
     }
 }
 
-// Asks for the residual, so that it is on its way to the L2 while the products are made.
+// Prefetches the residual into the L2 while the main loop runs.
 template <class Traits>
 __device__ __forceinline__ void prefetch_residual(const Args& args, const Block& block, const Shared<Traits>& shared) {
     for_own_outputs<Traits>(args, block, [&](int, int row, int column) {
@@ -284,7 +284,7 @@ __device__ __forceinline__ void prefetch_residual(const Args& args, const Block&
     });
 }
 
-// Adds up over the warps of a team, finishes and stores.
+// Sums over the warps of a team, finishes and stores.
 template <class Traits>
 __device__ __forceinline__ void store_sums(const Args& args, const Block& block, const Shared<Traits>& shared) {
     constexpr int width = Traits::channels;
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(Traits::threads, Tile::blocks_per_multiprocess
     auto& shared = device::shared_storage<Shared<Traits>>();
     const Block block = Block::of<Traits>(args);
 
-    // The first loads are under way before anything waits for memory or for another thread: in a small layer they are all.
+    // The first loads start before anything waits for memory or for another thread; in a small layer there are no others.
     LaneOperands<Traits> operands(args, block);
     if constexpr (prepares_ahead) prepare_rows(args, block, shared);
     await_kernels_ahead(args.conv, Traits::threads);

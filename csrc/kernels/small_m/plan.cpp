@@ -1,3 +1,4 @@
+// When `small_m` is legal, and its estimated time for each size of team.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -9,19 +10,19 @@ namespace fused_cna::small_m {
 
 namespace {
 
-// Beyond, so many blocks read and convert the same filters that tensor cores are faster, or nearly as fast.
+// With more rows, so many blocks read and convert the same filters that tensor cores are faster, or nearly as fast.
 constexpr int64_t most_rows = 256;
 
-// In cycles, as measured on an H200.
-constexpr double turn_latency = 520;          // to finish and store one output a thread; a few take no longer
-constexpr double shuffle_latency = 19;        // to add up the values of all lanes over half of them
-constexpr double instructions_of_ends = 250;  // outside of the loop, where many blocks share a multiprocessor
+// In cycles, measured on an H200.
+constexpr double turn_latency = 520;          // to finish and store one output per thread; a few take no longer
+constexpr double shuffle_latency = 19;        // to sum the values of all lanes into half of them
+constexpr double instructions_of_ends = 250;  // outside the loop, where many blocks share a multiprocessor
 
 // Instructions counted in the machine code.
 constexpr double chunk_instructions = 16;  // addresses and masks of one chunk
-constexpr double coordinates = 17;         // more of them, for a filter of several taps
+constexpr double coordinates = 17;         // more, for a filter of several taps
 constexpr double piece_instructions = 8;   // for each further load of a chunk
-constexpr double sector_bytes = 32;        // that the L2 moves for a single value
+constexpr double sector_bytes = 32;        // moved by the L2 for a single value
 
 int64_t chunks_of(const ConvProblem& problem) {
     return problem.r * problem.s * ceil_div(problem.c_per_group() * size_in_bytes(problem.dtype), 16);
@@ -34,7 +35,7 @@ int64_t steps_of(const ConvProblem& problem, const Plan& plan) {
     return ceil_div(chunks_of(problem), choice_of(plan).lanes * tile_of(plan).unroll_of(plan.vector_bytes));
 }
 
-// A warp's in the main loop. Addresses are made for every chunk of a step, products for those with values.
+// A warp's instructions in the main loop. Addresses are made for every chunk of a step, products only for those with values.
 double instructions(const ConvProblem& problem, const Plan& plan) {
     const Tile& tile = tile_of(plan);
     const double values = 16.0 / static_cast<double>(size_in_bytes(problem.dtype)), pieces = 16.0 / plan.vector_bytes;
@@ -48,7 +49,7 @@ double instructions(const ConvProblem& problem, const Plan& plan) {
            with_values * (operands * to_float + sums * values);
 }
 
-// Through the L2, of one block: each team its filters, and all the same rows, which the L1 keeps.
+// Bytes of one block through the L2: each team reads its own filters, and all read the same rows, which the L1 keeps.
 double block_bytes(const ConvProblem& problem, const Plan& plan) {
     const double values = 16.0 / static_cast<double>(size_in_bytes(problem.dtype));
     const auto moved = [&](int64_t filters_or_rows, bool is_dense) {
@@ -58,7 +59,7 @@ double block_bytes(const ConvProblem& problem, const Plan& plan) {
            moved(std::min<int64_t>(plan.tile.m, problem.gemm_m()), plan.convert_x || problem.x_vector_bytes > 0);
 }
 
-// Of a lone block behind its loop: sums over the lanes of a warp, then outputs, each thread a row of its tile at a time.
+// Cycles of a lone block after its loop: sums over the lanes of a warp, then outputs, per thread a tile row at a time.
 double end_latency(const Plan& plan) {
     const Tile& tile = tile_of(plan);
     const double shuffles = tile.rows * tile.channels * std::log2(std::min(choice_of(plan).lanes, 32));
@@ -70,17 +71,17 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const DeviceInfo
     constexpr double warps = Tile::threads / 32.0;
     const double loop = instructions(problem, plan), steps = static_cast<double>(steps_of(problem, plan));
     const double arrival = block_bytes(problem, plan) / l2_bytes_per_cycle;
-    const double blocks = waves(plan, 1, device);  // of one multiprocessor
+    const double blocks = waves(plan, 1, device);  // per multiprocessor
     return {.products_us = as_us(blocks * warps * (loop + instructions_of_ends) / issued_per_cycle, device),
             .bytes_us = std::max(transfer_us(compulsory_bytes(problem), device), as_us(blocks * arrival, device)),
-            // Nothing is loaded ahead of a step: its loads are many instead.
+            // Nothing is loaded ahead of a step; each step starts many loads instead.
             .latency_us = as_us(waves(plan, Tile::blocks_per_multiprocessor, device) *
                                     (steps * memory_latency + arrival + loop + end_latency(plan)),
                                 device),
             .overhead_us = launch_us + conversions_us(problem, plan, device)};
 }
 
-// Numbers of lanes worth comparing: as many as have work, and not so few that a lane would take long.
+// Team sizes to compare: every lane has work, and none takes too long.
 std::vector<int> useful_lanes(const ConvProblem& problem, const Plan& plan) {
     constexpr int64_t most_steps = 16;
     std::vector<int> useful;
@@ -96,7 +97,7 @@ std::vector<int> useful_lanes(const ConvProblem& problem, const Plan& plan) {
 }
 
 std::string unsupported_reason(const ConvProblem& problem, const Plan& plan) {
-    constexpr int64_t reach = 8 * 1024;  // lanes without a chunk look so many products behind the last
+    constexpr int64_t reach = 8 * 1024;  // lanes without a chunk compute an index this far beyond the end
     if (problem.gemm_k() == 0) return "there is nothing to multiply";
     if (problem.gemm_m() > most_rows) return with_numbers("output pixels number", problem.gemm_m(), "", most_rows);
     if (std::max(problem.gemm_k() + reach, plan.blocks) > int_limit) {
@@ -105,7 +106,7 @@ std::string unsupported_reason(const ConvProblem& problem, const Plan& plan) {
     return "";
 }
 
-// A plan for every width of a team. Without dense channels its loads are value by value, unless copies come first.
+// A plan for every team size. Without dense channels it loads value by value, or copies first where `convert`.
 void add_form(const ConvProblem& problem, const DeviceInfo& device, int index, bool convert, std::vector<Candidate>& all) {
     const Tile& tile = tiles[index];
     const bool has_one_tap =

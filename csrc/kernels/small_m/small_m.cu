@@ -1,3 +1,4 @@
+// The launcher of `small_m`: its kernel arguments, made on the host.
 #include "kernels/common/dispatch.cuh"
 #include "kernels/small_m/kernel.cuh"
 #include "plan/plan.h"
@@ -25,8 +26,7 @@ Args make_args(const ConvArgs& conv, const Plan& plan) {
     return args;
 }
 
-// Filters of one tap with loads of 16 bytes are nearly all layers; one version with coordinates serves the others, for every
-// width of load.
+// Nearly all layers have one tap and 16-byte loads; for the others one version with coordinates serves every load width.
 template <class T, Tile tile>
 const char* launch_tile(const ConvArgs& conv, const Plan& plan, Stream stream) {
     const auto launch = [&]<int vector_bytes, bool is_pointwise>() {

@@ -1,9 +1,9 @@
-// The first layer of a network, four input channels or fewer, on tensor cores: reads x in any layout, NCHW too. float16,
+// The first layer of a network, four input channels or fewer, on tensor cores. Reads x in any layout, NCHW too. float16,
 // bfloat16, and float32 rounded to tf32; compute capability 8.0 and newer.
 //
-// A block makes rectangles of output pixels of one image, one after the other. It brings the window of x that a rectangle
-// reads into shared memory as it is; each lane gathers its fragments of the left matrix from there, so that matrix exists
-// in registers only. Every warp makes its pixels in all of the block's channels: each value is gathered once.
+// A block computes rectangles of output pixels of one image, one after the other. It copies the window of x that a rectangle
+// reads into shared memory; each lane gathers its fragments of the left matrix from there, so that matrix exists only in
+// registers. Every warp computes its pixels in all of the block's channels, so each value is gathered once.
 #pragma once
 
 #include <cstring>
@@ -36,7 +36,7 @@ __device__ void prepare_pixels(const Args& args, Shared<Traits>& shared) {
         const Strides &y = args.conv.y_strides, &residual = args.conv.residual_strides;
         shared.pixels[i] = {.y = p * y.h + q * y.w,
                             .residual = p * residual.h + q * residual.w,
-                            // Slots without a pixel read the first one's taps; their results are not stored.
+                            // Slots without a pixel read the first pixel's taps; their results are not stored.
                             .window = exists ? static_cast<int>(p * p_bytes + q * q_bytes) : 0,
                             .p = exists ? static_cast<int16_t>(p) : int16_t{-1},
                             .q = static_cast<int16_t>(q)};
@@ -46,14 +46,14 @@ __device__ void prepare_pixels(const Args& args, Shared<Traits>& shared) {
 template <class Traits>
 using Accumulators = float[Traits::fragments_m][Traits::fragments_n][4];
 
-// The i-th of a lane's pixels, which lie eight apart: the upper and lower rows of its fragments.
+// The i-th of a lane's pixels, eight apart: the upper and lower rows of its fragments.
 template <class Traits>
 __device__ __forceinline__ const Pixel& pixel_of_lane(const Shared<Traits>& shared, int i) {
     return shared.pixels[thread() / 32 * (Traits::fragments_m * 16) + thread() % 32 / 4 + static_cast<unsigned>(i) * 8];
 }
 
-// The main loop: one MMA step of the warp's pixels a turn. `before` are the bytes from the window's first pixel to the
-// tile's first tap.
+// The main loop: one MMA step of the warp's pixels per turn. `before` is the number of bytes from the window's first pixel
+// to the tile's first tap.
 template <class Traits>
 __device__ __forceinline__ void multiply(const Args& args, const Shared<Traits>& shared,
                                          const Operands<typename Traits::Value>& operands, unsigned before,
@@ -67,7 +67,7 @@ __device__ __forceinline__ void multiply(const Args& args, const Shared<Traits>&
     uint32_t weights = device::shared_address(operands.weights + weight_row * args.weight_pitch + thread() / 8 % 2 * 4);
     const unsigned weight_step = args.weight_pitch * 16 * 4;
     const Taps* next = operands.taps + thread() % 4;
-    Taps taps = *next;  // read a turn ahead; what the last turn reads is not used
+    Taps taps = *next;  // read one turn ahead; the last turn's read is not used
 #pragma unroll 1
     for (unsigned step = args.words / 8; step > 0; --step) {
         uint32_t x[Traits::fragments_m][4];
@@ -96,8 +96,8 @@ __device__ __forceinline__ void multiply(const Args& args, const Shared<Traits>&
     }
 }
 
-// A slice is a lane's eight neighbouring channels of one of its pixels; a tile has eight of them at most. Counts behind the
-// last mean the last.
+// A slice is a lane's eight neighbouring channels of one of its pixels; a tile has at most eight slices. Higher indices mean
+// the last.
 template <class Traits, int Slice>
 __device__ __forceinline__ void copy_slice(const Accumulators<Traits>& total, float (&values)[Traits::channels_per_lane]) {
     constexpr int slice = Slice < Traits::slices ? Slice : Traits::slices - 1;
@@ -108,8 +108,8 @@ __device__ __forceinline__ void copy_slice(const Accumulators<Traits>& total, fl
     }
 }
 
-// Registers cannot be indexed. A switch becomes a few jumps and eight moves; from a chain of tests the compiler makes eight
-// selections for every value. It has no case that leaves the values as they were, or they would live through the loop.
+// Registers cannot be indexed. The switch compiles to a few jumps and eight moves, a chain of tests to eight selections per
+// value. No case leaves the values unchanged: they would then have to live through the loop.
 template <class Traits>
 __device__ __forceinline__ void take_slice(const Accumulators<Traits>& total, int slice,
                                            float (&values)[Traits::channels_per_lane]) {
@@ -125,7 +125,7 @@ __device__ __forceinline__ void take_slice(const Accumulators<Traits>& total, in
     }
 }
 
-// Asks for the residual, so that it is on its way to the L2 while the products are made.
+// Prefetches the residual into the L2 while the main loop runs.
 template <class Traits>
 __device__ __forceinline__ void prefetch_residual(const Args& args, const TileOrigin& origin, int first_channel,
                                                   const Shared<Traits>& shared) {
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(Traits::threads, Traits::tile.blocks_per_multi
     prepare_pixels(args, shared);
     await_kernels_ahead(args.conv, Traits::threads);
 
-    // Packing weights costs as much as a tile of pixels: where one chunk is all, a block does it once for all its tiles.
+    // Packing weights costs as much as a tile of pixels: with a single chunk, a block packs once for all its tiles.
     unsigned packed_chunk = args.chunks;
 #pragma unroll 1
     for (unsigned tile = block / args.tiles_n; tile < args.tiles; tile += args.tile_step) {

@@ -1,5 +1,5 @@
-// What the stem kernel brings into shared memory: the window of x that a tile reads, the weights as words of the reduction,
-// and the table that leads from one to the other.
+// The operands of the stem kernel in shared memory: the window of x that a tile reads, the weights as words of the
+// reduction, and the table that maps one to the other.
 #pragma once
 
 #include <cstring>
@@ -12,14 +12,14 @@
 
 namespace fused_cna::stem {
 
-// How x allows its window to be read.
+// How the window of x can be read.
 enum class Loads : int32_t {
     single,  // value by value: any strides
     planar,  // 16 bytes of each of three channels: dense NCHW
-    dense,   // 16 bytes, three channels a pixel: dense NHWC
+    dense,   // 16 bytes, three channels per pixel: dense NHWC
 };
 
-// Everything that is the same for all threads, made on the host once per launch.
+// Values that are the same for all threads, made on the host once per launch.
 struct Args {
     ConvArgs conv;
     Loads loads;
@@ -28,7 +28,7 @@ struct Args {
     int p, q, k;
     unsigned tile_p, tile_q;
     unsigned tiles_q, tiles_per_image, tiles_n;
-    unsigned tiles, tile_step;  // of pixels; a block takes every tile_step-th
+    unsigned tiles, tile_step;  // tiles of pixels; a block takes every tile_step-th
     // As in Layout.
     unsigned filter_rows, chunks;
     unsigned pixel_pitch, lead, words_per_row, words, weight_pitch;
@@ -50,7 +50,7 @@ struct Traits {
     static_assert(slices <= 8, "take_slice knows eight");
 };
 
-// Unsigned: quotients and remainders then cost few instructions, and are computed again rather than kept in registers.
+// Unsigned: quotients and remainders cost few instructions, and are recomputed rather than kept in registers.
 __device__ __forceinline__ unsigned thread() { return static_cast<unsigned>(device::thread_x()); }
 
 struct TileOrigin {
@@ -64,28 +64,28 @@ struct TileOrigin {
     }
 };
 
-// One pixel of the tile: offsets in elements, from the tile's first pixel.
+// One pixel of the tile. Offsets in elements from the tile's first pixel.
 struct Pixel {
     int64_t y, residual;
     int window;    // in bytes
-    int16_t p, q;  // p is -1 where the rectangle has no such pixel
+    int16_t p, q;  // p is -1 where the rectangle has no pixel
 
     __device__ RowPlace place(const RowPlace& first) const { return {first.y + y, first.residual + residual}; }
 
-    // Whether it is a pixel of the output.
+    // Whether the pixel exists in the output.
     __device__ bool is_inside(const Args& args, const TileOrigin& origin) const {
         return p >= 0 && origin.p + p < args.p && origin.q + q < args.q;
     }
 };
 
-// Where a lane finds its words of one MMA in the window, those of slots t and t + 4: the distance in bytes from a pixel's
-// first tap, and the bits that are taps.
+// A lane's words of one MMA in the window, for slots t and t + 4: the offset in bytes from a pixel's first tap, and a mask
+// of the bits that are taps.
 struct alignas(16) Taps {
     int offset[2];
     uint32_t mask[2];
 };
 
-// What lies in shared memory behind the tables of fixed size.
+// Shared memory after the tables of fixed size.
 template <class T>
 struct Operands {
     Taps* taps;
@@ -99,7 +99,7 @@ struct Operands {
     }
 };
 
-// The window's first pixel in x, on a whole unit; `before` pixels of it lie left of the tile's first tap.
+// The window's first pixel in x, on a whole unit; `before` pixels of the window are left of the tile's first tap.
 struct Window {
     int h, w, before;
 
@@ -111,12 +111,12 @@ struct Window {
     }
 };
 
-// A pixel of x; is_inside is false for those that are padding.
+// A pixel of x; is_inside is false in the padding.
 struct Source {
     int h, w;
     bool is_inside;
 
-    // The window's i-th pixel. +0.5 keeps rounding from crossing an integer, for any window that fits shared memory, so the
+    // The window's i-th pixel. With + 0.5, rounding cannot cross an integer for any window that fits shared memory, so the
     // truncation is exact. It costs a fifth of a division.
     static __device__ __forceinline__ Source of(const Args& args, const Window& first, unsigned i) {
         const auto row = static_cast<unsigned>((static_cast<float>(i) + 0.5f) * args.rows_per_pixel);
@@ -154,11 +154,11 @@ __device__ void load_single_values(const Args& args, const typename Traits::Valu
     }
 }
 
-// 16 bytes of each of three channels: as many neighbouring pixels as these hold.
+// 16 bytes of each of three channels: 8 or 4 neighbouring pixels.
 template <class T>
 struct Unit {
     static constexpr int pixels = 16 / sizeof(T);
-    T values[pixels * 3];  // channels fastest
+    T values[pixels * 3];  // channel first
 
     static __device__ __forceinline__ Unit load(const T* source, bool is_planar, int64_t channel_stride) {
         Unit unit;
@@ -198,7 +198,7 @@ struct Unit {
     }
 };
 
-// Three channels, in rows of whole units: each lies inside the image or outside, so one test serves 8 or 4 pixels.
+// For three channels and rows of whole units: a unit is inside or outside the image, so one test serves 8 or 4 pixels.
 template <class Traits>
 __device__ void load_units(const Args& args, const typename Traits::Value* image, const Window& first,
                            typename Traits::Value* window) {
@@ -217,7 +217,7 @@ __device__ void load_units(const Args& args, const typename Traits::Value* image
     }
 }
 
-// Brings one chunk's window into shared memory, with zeros outside the image.
+// Copies one chunk's window into shared memory, with zeros outside the image.
 template <class Traits>
 __device__ __forceinline__ void load_window(const Args& args, const TileOrigin& origin, const Window& first,
                                             typename Traits::Value* window) {
@@ -230,8 +230,7 @@ __device__ __forceinline__ void load_window(const Args& args, const TileOrigin& 
     }
 }
 
-// A word of the reduction: the taps that its values are, as offsets in the weight of one output channel, and where the
-// window holds them.
+// A word of the reduction: the weight offsets of its taps, in one output channel, and its place in the window.
 template <class T>
 struct Word {
     static constexpr int values = 4 / sizeof(T);
@@ -242,20 +241,20 @@ struct Word {
 
     static __device__ Word of(const Args& args, unsigned chunk, unsigned word) {
         const unsigned row = word / args.words_per_row, r = chunk * args.filter_rows + row;
-        const unsigned first = word % args.words_per_row * values;  // of the run that its lead and taps make
+        const unsigned first = word % args.words_per_row * values;  // within the run of lead and taps
         const bool row_exists = row < args.filter_rows && r < args.r;
         const FilterStrides& strides = args.conv.weight_strides;
         Word result{.mask = 0};
 #pragma unroll
         for (unsigned i = 0; i < values; ++i) {
-            // The lead's values wrap around, beyond any filter.
+            // Values of the lead wrap around to beyond any filter.
             const unsigned value = first + i - args.lead;
             const unsigned s = value / args.pixel_pitch, c = value % args.pixel_pitch;
             result.is_tap[i] = row_exists && s < args.s && c < args.c;
             result.weight[i] = result.is_tap[i] ? r * strides.r + s * strides.s + c * strides.c : 0;
             result.mask |= result.is_tap[i] ? (~0u >> (32 - 8 * sizeof(T))) << (i * 8 * sizeof(T)) : 0u;
         }
-        // Where taps are dilated there is no lead.
+        // With dilation there is no lead.
         const unsigned in_row = first + first / args.pixel_pitch * args.pixel_pitch * (args.dil_w - 1);
         const unsigned rows = row * args.dil_h * args.window_columns * args.pixel_pitch;
         result.window = result.mask ? static_cast<int>((rows + in_row) * sizeof(T)) : 0;
@@ -263,18 +262,19 @@ struct Word {
     }
 };
 
-// The column whose weights a row of shared memory holds. MMA columns are dealt out so that a lane's results, two of each
-// fragment, are eight neighbouring output channels. Moves bits about, so rows without common bits can be mapped apart.
+// The column whose weights row `row` of shared memory holds. MMA columns are distributed so that a lane's results, two of
+// each fragment, are eight neighbouring output channels. The mapping permutes bits, so rows without common bits can be
+// mapped separately.
 __device__ __forceinline__ unsigned column_of_row(unsigned row) {
     return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
 }
 
-// Packs one chunk's weights into words, zeros where there is no tap or no output channel, and makes the table of taps.
+// Packs one chunk's weights into words, with zeros where there is no tap or no output channel, and makes the table of taps.
 template <class Traits>
 __device__ void load_weights(const Args& args, int first_channel, unsigned chunk,
                              const Operands<typename Traits::Value>& operands) {
     using T = typename Traits::Value;
-    // All of a word's rows are asked for before any is waited for, as far as registers go.
+    // All rows of a word are loaded before any load is waited for, as far as registers allow.
     constexpr unsigned rows_per_warp = Traits::n / Traits::warps, batch = rows_per_warp < 8 ? rows_per_warp : 8;
     static_assert(rows_per_warp % batch == 0, "rows are packed in whole batches");
     const unsigned warp = thread() / 32;

@@ -1,3 +1,4 @@
+// When `stem` is legal, its tiles and rectangles, and their estimated time.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -14,16 +15,16 @@ namespace fused_cna::stem {
 
 namespace {
 
-// Assumptions that no measurement has yet replaced; instructions are those of a warp, counted in the compiled kernel.
-constexpr double gather_instructions = 16;      // of 16 pixels' fragment in one MMA step: addresses, loads, masks
-constexpr double store_instructions = 70;       // of one pixel's eight channels a lane: fold, activation, store
-constexpr double unit_instructions = 60;        // of 16 bytes of three channels
-constexpr double single_instructions = 60;      // of a pixel, value by value
-constexpr double word_instructions = 100;       // of finding a word's taps
-constexpr double weight_instructions = 12;      // of packing one word of one channel
-constexpr double tile_instructions = 200;       // of a warp, beside all these
+// Assumptions, not measured yet; instructions are a warp's, counted in the compiled kernel.
+constexpr double gather_instructions = 16;      // for 16 pixels' fragment in one MMA step: addresses, loads, masks
+constexpr double store_instructions = 70;       // for one pixel's eight channels per lane: fold, activation, store
+constexpr double unit_instructions = 60;        // for 16 bytes of three channels
+constexpr double single_instructions = 60;      // for a pixel, value by value
+constexpr double word_instructions = 100;       // to find a word's taps
+constexpr double weight_instructions = 12;      // to pack one word of one channel
+constexpr double tile_instructions = 200;       // for a warp, besides all these
 constexpr double mma_latency = 70;              // gather and first products of a lone warp's step
-constexpr int64_t most_words_of_a_chunk = 128;  // where a filter is taken in chunks at all
+constexpr int64_t most_words_of_a_chunk = 128;  // only where a filter is split into chunks
 
 constexpr Choice smallest{.tile_p = 1, .tile_q = 1, .filter_rows = 1};
 
@@ -37,12 +38,12 @@ int64_t tiles_of(const ConvProblem& problem, const Choice& choice) {
     return problem.n * ceil_div(problem.p(), choice.tile_p) * ceil_div(problem.q(), choice.tile_q);
 }
 
-// Whether the window can be read in units; strides and alignment may still forbid it.
+// Whether the window may be read in units; strides and alignment can still forbid it.
 bool may_load_units(const ConvProblem& problem, const Layout& layout) {
     return problem.c == 3 && problem.w % layout.pixels_per_unit == 0;
 }
 
-// What a multiprocessor does for one tile, in cycles, where others keep it busy while this one waits.
+// Cycles of a multiprocessor for one tile, while other blocks keep it busy during waits.
 double tile_cycles(const ConvProblem& problem, const Tile& tile, const Layout& layout, const DeviceInfo& device) {
     const double mma_steps = static_cast<double>(layout.chunks * layout.words) / 8;
     const double fragments = tile.m / 16.0, fragments_per_warp = fragments / tile.warps;
@@ -87,7 +88,7 @@ Estimate estimate(const ConvProblem& problem, const Plan& plan, const Layout& la
             .overhead_us = launch_us};
 }
 
-// Rectangles worth comparing: sides that divide the output's evenly, and widths of whole MMA fragments beside them.
+// Rectangles to compare: sides that divide the output's evenly, and also widths of whole MMA fragments.
 std::set<std::pair<int64_t, int64_t>> useful_rectangles(const ConvProblem& problem, const Tile& tile) {
     const int64_t p = problem.p(), q = problem.q();
     std::set<std::pair<int64_t, int64_t>> rectangles;
@@ -109,7 +110,7 @@ std::set<int64_t> useful_filter_rows(const ConvProblem& problem, const Tile& til
     return {problem.r, std::max<int64_t>(some, 1), 1};
 }
 
-// The plan for one rectangle and chunk, or nothing where shared memory does not hold them.
+// The plan for one rectangle and chunk size, or nothing where shared memory is too small.
 std::optional<Plan> plan_of(const ConvProblem& problem, const DeviceInfo& device, const Plan& base, const Choice& choice) {
     const Tile& tile = tiles[choice.tile];
     const Layout layout = make_layout(problem, tile, choice);
@@ -118,7 +119,7 @@ std::optional<Plan> plan_of(const ConvProblem& problem, const DeviceInfo& device
     Plan plan = base;
     plan.choice = choice;
     const int64_t all_tiles = tiles_of(problem, choice), tiles_n = ceil_div(problem.k, tile.n);
-    // As many blocks as run at once, or fewer where they would still make as many tiles each.
+    // As many blocks as run at once, or fewer where each would still compute as many tiles.
     const int64_t at_once = std::max<int64_t>(resident * device.multiprocessors / tiles_n, 1);
     plan.blocks = all_tiles > 0 ? tiles_n * ceil_div(all_tiles, ceil_div(all_tiles, at_once)) : 0;
     plan.estimate = estimate(problem, plan, layout, device);

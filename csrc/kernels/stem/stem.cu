@@ -1,3 +1,4 @@
+// The launcher of `stem`: its kernel arguments, made on the host.
 #include "kernels/common/dispatch.cuh"
 #include "kernels/stem/kernel.cuh"
 #include "kernels/stem/layout.h"
@@ -7,7 +8,7 @@ namespace fused_cna::stem {
 
 namespace {
 
-// The widest loads that x allows: units of 16 bytes want three channels, rows of whole units, and every start on 16 bytes.
+// The widest loads that x allows. Units of 16 bytes need three channels, rows of whole units, and every row on 16 bytes.
 Loads find_loads(const ConvArgs& conv, int64_t pixels_per_unit) {
     const ConvProblem& problem = conv.problem;
     const Strides& strides = conv.x_strides;

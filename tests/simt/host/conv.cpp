@@ -1,3 +1,4 @@
+// From a ConvCall to the project's own plan and run.
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -101,7 +102,7 @@ void take_copies(const ConvCall& call, const fused_cna::Plan& plan, fused_cna::C
     }
 }
 
-// From the first element to behind the last.
+// From the first element to the end of the last.
 int64_t bytes_of(const ConvCall::Tensor& tensor, int64_t element_bytes) {
     int64_t elements = 1;
     for (int i = 0; i < 4; ++i) {
@@ -111,8 +112,7 @@ int64_t bytes_of(const ConvCall::Tensor& tensor, int64_t element_bytes) {
     return elements * element_bytes;
 }
 
-// All that the kernels of a call are given, copies of operands and these themselves. y may hold the residual, and is named
-// first.
+// All memory that a call's kernels get: operands and their copies. y comes first, because it may also be the residual.
 std::vector<Memory> memory_of(const ConvCall& call, std::vector<float>& workspace) {
     const int64_t element = fused_cna::size_in_bytes(find_dtype(call.dtype));
     const int64_t norm_element = call.norm_is_float32 ? sizeof(float) : element, k = call.weight.sizes[0];

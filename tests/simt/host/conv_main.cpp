@@ -10,17 +10,17 @@
 
 #include "conv_call.h"
 
-// The sanitized operator: CASE RESULT. The case is a ConvCall whose addresses are meaningless where not null, then for
-// each of them, in order, its memory as a Region and as many bytes. The result is the output's bytes.
+// The sanitized operator, a program: CASE RESULT. The case is a ConvCall whose non-null addresses stand for data that
+// follows: for each of them, in order, a Region and its bytes. The result is the output's bytes.
 
 namespace {
 
 struct Region {
     int64_t bytes;         // from the first element to the last
-    int64_t misalignment;  // of the first byte, modulo 16, as the caller had it
+    int64_t misalignment;  // the caller's first byte, modulo 16
 };
 
-// A copy in a heap block that ends with its last byte.
+// A copy in a heap block that ends with the copy's last byte.
 class Memory {
    public:
     Memory(std::istream& file) {

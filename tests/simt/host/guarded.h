@@ -1,3 +1,4 @@
+// Turns exceptions into a status and a text, for C callers.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,10 +10,10 @@
 
 namespace simt {
 
-// What a C function of the simulator returns; the order is known to binding.py.
+// The result of the simulator's C functions; binding.py has the same order.
 enum Status : int { succeeded, launch_refused, kernel_at_fault, failed };
 
-// Where such a function puts the text of what went wrong, with a terminating zero, cut to size.
+// Where such a function writes its error message: zero-terminated, truncated to size.
 struct ErrorText {
     char* text;
     int64_t size;
@@ -25,7 +26,7 @@ inline Status report(const ErrorText& error, Status status, std::string_view tex
     return status;
 }
 
-// Calls function(), which returns null or a launch error; exceptions end here, as the caller is C.
+// Calls function(), which returns null or a launch error. Catches all exceptions, as the caller is C.
 template <class Function>
 Status guarded(const ErrorText& error, Function&& function) {
     try {

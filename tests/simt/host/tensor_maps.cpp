@@ -1,3 +1,4 @@
+// The C functions that make the simulated driver refuse tensor maps, for binding.py.
 #include <simt/tensor_maps.h>
 
 extern "C" void simt_refuse_tensor_maps(int refuse) { simt::refuse_tensor_maps(refuse != 0); }

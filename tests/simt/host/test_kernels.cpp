@@ -1,3 +1,4 @@
+// The C function that runs a test kernel by name, for binding.py.
 #include <map>
 #include <stdexcept>
 #include <string>

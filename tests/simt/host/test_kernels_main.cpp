@@ -7,8 +7,8 @@
 
 #include "../kernels/test_kernel.h"
 
-// The sanitized test kernels: NAME INPUTS OUTPUTS SEED. The input is 0, 1, 2, ...; prints the output, one number a line.
-// Both lie in heap blocks of exactly their size. Exit status 3 and the report on stderr for a kernel at fault.
+// The sanitized test kernels, a program: NAME INPUTS OUTPUTS SEED. The input is 0, 1, 2, ...; prints the output, one number
+// per line. Both are in heap blocks of exactly their size. A kernel at fault: exit status 3, the report on stderr.
 int main(int argc, char** argv) {
     if (argc != 5) {
         std::fprintf(stderr, "usage: %s NAME INPUTS OUTPUTS SEED\n", argv[0]);

@@ -1,4 +1,4 @@
-// cp.async: used rightly, and each way to use it wrongly (tests/test_simt_async_copy.py).
+// cp.async: correct uses, and every wrong use (tests/test_simt_async_copy.py).
 #include <device/launch.cuh>
 #include <device/ptx.cuh>
 
@@ -8,7 +8,7 @@ namespace simt_tests {
 
 using namespace fused_cna::device;
 
-// Not in an unnamed namespace, so that reports know the kernels' names.
+// Not in an unnamed namespace, so that reports can name the kernels.
 namespace async_copies {
 
 constexpr int threads = 64;
@@ -29,8 +29,8 @@ __device__ void copy_one(float* stage, const float* input, bool valid = true) {
     copy_async<4>(shared_address(stage + thread_x()), input + thread_x(), valid);
 }
 
-// Each thread copies `Floats` neighbours. Rows of output: the sum of its own before the wait, after the wait, and the sum of
-// the next thread's after a barrier.
+// Each thread copies `Floats` neighbours. Rows of the output: the sum of its own before the wait, after the wait, and the
+// sum of the next thread's after a barrier.
 template <int Floats>
 __global__ void copy(const float* input, float* output) {
     float* stage = shared_storage<Storage>().stages[0];
@@ -52,7 +52,7 @@ const TestKernel use_copy_4("copy_4", run<copy<1>>);
 const TestKernel use_copy_8("copy_8", run<copy<2>>);
 const TestKernel use_copy_16("copy_16", run<copy<4>>);
 
-// Three groups and an uncommitted copy: which of the four have landed after each wait of a sequence.
+// Three groups and an uncommitted copy. Output: which of the four have landed after each of several waits.
 __global__ void groups(const float* input, float* output) {
     auto& stages = shared_storage<Storage>().stages;
     int row = 0;
@@ -71,14 +71,14 @@ __global__ void groups(const float* input, float* output) {
     note();
     wait_copies<0>();
     note();
-    commit_copies();  // of the fourth
-    commit_copies();  // of nothing, which counts all the same
+    commit_copies();  // the fourth copy
+    commit_copies();  // an empty group counts too
     wait_copies<1>();
     note();
 }
 const TestKernel use_groups("copy_groups", run<groups>);
 
-// The source is changed while the copy is under way.
+// The source changes while the copy is in flight.
 __global__ void late_source(const float*, float* output) {
     float* stage = shared_storage<Storage>().stages[0];
     output[thread_x()] = 1;
@@ -90,7 +90,7 @@ __global__ void late_source(const float*, float* output) {
 }
 const TestKernel use_late_source("late_source", run<late_source>);
 
-// Odd threads ask for zeros, from where there is nothing.
+// Odd threads copy zeros, from a null source.
 __global__ void zero_fill(const float* input, float* output) {
     float* stage = shared_storage<Storage>().stages[0];
     const bool valid = thread_x() % 2 == 0;
@@ -110,7 +110,7 @@ const TestKernel use_never_waited("never_waited", run<never_waited>);
 
 __global__ void missing_wait(const float* input, float* output) {
     float* stage = shared_storage<Storage>().stages[0];
-    stage[thread_x()] = -5;  // what an earlier round left
+    stage[thread_x()] = -5;  // left by an earlier round
     copy_one(stage, input);
     commit_copies();
     sync_threads();
@@ -137,7 +137,7 @@ __global__ void missing_commit(const float* input, float* output) {
 }
 const TestKernel use_missing_commit("missing_commit", run<missing_commit>);
 
-// Only the first warp waits, as if one thread's wait covered the block's copies.
+// Only the first warp waits, as if its wait covered the whole block's copies.
 __global__ void wait_of_another_thread(const float* input, float* output) {
     float* stage = shared_storage<Storage>().stages[0];
     copy_one(stage, input);
@@ -157,7 +157,7 @@ __global__ void missing_barrier_after_wait(const float* input, float* output) {
 }
 const TestKernel use_missing_barrier_after_wait("missing_barrier_after_wait", run<missing_barrier_after_wait>);
 
-// The next round's copy into the stage starts while other threads still read this round's, or have yet to.
+// The next round's copy into the stage starts before other threads have read this round's.
 __global__ void stage_reused_early(const float* input, float* output) {
     float* stage = shared_storage<Storage>().stages[0];
     float sum = 0;
@@ -174,7 +174,7 @@ __global__ void stage_reused_early(const float* input, float* output) {
 }
 const TestKernel use_stage_reused_early("stage_reused_early", run<stage_reused_early>);
 
-// Of 63 values the last is taken to exist.
+// There are 63 values; the kernel takes the 64th as valid.
 __global__ void one_valid_too_many(const float* input, float* output) {
     float* stage = shared_storage<Storage>().stages[0];
     constexpr int count = 63;
@@ -213,7 +213,7 @@ __global__ void written_under_way(const float* input, float*) {
 }
 const TestKernel use_written_under_way("written_under_way", run<written_under_way>);
 
-// An epilogue that takes over the memory of a copy which nobody waited for.
+// An epilogue that reuses the destination of a copy that nobody waited for.
 __global__ void written_before_the_end(const float* input, float*) {
     float* stage = shared_storage<Storage>().stages[0];
     copy_one(stage, input);

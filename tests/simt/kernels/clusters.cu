@@ -1,4 +1,4 @@
-// Clusters: used rightly, and each way to use them wrongly (tests/test_simt_clusters.py).
+// Clusters: correct uses, and every wrong use (tests/test_simt_clusters.py).
 #include <device/hopper.cuh>
 #include <device/launch.cuh>
 
@@ -10,7 +10,7 @@ namespace simt_tests {
 
 using namespace fused_cna::device;
 
-// Not in an unnamed namespace, so that reports know the kernels' names.
+// Not in an unnamed namespace, so that reports can name the kernels.
 namespace clusters {
 
 constexpr int threads = 64;
@@ -21,7 +21,7 @@ struct Storage {
 
 using Kernel = void (*)(float* output, int cluster);
 
-// The input: how many blocks there are, and how many make a cluster.
+// Input: the number of blocks, and the blocks per cluster.
 template <Kernel kernel>
 const char* run(const Buffers& b) {
     const int blocks = static_cast<int>(b.input[0]), cluster = static_cast<int>(b.input[1]);
@@ -37,7 +37,7 @@ __device__ float read_of(int rank, int thread) {
     return std::bit_cast<float>(load_cluster(shared_address(&shared_storage<Storage>().values[thread]), rank).words[3]);
 }
 
-// Each thread reads what its neighbour wrote in the next block of the cluster. Output by thread: that, and its rank.
+// Each thread reads what its neighbour wrote in the next block of the cluster. Output per thread: that value, and its rank.
 template <bool Before, bool Behind>
 __global__ void exchange(float* output, int cluster) {
     write_own();
@@ -51,7 +51,7 @@ const TestKernel use_exchange("exchange", run<exchange<true, true>>);
 const TestKernel use_read_too_early("read_too_early", run<exchange<false, true>>);
 const TestKernel use_ended_too_early("ended_too_early", run<exchange<true, false>>);
 
-// Threads that have exited are not waited for, whichever block they are of.
+// Threads that have exited are not waited for, in whichever block they are.
 __global__ void some_exit(float* output, int) {
     if (cluster_rank() == 0 || thread_x() % 2 == 0) return;
     for (int i = 0; i < 3; ++i) sync_cluster();
@@ -62,7 +62,7 @@ const TestKernel use_some_exit("some_exit_of_a_cluster", run<some_exit>);
 __global__ void rank_outside(float*, int cluster) { read_of(cluster, 0); }
 const TestKernel use_rank_outside("rank_outside", run<rank_outside>);
 
-// One block waits for itself where the others wait for the cluster.
+// One thread waits at its block's barrier while the others wait for the cluster.
 __global__ void divergent(float*, int) {
     if (cluster_rank() == 1 && thread_x() == 0) {
         named_barrier(1, 32);

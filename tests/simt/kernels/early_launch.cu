@@ -1,4 +1,4 @@
-// Programmatic dependent launch: used rightly, and each way to use it wrongly (tests/test_simt_early_launch.py).
+// Programmatic dependent launch: correct uses, and every wrong use (tests/test_simt_early_launch.py).
 #include <simt/prerequisites.h>
 #include <device/hopper.cuh>
 #include <device/launch.cuh>
@@ -9,12 +9,12 @@ namespace simt_tests {
 
 using namespace fused_cna::device;
 
-// Not in an unnamed namespace, so that reports know the kernels' names.
+// Not in an unnamed namespace, so that reports can name the kernels.
 namespace early_launches {
 
 constexpr int threads = 64, blocks = 2;
 constexpr int columns = 32, rows = blocks * threads / columns;
-constexpr int one = 37;  // of the threads
+constexpr int one = 37;  // index of a thread
 
 struct Storage {
     alignas(1024) float tile[rows * columns];
@@ -33,7 +33,7 @@ using Kernel = void (*)(const Given given);
 template <Kernel kernel, int Cluster = 1, bool StartsEarly = true>
 const char* run(const Buffers& b) {
     const int64_t input_bytes = b.inputs * sizeof(float), output_bytes = b.outputs * sizeof(float);
-    // a residual may lie where the output does
+    // the residual may be the output's memory
     simt::set_memory({{"the output", b.output, output_bytes},
                       {"the input", const_cast<float*>(b.input), input_bytes},
                       {"the residual", b.output, output_bytes}});
@@ -48,7 +48,7 @@ const char* run(const Buffers& b) {
 
 __device__ int64_t place() { return block_x() * threads + thread_x(); }
 
-// What every kernel is to do.
+// The task of every kernel.
 __device__ void twice(const Given& given) { given.output[place()] = 2 * given.input[place()]; }
 
 __device__ void copy(const Given& given, bool valid) {
@@ -56,7 +56,7 @@ __device__ void copy(const Given& given, bool valid) {
     commit_copies();
 }
 
-// With all that may come before the wait.
+// Does everything that is allowed before the wait.
 __global__ void waits(const Given given) {
     launch_dependents();
     prefetch_map(given.map);
@@ -146,7 +146,7 @@ __global__ void deadlock(const Given) {
     await_prerequisites();
 }
 
-// A report leaves the memory as it was.
+// After a report the memory is as it was.
 const char* run_after_a_report(const Buffers& b) {
     try {
         run<write>(b);

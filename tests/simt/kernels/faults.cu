@@ -1,4 +1,4 @@
-// Planted faults: each kernel breaks one rule, and the simulator must say so (tests/test_simt.py).
+// Planted faults: each kernel breaks one rule, which the simulator must report (tests/test_simt.py).
 #include <device/hopper.cuh>
 #include <device/launch.cuh>
 #include <device/ptx.cuh>
@@ -11,7 +11,7 @@ namespace simt_tests {
 
 using namespace fused_cna::device;
 
-// Not in an unnamed namespace, so that reports know the kernels' names.
+// Not in an unnamed namespace, so that reports can name the kernels.
 namespace faults {
 
 using Kernel = void (*)(const float* input, float* output);
@@ -28,7 +28,7 @@ const char* run(const Buffers& b) {
     return launch<kernel>({1, threads, sizeof(Storage)}, {}, b.input, b.output);
 }
 
-// The neighbour's value is read without waiting for it.
+// Reads the neighbour's value without waiting for it.
 __global__ void missing_barrier(const float* input, float* output) {
     auto& shared = shared_storage<Storage>();
     shared.first[thread_x()] = input[thread_x()];
@@ -36,7 +36,7 @@ __global__ void missing_barrier(const float* input, float* output) {
 }
 const TestKernel use_missing_barrier("missing_barrier", run<missing_barrier>);
 
-// The value is overwritten for the next round while neighbours may still read it.
+// Overwrites the value for the next round while neighbours may still read it.
 __global__ void missing_second_barrier(const float* input, float* output) {
     auto& shared = shared_storage<Storage>();
     float sum = 0;
@@ -49,7 +49,7 @@ __global__ void missing_second_barrier(const float* input, float* output) {
 }
 const TestKernel use_missing_second_barrier("missing_second_barrier", run<missing_second_barrier>);
 
-// Thread 5 leaves where a counted barrier waits for it.
+// Thread 5 exits although a counted barrier waits for it.
 __global__ void exit_before_counted_barrier(const float*, float* output) {
     if (thread_x() == 5) return;
     named_barrier(3, threads);
@@ -57,7 +57,7 @@ __global__ void exit_before_counted_barrier(const float*, float* output) {
 }
 const TestKernel use_exit_before_counted_barrier("exit_before_counted_barrier", run<exit_before_counted_barrier>);
 
-// Thread 37 waits somewhere else for ever.
+// Thread 37 waits elsewhere forever.
 __global__ void skipped_barrier(const float*, float* output) {
     if (thread_x() == 37) {
         named_barrier(2, 32);
@@ -68,7 +68,7 @@ __global__ void skipped_barrier(const float*, float* output) {
 }
 const TestKernel use_skipped_barrier("skipped_barrier", run<skipped_barrier>);
 
-// Thread 37 skips the first of two barriers, so that the hardware pairs its second with the others' first.
+// Thread 37 skips the first of two barriers; the hardware would pair its second with the others' first.
 __global__ void divergent_barrier(const float*, float* output) {
     if (thread_x() != 37) sync_threads();
     output[thread_x()] = 1;
@@ -89,7 +89,7 @@ __global__ void count_too_small(const float*, float* output) {
 }
 const TestKernel use_count_too_small("count_too_small", run<count_too_small>);
 
-// Only the first warp uses a barrier that counts both.
+// Only the first warp reaches a barrier that counts both.
 __global__ void count_too_large(const float*, float* output) {
     if (warp() == 0) named_barrier(1, 64);
     output[thread_x()] = 1;
@@ -152,7 +152,7 @@ __global__ void read_past_shared(const float*, float* output) {
 }
 const TestKernel use_read_past_shared("read_past_shared", run<read_past_shared>);
 
-// From one array of a struct into the next: inside the memory of the block, so that only its type tells.
+// From one array of a struct into the next: inside the block's memory, so only the type shows it.
 __global__ void overrun_inside_struct(const float* input, float* output) {
     auto& shared = shared_storage<Storage>();
     int behind_first = thread_x() + 1;

@@ -1,4 +1,4 @@
-// What the simulator offers, used rightly: each kernel's result is known (tests/test_simt.py).
+// Correct uses of every feature, with known results (tests/test_simt.py).
 #include <device/hopper.cuh>
 #include <device/launch.cuh>
 #include <device/ptx.cuh>
@@ -50,7 +50,7 @@ const TestKernel use_block_sum("block_sum", [](const Buffers& b) {
     return launch<block_sum<128>>({b.outputs, 128, sizeof(Sums<128>)}, {}, b.input, b.output);
 });
 
-// One row of 32 per call; what a lane gets is lane numbers (from lane 10: 100 is added for the 8-byte type).
+// One row of 32 per call; results are lane numbers (100 is added for the 8-byte type).
 __global__ void shuffles(float* output) {
     float mine = static_cast<float>(lane());
     float rows[] = {
@@ -78,7 +78,7 @@ __global__ void votes(float* output) {
 
 const TestKernel use_votes("votes", [](const Buffers& b) { return launch<votes>({1, 64, 0}, {}, b.output); });
 
-// Two halves of the block rotate their inputs, each at its own pace and behind its own barrier.
+// Two halves of the block rotate their inputs, each at its own pace with its own barrier.
 __global__ void rotate_halves(const float* input, float* output) {
     auto& values = shared_storage<float[128]>();
     int half_block = thread_x() / 64, first = half_block * 64, rounds = half_block == 0 ? 3 : 5;
@@ -96,7 +96,7 @@ const TestKernel use_rotate_halves("rotate_halves", [](const Buffers& b) {
     return launch<rotate_halves>({1, 128, sizeof(float[128])}, {}, b.input, b.output);
 });
 
-// The last warp and one more thread leave before the barrier that the others wait at.
+// The last warp and one more thread exit before the barrier at which the others wait.
 __global__ void early_exit(float* output) {
     auto& arrived = shared_storage<float[128]>();
     if (thread_x() >= 96 || thread_x() == 40) return;
@@ -111,7 +111,7 @@ const TestKernel use_early_exit("early_exit", [](const Buffers& b) {
     return launch<early_exit>({1, 128, sizeof(float[128])}, {}, b.output);
 });
 
-// Each block says whether it found its shared memory untouched, then uses it.
+// Each block outputs whether it found its shared memory poisoned, then writes to it.
 __global__ void fresh_shared_memory(float* output) {
     auto& values = shared_storage<float[64]>();
     output[block_x() * 64 + thread_x()] = std::isnan(values[thread_x()]);
@@ -122,7 +122,7 @@ const TestKernel use_fresh_shared_memory("fresh_shared_memory", [](const Buffers
     return launch<fresh_shared_memory>({b.outputs / 64, 64, sizeof(float[64])}, {}, b.output);
 });
 
-// First half of the output: through half; second: through bfloat16.
+// First half of the output: rounded through half; second half: through bfloat16.
 __global__ void conversions(const float* input, float* output, int64_t count) {
     for (int64_t i = block_x() * 64 + thread_x(); i < count; i += grid_x() * 64) {
         output[i] = to_float(from_float<half>(input[i]));
@@ -134,7 +134,7 @@ const TestKernel use_conversions("conversions", [](const Buffers& b) {
     return launch<conversions>({4, 64, 0}, {}, b.input, b.output, b.inputs);
 });
 
-// The value, the lower and the upper bound of each triple of the input.
+// Clamps each triple of the input: value, lower bound, upper bound.
 __global__ void clamps(const float* input, float* output) {
     const float* triple = input + thread_x() * 3;
     output[thread_x()] = clamp(triple[0], triple[1], triple[2]);
@@ -144,7 +144,7 @@ const TestKernel use_clamps("clamps", [](const Buffers& b) {
     return launch<clamps>({1, static_cast<int>(b.inputs / 3), 0}, {}, b.input, b.output);
 });
 
-// a * b + c with one rounding and with two, for the triples of the input.
+// a * b + c with one rounding and with two, for each triple of the input.
 __global__ void multiply_add(const float* input, float* output) {
     const float* triple = input + thread_x() * 3;
     output[thread_x() * 2] = fmaf(triple[0], triple[1], triple[2]);
@@ -155,7 +155,7 @@ const TestKernel use_multiply_add("multiply_add", [](const Buffers& b) {
     return launch<multiply_add>({1, static_cast<int>(b.inputs / 3), 0}, {}, b.input, b.output);
 });
 
-// Nothing but barriers, as many as the first input says: for measuring.
+// Barriers only, as many as the first input says: for measuring.
 __global__ void barriers_only(const float* input, float* output) {
     for (int i = 0; i < static_cast<int>(input[0]); ++i) sync_threads();
     output[thread_x()] = input[0];
@@ -169,8 +169,8 @@ struct AllSharedMemory {
     float values[227 * 1024 / sizeof(float)];
 };
 
-// A launch of the shape that the input says: blocks, threads, bytes of shared memory. Every thread of every block counts
-// itself, by way of the last word of the most shared memory that there is.
+// A launch with the shape that the input gives: blocks, threads, bytes of shared memory. Every thread of every block counts
+// itself, through the last word of the largest possible shared memory.
 __global__ void any_shape(float* output) {
     float& last = shared_storage<AllSharedMemory>().values[227 * 1024 / sizeof(float) - 1];
     if (thread_x() == 0) last = 1.0f;

@@ -1,4 +1,4 @@
-// mbarrier, stmatrix, accesses by address, setmaxnreg and clusters: used rightly, and each way to use them wrongly
+// mbarrier, stmatrix, accesses by address, setmaxnreg and clusters: correct uses, and every wrong use
 // (tests/test_simt_hopper.py).
 #include <device/hopper.cuh>
 #include <device/launch.cuh>
@@ -11,7 +11,7 @@ namespace simt_tests {
 
 using namespace fused_cna::device;
 
-// Not in an unnamed namespace, so that reports know the kernels' names.
+// Not in an unnamed namespace, so that reports can name the kernels.
 namespace hopper {
 
 constexpr int threads = 64, row_bytes = 16;
@@ -28,7 +28,7 @@ const char* run(const Buffers& b) {
     return launch<kernel>({Cluster, Threads, sizeof(Storage), Cluster}, {}, b.input, b.output);
 }
 
-// Both barriers want so many arrivals.
+// Both barriers expect `arrivals` arrivals.
 __device__ Storage& make_barriers(int arrivals, bool publish = true) {
     Storage& shared = shared_storage<Storage>();
     if (thread_x() == 0) {
@@ -40,7 +40,8 @@ __device__ Storage& make_barriers(int arrivals, bool publish = true) {
     return shared;
 }
 
-// Rounds of writing, all of reading a neighbour's: the stage is full and empty in turns. Output: a row for each round.
+// In each round all threads write, then read a neighbour's value: the stage is full and empty in turn. Output: a row per
+// round.
 template <int Start>
 __global__ void rounds(const float* input, float* output) {
     Storage& shared = make_barriers(threads);
@@ -56,7 +57,7 @@ __global__ void rounds(const float* input, float* output) {
 const TestKernel use_rounds("phases", run<rounds<0>>);
 const TestKernel use_wrong_parity("wrong_parity", run<rounds<1>>);
 
-// As load_tile does it: 16 bytes land sometime, and count at the barrier.
+// Like load_tile: 16 bytes land at some later time, and the barrier counts them.
 __device__ void bulk_copy(float* destination, const float* source, PhaseBarrier& barrier) {
     simt::Block& block = simt::block();
     auto* bytes = reinterpret_cast<std::byte*>(destination);
@@ -68,7 +69,7 @@ __device__ void bulk_copy(float* destination, const float* source, PhaseBarrier&
     });
 }
 
-// Thread 0 copies 16 values, in four pieces, before it says how many bytes there will be.
+// Thread 0 copies 16 values, in four pieces, before it announces the number of bytes.
 template <int Expected, int Parity = 0, bool Publish = true>
 __global__ void bulk(const float* input, float* output) {
     Storage& shared = make_barriers(1, Publish);
@@ -140,8 +141,8 @@ __global__ void million_bytes(const float*, float*) {
 }
 const TestKernel use_million_bytes("million_bytes", run<million_bytes>);
 
-// Lane l addresses the 16 bytes that the input says; its words are 4 l and on. Output: shared memory, then what the lanes
-// read back.
+// Lane l stores to the 16 bytes that the input says; its words are 4 l, 4 l + 1, ... Output: shared memory, then what the
+// lanes read back.
 __global__ void store(const float* input, float* output) {
     float* stage = shared_storage<Storage>().stage;
     uint32_t words[4], read[4];
@@ -162,7 +163,7 @@ __global__ void store_at(const float*, float*) {
 const TestKernel use_misaligned_store("misaligned_store", run<store_at<4>, 32>);
 const TestKernel use_store_outside("store_outside", run<store_at<-16>, 32>);
 
-// Each thread moves 16 bytes of the input, then 8 to the next place.
+// Each thread moves 16 bytes of the input to shared memory, then 8 bytes to its neighbour's place.
 __global__ void by_address(const float* input, float* output) {
     const uint32_t stage = shared_address(shared_storage<Storage>().stage);
     Vector16 v;
@@ -178,7 +179,7 @@ __global__ void by_address(const float* input, float* output) {
 }
 const TestKernel use_by_address("by_address", run<by_address>);
 
-// What the async proxy sees of a thread's cp.async, whose wait lands it: the fence must be behind that.
+// What the async proxy sees of a thread's cp.async. The copy lands at its wait, so the fence must come after.
 template <bool Behind>
 __global__ void copied_and_fenced(const float* input, float* output) {
     float* mine = shared_storage<Storage>().stage + thread_x() * 4;
@@ -199,7 +200,7 @@ __global__ void load_at(const float*, float*) {
 const TestKernel use_misaligned_load("misaligned_load", run<load_at<8>>);
 const TestKernel use_load_outside("shared_load_outside", run<load_at<sizeof(Storage)>>);
 
-// Three warpgroups: the first gives, the others take.
+// Three warpgroups: the first gives registers, the others take them.
 template <int Given, int Taken>
 __global__ void registers(const float*, float* output) {
     if (warp() < 4) {

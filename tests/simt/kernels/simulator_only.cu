@@ -1,5 +1,5 @@
-// What only the simulator can show: the hook for asynchronous units of the hardware, tried with a copy that lands
-// whenever it likes; the order in which blocks run; and what a launch on another thread does to one that has begun.
+// What cannot be tested on a GPU: the hook for asynchronous units, with a copy that lands at a random time; the order of
+// blocks; and the effect of another thread's launch on one that has begun.
 #include <device/launch.cuh>
 #include <device/ptx.cuh>
 
@@ -17,7 +17,7 @@ struct Landing final : simt::Waitable {
     std::string status() const override { return "a copy that has not landed"; }
 };
 
-// Each thread starts one copy; thread 0 waits for its own, and everybody notes what it sees before and after a barrier.
+// Each thread starts one copy and thread 0 waits for its own. Output: what each thread sees before and after a barrier.
 void late_copies(const float* input, float* output) {
     static const Landing landing;
     auto& copies = shared_storage<float[64]>();
@@ -46,15 +46,15 @@ const TestKernel use_block_order("block_order", [](const Buffers& b) {
 
 __global__ void any_size(float* output) { ++output[0]; }
 
-// As csrc/device/launch.cuh must not do it: every launch sets the kernel's limit to its own size.
+// Wrong, unlike csrc/device/launch.cuh: every launch sets the kernel's limit to its own size.
 template <auto kernel, class... A>
 const char* launch_with_exact_limit(const LaunchShape& shape, fused_cna::Stream stream, const A&... args) {
     if (const char* error = set_shared_limit(kernel, static_cast<int>(shape.shared_bytes))) return error;
     return start(kernel, shape, stream, args...);
 }
 
-// Between the larger launch's limit and its start another thread makes the smaller launch; then the larger one is made
-// again as a captured graph makes it, without asking for a limit.
+// Between the larger launch's limit and its start, another thread makes the smaller launch. Then the larger one is launched
+// again as by a captured graph, without setting a limit.
 template <class Launch>
 const char* launch_two_sizes(const Buffers& b, const Launch& launch_any_size) {
     const LaunchShape larger{1, 1, 200 * 1024}, smaller{1, 1, 60 * 1024};

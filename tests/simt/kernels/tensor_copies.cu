@@ -1,4 +1,4 @@
-// cp.async.bulk.tensor: used rightly, and each way to use it wrongly (tests/test_simt_tensor_copies.py).
+// cp.async.bulk.tensor: correct uses, and every wrong use (tests/test_simt_tensor_copies.py).
 #include <bit>
 #include <vector>
 
@@ -12,7 +12,7 @@ namespace simt_tests {
 using namespace fused_cna::device;
 using fused_cna::DType;
 
-// Not in an unnamed namespace, so that reports know the kernels' names.
+// Not in an unnamed namespace, so that reports can name the kernels.
 namespace tensor_copies {
 
 constexpr int threads = 64;
@@ -38,7 +38,7 @@ struct Copy {
     bool is_im2col;
 };
 
-// What is where in the input: a map, then what to copy by it, then values. The test knows the order too.
+// The input: a map, then the copy by it, then values. The test uses the same order.
 struct Case {
     explicit Case(const Buffers& buffers) : values(buffers.input) {
         const auto take_all = [&](auto&... numbers) {
@@ -63,7 +63,7 @@ struct Case {
     const float* values;
     int64_t count;
     MapGeometry geometry;
-    int address;  // of the tensor, in bytes behind a multiple of 16
+    int address;  // of the tensor, in bytes after a multiple of 16
     Copy copy;
 };
 
@@ -96,7 +96,7 @@ class Elements {
     std::vector<Vector16> memory_;
 };
 
-// The box comes from the tensor or goes there; its words are in the order of shared memory.
+// Loads the box from the tensor or stores it there; `words` are in the order of shared memory.
 template <bool Stores>
 __global__ void copy_box(const __grid_constant__ TensorMap map, Copy copy, Vector16* words) {
     PhaseBarrier& full = make_barrier();
@@ -122,7 +122,7 @@ __global__ void copy_box(const __grid_constant__ TensorMap map, Copy copy, Vecto
     for (int i = thread_x(); i < copy.bytes / 16; i += threads) words[i] = load_shared(box + i * 16);
 }
 
-// The values behind the map are the tensor's memory and the output is the box, or the other way round.
+// Loads: the values after the map are the tensor's memory, and the output is the box. Stores: the reverse.
 template <bool Stores>
 const char* run_copy(const Buffers& b) {
     Case c(b);
@@ -135,7 +135,7 @@ const char* run_copy(const Buffers& b) {
     return refused;
 }
 
-// Whether there are maps at all, and null or the refusal.
+// Output: whether there are maps at all. Returns null or the refusal.
 const char* run_encode(const Buffers& b) {
     Case c(b);
     alignas(16) static char memory[32];
@@ -147,7 +147,7 @@ const char* run_encode(const Buffers& b) {
 const TestKernel of_cases[] = {
     {"tensor_load", run_copy<false>}, {"tensor_store", run_copy<true>}, {"tensor_encode", run_encode}};
 
-// The rest knows its geometry: input and output are tensors of 8 boxes of 8 rows of 32 floats.
+// The kernels from here on have a fixed geometry: input and output are tensors of 8 boxes of 8 rows of 32 floats.
 constexpr int columns = 32, rows = 8, boxes = 8;
 constexpr int box_floats = columns * rows, box_bytes = box_floats * 4;
 
@@ -179,7 +179,7 @@ __device__ void copy_out(float* output, int count = box_floats) {
     for (int i = thread_x(); i < count; i += threads) output[i] = tile()[i];
 }
 
-// Thread 0 starts to load a box; everybody knows the barrier.
+// Thread 0 starts loading a box; all threads get the barrier.
 __device__ PhaseBarrier& begin_load(const TensorMap& map, int expected_bytes = box_bytes, int place = 0, int box = 3) {
     PhaseBarrier& full = make_barrier();
     if (thread_x() == 0) {
@@ -189,7 +189,7 @@ __device__ PhaseBarrier& begin_load(const TensorMap& map, int expected_bytes = b
     return full;
 }
 
-// Every box but the first comes and goes, by two buffers: a load waits until the store of two rounds before has read.
+// Loads and stores every box but the first through two buffers: a load waits until the store two rounds before has read.
 __global__ void boxes_pass_through(const Maps maps, float*) {
     PhaseBarrier& full = make_barrier();
     for (int box = 1; box < boxes && thread_x() == 0; ++box) {
@@ -202,7 +202,7 @@ __global__ void boxes_pass_through(const Maps maps, float*) {
     }
 }
 
-// The source is changed while the load is under way, and before anybody could have seen it land.
+// The source changes while the load is in flight, before any thread could have seen it land.
 __global__ void tensor_changed_under_way(const Maps maps, float* output) {
     for (int i = 0; i < box_floats && thread_x() == 0; ++i) output[i] = 1;
     PhaseBarrier& full = begin_load(maps.output, box_bytes, 0, 0);
@@ -211,7 +211,7 @@ __global__ void tensor_changed_under_way(const Maps maps, float* output) {
     copy_out(output);
 }
 
-// A second load, which counts at the same barrier, into so many boxes behind the first.
+// A second load, counted by the same barrier, into the place `Box` boxes after the first.
 template <int Box>
 __global__ void two_loads(const Maps maps, float* output) {
     PhaseBarrier& full = begin_load(maps.input, 2 * box_bytes);
@@ -225,7 +225,7 @@ __global__ void load(const Maps maps, float*) {
     wait(begin_load(maps.input, box_bytes + MoreExpected, Place), 0);
 }
 
-// By the thread that started it before anybody else can run, or by all.
+// AtOnce: the thread that started the load reads before any other can run. Otherwise all threads read.
 template <bool AtOnce>
 __global__ void read_early(const Maps maps, float* output) {
     PhaseBarrier& full = begin_load(maps.input);
@@ -247,7 +247,7 @@ __device__ void fill_tile(float value) {
         store_shared(tile_address() + i * 16, std::bit_cast<Vector16>(std::array{value, value, value, value}));
 }
 
-// Thread 0 starts to store the first box behind fences of so many threads.
+// Thread 0 starts storing the first box, after the first `fences` threads have fenced.
 __device__ void begin_store(const TensorMap& map, int fences = threads, bool commits = true) {
     fill_tile(1);
     if (thread_x() < fences) fence_async_proxy();
@@ -263,7 +263,7 @@ __global__ void store(const Maps maps, float*) {
     if (thread_x() == 0 && Waits) wait_stores_read<0>();
 }
 
-// By all, or by another's epilogue, and nobody waits.
+// All threads overwrite it, or at the end another thread does, without waiting.
 template <bool AtTheEnd>
 __global__ void overwrite_source(const Maps maps, float*) {
     begin_store(maps.output);
@@ -275,7 +275,7 @@ __global__ void overwrite_source(const Maps maps, float*) {
     if (thread_x() == 0) wait_stores_read<0>();
 }
 
-// The next load takes the place of a store that may not have read it.
+// The next load overwrites the source of a store that may not have read it.
 __global__ void source_loaded_early(const Maps maps, float*) {
     begin_store(maps.output);
     wait(begin_load(maps.input), 0);
@@ -294,7 +294,7 @@ __global__ void misused(const Maps maps, float*) {
     if (misuse == Misuse::store_from_64) store_tile(maps.output, tile_address() + 64, 0, 0, 0);
 }
 
-// Which of three groups, of one, two and no boxes, have landed after each wait of a sequence.
+// Which of three groups, of one, two and no boxes, have landed after each of several waits.
 __global__ void store_groups(const Maps maps, float* output) {
     fill_tile(1);
     fence_async_proxy();
@@ -345,7 +345,7 @@ const TestKernel of_boxes[] = {
     {"store_groups", run<store_groups>},
 };
 
-// The map has a box more than the input.
+// The map has one box more than the input.
 __global__ void read_behind_the_end(const __grid_constant__ TensorMap map, int box, float* output) {
     wait(begin_load(map, box_bytes, 0, box), 0);
     copy_out(output);

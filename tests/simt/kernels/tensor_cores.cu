@@ -1,4 +1,4 @@
-// ldmatrix, mma.sync and tf32: used rightly, and each way to use them wrongly (tests/test_simt_tensor_cores.py).
+// ldmatrix, mma.sync and tf32: correct uses, and every wrong use (tests/test_simt_tensor_cores.py).
 #include <device/launch.cuh>
 #include <device/ptx.cuh>
 #include <device/types.cuh>
@@ -11,7 +11,7 @@ namespace simt_tests {
 
 using namespace fused_cna::device;
 
-// Not in an unnamed namespace, so that reports know the kernels' names.
+// Not in an unnamed namespace, so that reports can name the kernels.
 namespace tensor_cores {
 
 using Kernel = void (*)(const float* input, float* output);
@@ -27,7 +27,7 @@ const char* run(const Buffers& b) {
     return launch<kernel>({1, 32, sizeof(Storage)}, {}, b.input, b.output);
 }
 
-// Shared memory holds its own word numbers. Lane l addresses the 16 bytes that the input says; output: its four words.
+// Each word of shared memory holds its own index. Lane l reads the 16 bytes that the input says; output: its four words.
 __global__ void load(const float* input, float* output) {
     auto& words = shared_storage<Storage>().words;
     for (int i = 0; i < row_words; ++i) words[i * 32 + lane()] = i * 32 + lane();
@@ -38,7 +38,7 @@ __global__ void load(const float* input, float* output) {
 }
 const TestKernel use_load("load_matrices", run<load>);
 
-// The input holds words as they are, by lane: a[4], b[2], d[4].
+// The input holds raw words, by lane: a[4], b[2], d[4].
 template <class T>
 __global__ void multiply(const float* input, float* output) {
     const float* mine = input + lane() * 10;
@@ -54,8 +54,8 @@ const TestKernel use_multiply_half("multiply_add_half", run<multiply<half>>);
 const TestKernel use_multiply_bfloat16("multiply_add_bfloat16", run<multiply<bfloat16>>);
 const TestKernel use_multiply_tf32("multiply_add_tf32", run<multiply<float>>);
 
-// input is a [16, 8] and then b [8, 8] by columns, tf32; output is a * b, [16, 8]. Both go through shared memory whose
-// 16-byte chunks are swizzled by the two functions that are given, and through load_matrices.
+// Input: a [16, 8], then b [8, 8] by columns, tf32. Output: a * b, [16, 8]. Both go through shared memory, whose 16-byte
+// chunks are swizzled by the given functions, and through load_matrices.
 template <int (*write_swizzle)(int row), int (*read_swizzle)(int row), bool Round>
 __global__ void product(const float* input, float* output) {
     auto& words = shared_storage<Storage>().words;

@@ -1,3 +1,4 @@
+// A registry of the simulator's own test kernels, by name.
 #pragma once
 #include <cstdint>
 
@@ -10,10 +11,10 @@ struct Buffers {
     int64_t outputs;
 };
 
-// Launches one kernel over the buffers; returns what the launch returned.
+// Launches one kernel over the buffers; returns the launch's result.
 using Run = const char* (*)(const Buffers& buffers);
 
-// Makes a kernel callable from Python by name; to be defined as a static object.
+// Makes a kernel callable from Python by name. Define it as a static object.
 struct TestKernel {
     TestKernel(const char* name, Run run);
 };

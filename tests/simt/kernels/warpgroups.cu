@@ -1,4 +1,4 @@
-// wgmma: used rightly, and each way to use it wrongly (tests/test_simt_warpgroup.py).
+// wgmma: correct uses, and every wrong use (tests/test_simt_warpgroup.py).
 #include <device/hopper.cuh>
 #include <device/launch.cuh>
 #include <device/warpgroup.cuh>
@@ -9,7 +9,7 @@ namespace simt_tests {
 
 using namespace fused_cna::device;
 
-// Not in an unnamed namespace, so that reports know the kernels' names.
+// Not in an unnamed namespace, so that reports can name the kernels.
 namespace warpgroups {
 
 constexpr int threads = 128, rows = 64, row_bytes = 128, row_words = row_bytes / 4;
@@ -27,7 +27,7 @@ const char* run(const Buffers& b) {
     return launch<kernel>({1, threads, sizeof(Storage<N>)}, {}, b.input, b.output);
 }
 
-// By so many threads, of which this is one, as the input has it: bytes that are swizzled already.
+// One of `threads` threads copies its part of the input, which is swizzled already.
 __device__ void fill(float* destination, const float* input, int floats, int thread = thread_x()) {
     const uint32_t first = shared_address(destination);
     for (int i = thread * 4; i < floats; i += threads * 4) {
@@ -47,7 +47,7 @@ __device__ Storage<N>& fill_operands(const float* input, bool fence = true) {
     return shared;
 }
 
-// d += a * b, of the whole rows of 128 bytes: four steps along them.
+// d += a * b over whole rows of 128 bytes: four steps along them.
 template <class T, int N>
 __device__ void multiply_rows(float (&d)[N / 2], const float* a, const float* b, bool add = true) {
     const uint64_t first_a = matrix_descriptor(shared_address(a)), first_b = matrix_descriptor(shared_address(b));
@@ -77,13 +77,13 @@ const TestKernel use_tf32_256("wgmma_tf32_256", run<multiply<float, 256>, 256>);
 const TestKernel use_overwrite("wgmma_overwrite", run<multiply<half, 32, false>, 32>);
 const TestKernel use_missing_async_fence("missing_async_fence", run<multiply<half, 32, true, false>, 32>);
 
-// The first element of every thread's sums: it is a NaN while a product on it is under way.
+// The first element of every thread's sums: a NaN while a product on it is in flight.
 template <int Count>
 __device__ void note(float* output, int row, const float (&d)[Count]) {
     output[row * threads + thread_x()] = d[0];
 }
 
-// Two arrays of sums, a group for each, the first twice. Output: both after each wait.
+// Two arrays of sums, one group of products each, then a second group on the first array. Output: both after each wait.
 __global__ void groups(const float* input, float* output) {
     const Storage<32>& shared = fill_operands<32>(input);
     float d[2][16] = {};
@@ -103,7 +103,7 @@ __global__ void groups(const float* input, float* output) {
     note_both();
     wait_products<0>();
     note_both();
-    // once more on sums that nobody touched: without a fence
+    // again on sums that no thread has touched: needs no fence
     multiply_rows<half, 32>(d[1], shared.a, shared.b);
     commit_products();
     wait_products<0>();
@@ -111,8 +111,8 @@ __global__ void groups(const float* input, float* output) {
 }
 const TestKernel use_groups("wgmma_groups", run<groups, 32>);
 
-// A warpgroup fills two stages in turns, and two others multiply them, 32 columns each, one product behind.
-// Early: stages are given back when their products were started. Fences: their writer orders them for the async proxy.
+// One warpgroup fills two stages in turn; two others multiply them, 32 columns each, one product behind. Early: a stage is
+// released as soon as its products have started. Fences: the writer fences for the async proxy.
 constexpr int stages = 2, tiles = 5;
 
 struct Pipeline {
@@ -173,7 +173,7 @@ const TestKernel use_early_release("early_release", run_pipeline<true>);
 const TestKernel use_missing_stage_fence("missing_stage_fence", run_pipeline<false, false>);
 const TestKernel use_wrong_stage_parity("wrong_stage_parity", run_pipeline<false, true, 1>);
 
-// What a fault's kernel does between the first product on d and the end; a and b are descriptors of zeros.
+// What a faulty kernel does between the first product on d and its end; a and b are descriptors of zeros.
 using Fault = void (*)(float (&d)[16], uint64_t a, uint64_t b, float* output);
 
 template <Fault fault, bool Fence = true>
@@ -281,7 +281,7 @@ const TestKernel use_two_shapes("two_shapes", run<faulty<[](auto& d, auto a, aut
                                                   }>,
                                                   64>);
 
-// What a product of the widest shape costs: the input says how many of them.
+// Measures products of the widest shape; the input says how many.
 __global__ void many_products(const float* input, float* output) {
     const Storage<256>& shared = fill_operands<256>(input + 1);
     float d[128] = {};

@@ -11,10 +11,10 @@ namespace simt {
 namespace {
 
 void check_source(const void* source, int bytes, bool valid, const Site& site) {
-    // PTX ISA, "Addresses as Operands": an address must be a multiple of the access's size, also of an access of nothing.
+    // PTX ISA, "Addresses as Operands": an address must be a multiple of the access's size, even where nothing is read.
     if (reinterpret_cast<uintptr_t>(source) % bytes != 0)
         fail(to_string(site) + " from a global address that is not a multiple of " + std::to_string(bytes));
-    // AddressSanitizer's report then says where the copy was started rather than where it was waited for.
+    // Makes AddressSanitizer report where the copy was started, not where it was waited for.
     if (sanitizer::enabled && valid) {
         const volatile char* first = static_cast<const char*>(source);
         for (int i = 0; i < bytes; ++i) (void)first[i];
@@ -65,7 +65,7 @@ void AsyncCopies::land(const Copy& copy, int thread) const {
     } else {
         std::memset(copy.destination, 0, copy.bytes);
     }
-    // PTX ISA, "Async Proxy": only the bulk copies are performed in the async proxy.
+    // PTX ISA, "Async Proxy": only bulk copies are performed in the async proxy.
     proxy_.wrote(thread, copy.destination, copy.bytes);
 }
 

@@ -33,7 +33,7 @@ void AsyncProxy::wrote(int thread, const std::byte* first, int64_t bytes) {
         return;
     }
     notes.ranges.push_back({begin, end});
-    // A kernel that never fences writes the same places again and again.
+    // A kernel that never fences writes the same addresses again and again.
     if (notes.ranges.size() >= notes.merge_at) merge(notes);
 }
 

@@ -58,7 +58,7 @@ void Cluster::advance(Random& random) {
 }
 
 void Cluster::interleave(Random random) {
-    // Usually any block may be next. Now and then one runs on as far as it can, so that it gets far ahead of the others.
+    // Usually any block may be next. In a quarter of the runs one block runs on as far as it can, and so gets far ahead.
     const bool one_ahead = random.below(4) == 0;
     int rank = 0;
     while (true) {

@@ -17,7 +17,7 @@ void LaneGroup::reset(int threads) {
 
 namespace {
 
-// Pointers first: lanes mostly stand at the very same call.
+// Compares pointers first: lanes are mostly at the same call.
 bool same_operation(const Site& a, const Site& b) {
     return a.operation == b.operation || std::string_view(a.operation) == b.operation;
 }

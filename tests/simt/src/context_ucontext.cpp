@@ -1,3 +1,4 @@
+// A stack switch by ucontext, for any processor.
 #include <ucontext.h>
 
 #include <simt/context.h>

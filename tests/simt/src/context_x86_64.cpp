@@ -1,8 +1,9 @@
+// A stack switch for x86-64, in assembly.
 #include <simt/context.h>
 #include <cstdint>
 
-// System V ABI, "Registers and the Stack Frame": rbx, rbp and r12-r15 belong to the calling function, all
-// else may be lost over a call. So saving those six and exchanging the stack pointer is a whole switch.
+// System V ABI, "Registers and the Stack Frame": rbx, rbp and r12-r15 belong to the calling function; a call may change all
+// others. So saving these six and exchanging the stack pointer is a whole switch.
 extern "C" void simt_switch_stack(void** from_stack_pointer, void* to_stack_pointer);
 
 asm(R"(

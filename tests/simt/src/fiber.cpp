@@ -11,7 +11,7 @@ namespace simt {
 
 namespace {
 
-// Pages are committed when touched. Sanitized frames are several times as large.
+// Pages are committed when touched. Frames of sanitized code are several times as large.
 constexpr size_t stack_bytes = sanitizer::enabled ? 512 * 1024 : 128 * 1024;
 
 size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
@@ -37,7 +37,7 @@ Fiber::Fiber(int number) : context_(make_context()) {
     if (mprotect(mapping_, guard, PROT_NONE) != 0)
         throw std::system_error(errno, std::generic_category(), "mprotect of a fiber's guard page");
     stack_bottom_ = mapping_ + guard;
-    // Page-aligned stacks would all use the same few sets of the cache.
+    // Stacks that all start page-aligned would compete for a few cache sets.
     constexpr size_t spread = 5 * 64, cache_way = 4096;
     stack_size_ = stack_bytes - static_cast<size_t>(number) * spread % cache_way;
 }

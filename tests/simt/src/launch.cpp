@@ -1,3 +1,4 @@
+// Launches: limits, the order of clusters, and reports that name the kernel.
 #include <cxxabi.h>
 #include <dlfcn.h>
 
@@ -41,7 +42,7 @@ std::string kernel_name(const void* address) {
     return name.substr(0, name.find('('));
 }
 
-// Visits 0..count-1 in an order that looks arbitrary, without storing it: i -> (offset + i * step) mod count.
+// Visits 0..count-1 in a pseudo-random order that needs no storage: i -> (offset + i * step) mod count.
 class Order {
    public:
     Order(int64_t count, Random& random) : count_(count), offset_(random.below(static_cast<uint32_t>(count))) {

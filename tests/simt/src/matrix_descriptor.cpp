@@ -47,7 +47,7 @@ void SharedMatrix::read_row(int row, const AsyncProxy& proxy, std::byte* destina
     const std::byte* group = start_ + row / rows_per_group * stride_;
     const int in_group = row % rows_per_group;
     for (int byte = 0; byte < bytes_per_row; byte += chunk_bytes) {
-        // "Canonical Layouts", Swizzle<3, 4, 3>: bits 4 to 6 of an address, exclusive-or its bits 7 to 9. The memory is
+        // "Canonical Layouts", Swizzle<3, 4, 3>: bits 4 to 6 of an address are xor-ed with its bits 7 to 9. The memory is
         // aligned to 1,024 bytes.
         const auto plain = reinterpret_cast<uintptr_t>(group + in_group * row_bytes + byte);
         const auto swizzled = reinterpret_cast<const std::byte*>(plain ^ ((plain >> 7 & 7) << 4));

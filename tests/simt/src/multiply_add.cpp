@@ -6,16 +6,16 @@ namespace {
 
 constexpr int m = 16, n = 8, max_k = 16, lane_count = 32;
 
-// Contiguous, so that the compiler vectorises what is done with them.
+// Contiguous, so that the compiler vectorises loops over them.
 struct Operands {
     alignas(64) float a[m * max_k];  // [m, k]
     alignas(64) float b[max_k * n];  // [k, n]
 };
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "Matrix Fragments for mma.m16n8k8": both say the
-// same of 32-bit words. With group = lane / 4 and member = lane % 4, words 0 and 2 of a lie in row `group`, words 1 and 3 in
-// row group + 8; words 0 and 1 are word `member` of their row, words 2 and 3 word member + 4. Words 0 and 1 of b are words
-// `member` and member + 4 of column `group`.
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "Matrix Fragments for mma.m16n8k8", which agree
+// in terms of 32-bit words. With group = lane / 4 and member = lane % 4: words 0 and 2 of a are in row `group`, words 1 and
+// 3 in row group + 8; words 0 and 1 are word `member` of their row, words 2 and 3 word member + 4. Words 0 and 1 of b are
+// words `member` and member + 4 of column `group`.
 template <Operand type>
 void gather(const Lanes<MultiplyAddSlot<type>>& lanes, Operands& operands) {
     constexpr int per_word = Word<type>::values, k = 8 * per_word;

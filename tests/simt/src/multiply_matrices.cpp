@@ -1,3 +1,4 @@
+// The arithmetic of wgmma.
 #include <cstring>
 
 #include <simt/warpgroup.h>
@@ -8,11 +9,11 @@ namespace {
 
 constexpr int rows = 64, most_columns = 256, most_k = 16, words_per_row = SharedMatrix::bytes_per_row / 4;
 
-// Columns that are summed at a time, in registers; the compiler does not find them by itself.
+// Columns summed at a time, in vector registers; the compiler does not vectorise this by itself.
 constexpr int width = 8;
 using Columns = double __attribute__((vector_size(width * sizeof(double))));
 
-// Contiguous, so that the compiler vectorises what is done with them. Too large for the stack of a fiber.
+// Contiguous, so that the compiler vectorises loops over them. Too large for a fiber's stack.
 struct Operands {
     alignas(64) double a[rows * most_k];          // [64, k]
     alignas(64) double b[most_columns * most_k];  // [n / width, k, width]

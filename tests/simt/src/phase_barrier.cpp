@@ -95,8 +95,8 @@ void PhaseBarriers::wait(uint32_t address, int parity, const Site& site) {
     if (phase % 2 != parity) return;
     barrier.waiting.push_back(scheduler_.current().index);
     scheduler_.park(barrier, site);
-    // "mbarrier.test_wait / mbarrier.try_wait": they are valid for the current and the immediately preceding phase. A thread
-    // that polls could have missed the moment in between.
+    // "mbarrier.test_wait / mbarrier.try_wait": valid for the current and the immediately preceding phase. A polling thread
+    // could have missed the completion in between.
     if (barrier.phase > phase + 1)
         fail(name_of(site, barrier.byte) + ": thread " + std::to_string(scheduler_.current().index) + " waited for phase " +
              std::to_string(phase) + ", but before it went on, phase " + std::to_string(phase + 1) + " was complete too");

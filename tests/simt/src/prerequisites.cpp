@@ -81,7 +81,7 @@ void Prerequisites::unprotect() const {
 
 void Prerequisites::put_back() {
     unprotect();
-    // What was hidden first had not yet been overwritten where another overlaps it.
+    // In reverse: where memory overlaps, the first one hidden holds the original content.
     for (const auto& [memory, content] : std::views::reverse(hidden_))
         std::memcpy(memory.first, content.data(), content.size());
     hidden_.clear();

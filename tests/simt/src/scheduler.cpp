@@ -15,11 +15,11 @@ void Scheduler::start(int threads, Body body, Body exited, uint64_t seed) {
     while (static_cast<int>(threads_.size()) < threads)
         threads_.push_back(std::make_unique<Thread>(static_cast<int>(threads_.size())));
     random_ = Random(seed);
-    // Usually any thread may be next. Now and then whoever was released last runs on as far as it can, so that some
+    // Usually any thread may be next. In a quarter of the runs the most recently released thread runs first, so that some
     // threads get far ahead of others.
     newest_first_ = random_.below(4) == 0;
-    // Usually effects land among the switches. Now and then only when nobody can go on without them, so that whoever does
-    // not wait for them is sure to be early.
+    // Usually effects land between switches. In a quarter of the runs they land only when no thread can go on without them,
+    // so that a thread that does not wait is sure to be early.
     effects_last_ = random_.below(4) == 0;
     count_ = live_ = threads;
     effects_.clear();

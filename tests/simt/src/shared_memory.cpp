@@ -14,12 +14,12 @@ namespace simt {
 
 namespace {
 
-// Every float, half and bfloat16 made of these bytes is a NaN, and every index or pointer is far outside.
+// As float, half or bfloat16 these bytes are a NaN; as an index or pointer they are far outside.
 constexpr int poison_byte = 0xFF;
 constexpr int redzone_byte = 0xA5;
 constexpr int64_t redzone_bytes = 1024;
 
-// One redzone before the memory, one behind; also keeps the alignment of 1024.
+// One redzone before the memory, one after; both keep its alignment of 1024.
 constexpr int64_t mapping_bytes = redzone_bytes + SharedMemory::limit_bytes + redzone_bytes;
 
 }  // namespace
@@ -76,7 +76,7 @@ std::byte* SharedMemory::at(uint32_t address, int bytes, const Site& site) const
 void SharedMemory::poison(std::byte* first, int64_t bytes) { std::memset(first, poison_byte, bytes); }
 
 bool SharedMemory::is_poison(const std::byte* first, int64_t bytes) {
-    // all are poison if the first is, and each is as the one before
+    // all are poison if the first is, and each equals the one before
     return bytes == 0 || (*first == std::byte{poison_byte} && std::memcmp(first, first + 1, bytes - 1) == 0);
 }
 

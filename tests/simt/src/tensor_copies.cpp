@@ -18,10 +18,10 @@ using fused_cna::device::MapGeometry;
 using fused_cna::device::TensorMap;
 using Box = TensorCopies::Box;
 
-// What the swizzle keeps together, and the hardware copies at once.
+// The unit of the swizzle, which the hardware copies at once.
 constexpr int chunk_bytes = 16;
 
-// Into how many pieces a load falls at most.
+// The most pieces that a load lands in.
 constexpr int most_pieces = 4;
 
 constexpr int dimensions = MapGeometry::most_dimensions;
@@ -38,9 +38,10 @@ const MapGeometry& open(const TensorMap& map, bool is_im2col, int rank, const Si
     return map.geometry;
 }
 
-// Of a box whose rows are known. CUDA C++ Programming Guide, "Asynchronous Data Copies using the Tensor Memory Accelerator":
-// an address in shared memory must be a multiple of 128. "Swizzling Modes": the pattern repeats from multiples of 1024 and
-// 512 bytes on. Elsewhere it begins in its midst, by the "base offset", which is more than these kernels should count on.
+// Places a box whose rows are known. CUDA C++ Programming Guide, "Asynchronous Data Copies using the Tensor Memory
+// Accelerator": an address in shared memory must be a multiple of 128. "Swizzling Modes": the pattern repeats from multiples
+// of 1024 and 512 bytes on. Elsewhere it would begin in its middle, by the "base offset", on which these kernels should not
+// rely.
 void place(Box& box, uint32_t address, const MapGeometry& map, const SharedMemory& shared, const Site& site) {
     const std::string where =
         to_string(site) + " at byte " + std::to_string(int64_t{address} - SharedMemory::first_address) + " of shared memory";
@@ -55,7 +56,7 @@ void place(Box& box, uint32_t address, const MapGeometry& map, const SharedMemor
     box.shared = shared.data() + (address - SharedMemory::first_address);
 }
 
-// What the dense dimension gives every row: `elements` from the coordinate `first` on.
+// The dense dimension's part of every row: `elements` from the coordinate `first` on.
 Box make_rows(int64_t first, int elements, const MapGeometry& map, const Site& site) {
     const int element = static_cast<int>(size_in_bytes(map.dtype));
     Box box;
@@ -68,7 +69,7 @@ Box make_rows(int64_t first, int elements, const MapGeometry& map, const Site& s
     return box;
 }
 
-// Null outside of the tensor.
+// Null outside the tensor.
 std::byte* find_row(const MapGeometry& map, const Coordinates& at) {
     int64_t offset = at[0] * size_in_bytes(map.dtype);
     for (int i = 1; i < map.rank; ++i) {
@@ -95,7 +96,7 @@ Box make_tile(const MapGeometry& map, std::initializer_list<int> at, const Site&
     return box;
 }
 
-// The pixels along w or h from which a box is taken.
+// The range of pixels along w or h that a box is taken from.
 struct Side {
     int64_t first, last;  // "Bounding-Box Lower-Corner", "Upper-Corner"
     int step;             // "Traversal Stride"
@@ -116,9 +117,9 @@ void check_offset(const char* name, int offset, const Site& site) {
     fail(to_string(site) + " with " + name + " " + std::to_string(offset) + ": it must be from 0 to 255");
 }
 
-// "Im2col mode". The pixels follow each other along w, then h, then n; whatever lies behind the bounding box goes on at its
+// "Im2col mode". Pixels follow each other along w, then h, then n; after the end of the bounding box the next is at its
 // lower corner. "The im2col offsets are added to the filter base coordinates to determine the starting location in the
-// tensor space from where the elements are accessed", which may lie outside of the tensor, as may a pixel behind the last
+// tensor space from where the elements are accessed": that location may be outside the tensor, as may a pixel after the last
 // image.
 Box make_column(const MapGeometry& map, const Coordinates& at, int offset_w, int offset_h, const Side& w, const Side& h,
                 const Site& site) {
@@ -138,17 +139,17 @@ Box make_column(const MapGeometry& map, const Coordinates& at, int offset_w, int
     return box;
 }
 
-// "Swizzling Modes": within lines of 128 bytes, 16 bytes change places with those whose number differs by the line's,
-// counted from a multiple of 1024 or 512 bytes on. They stay in their own row, which is as long as the swizzle's span.
-// Returns what to flip of a byte's number in the row; the same there and back.
+// "Swizzling Modes": within each line of 128 bytes, the index of a 16-byte chunk is xor-ed with the line's index, counted
+// from a multiple of 1024 or 512 bytes. A chunk stays in its row, which is as long as the swizzle's span. Returns the bits
+// to flip in a byte's index in the row; flipping twice restores it.
 int swizzle(const Box& box, int row) {
     const uint32_t address = box.address + static_cast<uint32_t>(row * box.row_bytes);
     const uint32_t lines = box.row_bytes == 128 ? 8 : 4;
     return static_cast<int>(address / 128 % lines * chunk_bytes);
 }
 
-// Calls copy(byte of the row, how many) for the 16-byte chunks of a row, or for what of them is inside of the tensor. A
-// whole chunk's size is a constant, so that copying it is an instruction and not a call.
+// Calls copy(byte of the row, count) for the 16-byte chunks of a row, or for the parts of them that are inside the tensor.
+// The size of a whole chunk is a constant, so that its copy compiles to an instruction, not a call.
 template <class Copy>
 void copy_row(const Box& box, const Copy& copy) {
     constexpr std::integral_constant<int, chunk_bytes> whole;
@@ -163,7 +164,7 @@ void copy_row(const Box& box, const Copy& copy) {
     }
 }
 
-// AddressSanitizer's report then says where the load was started rather than nothing.
+// Makes AddressSanitizer report where the load was started.
 void read_for_sanitizer(const Box& box) {
     if (!sanitizer::enabled) return;
     for (const std::byte* row : box.rows) {
@@ -180,14 +181,14 @@ void check_untouched(bool untouched, const Box& box, int thread, const char* dir
          direction + " them was under way");
 }
 
-// A load under way; its pieces share it.
+// A load in flight; its pieces share it.
 struct Load {
-    Block& block;  // that started it; another may run when it lands
+    Block& block;  // that started it; another may be running when it lands
     int thread;
     Box box;
     uint32_t barrier;
     Site site;
-    int pieces = 0;  // that have yet to land
+    int pieces = 0;  // that have not landed yet
 
     void land(int first_row, int end_row);
 };
@@ -201,7 +202,7 @@ void Load::land(int first_row, int end_row) {
     for (int row = first_row; row < end_row; ++row) {
         const std::byte* source = box.rows[row];
         std::byte* target = piece.data() + int64_t{row - first_row} * box.row_bytes;
-        // "Out of Boundary Access": zeros, but for what is inside.
+        // "Out of Boundary Access": zeros outside the tensor.
         if (!source || !box.is_whole()) std::memset(target, 0, box.row_bytes);
         if (!source) continue;
         copy_row(box, [&, flip = swizzle(box, row)](int byte, auto count) {
@@ -209,7 +210,7 @@ void Load::land(int first_row, int end_row) {
         });
     }
     block.proxy.write(destination, piece.data(), bytes);
-    // ".mbarrier::complete_tx::bytes": upon completion, with the amount of data copied in bytes, zeros among them.
+    // ".mbarrier::complete_tx::bytes": upon completion, with the amount of data copied in bytes; zeros count too.
     if (--pieces == 0) block.phases.complete_bytes(barrier, static_cast<int>(box.bytes()), site);
 }
 

@@ -16,7 +16,7 @@ std::string number(int64_t value) { return std::to_string(value); }
 // "sizes[1]"
 std::string item(const char* array, int i) { return std::string(array) + "[" + number(i) + "]"; }
 
-// Empty where value is in [first, last].
+// Empty where first <= value <= last.
 std::string check_range(const std::string& name, int64_t value, int64_t first, int64_t last) {
     if (value >= first && value <= last) return "";
     return name + " is " + number(value) + ": it must be from " + number(first) + " to " + number(last);
@@ -27,7 +27,7 @@ std::string check_multiple_of_16(const std::string& name, int64_t value) {
     return name + " is " + number(value) + ": it must be a multiple of 16";
 }
 
-// The first of several texts that is not empty.
+// The first non-empty text.
 template <class... Texts>
 std::string first_of(const Texts&... texts) {
     std::string found;
@@ -35,9 +35,9 @@ std::string first_of(const Texts&... texts) {
     return found;
 }
 
-// globalAddress, globalDim, globalStrides, of both kinds. That each stride "includes previous dimension stride" is no
-// requirement here: the manual says it in code that computes strides from paddings, and its assertion compares bytes with
-// elements.
+// globalAddress, globalDim, globalStrides, for tiled and im2col. The manual also says that each stride "includes previous
+// dimension stride", but only in code that computes strides from paddings, whose assertion compares bytes with elements; it
+// is not required here.
 std::string check_tensor(const MapGeometry& map) {
     constexpr int64_t most_elements = int64_t{1} << 32, stride_limit = int64_t{1} << 40;
     const auto address = reinterpret_cast<uintptr_t>(map.address);
@@ -54,7 +54,7 @@ std::string check_tensor(const MapGeometry& map) {
     return wrong;
 }
 
-// A row is what a box has of the dense dimension.
+// A row is the box's part of the dense dimension.
 std::string check_row(const char* elements_name, int64_t elements, const MapGeometry& map) {
     const int64_t bytes = elements * size_in_bytes(map.dtype);
     const std::string name = std::string("the row of the box (") + elements_name + ") in bytes";
@@ -65,7 +65,7 @@ std::string check_row(const char* elements_name, int64_t elements, const MapGeom
     return check_multiple_of_16(name, bytes);
 }
 
-// cuTensorMapEncodeTiled. It takes five dimensions too, which MapGeometry has not.
+// cuTensorMapEncodeTiled. It also takes five dimensions, which MapGeometry does not have.
 std::string check_tiled(const MapGeometry& map) {
     std::string wrong = check_range("the rank", map.rank, 1, MapGeometry::most_dimensions);
     if (wrong.empty()) wrong = check_tensor(map);
@@ -82,8 +82,8 @@ std::string check_side(const std::string& side, int64_t size, int lower, int upp
     return "the bounding box is empty in " + side + ": it goes from " + number(lower) + " to " + number(size - 1 + upper);
 }
 
-// cuTensorMapEncodeIm2col. It takes three and five dimensions too, whose corners MapGeometry has no names for. That there is
-// a pixel and a channel it does not say, but "a multiple of 16 bytes" is copied.
+// cuTensorMapEncodeIm2col. It also takes three and five dimensions, for whose corners MapGeometry has no names. The manual
+// does not require a pixel and a channel, but says that "a multiple of 16 bytes" is copied.
 std::string check_im2col(const MapGeometry& map) {
     std::string wrong = check_range("the rank of an im2col map", map.rank, 4, 4);
     if (wrong.empty()) wrong = check_tensor(map);

@@ -15,8 +15,8 @@ constexpr int most_warpgroups = 1024 / warpgroup_lanes;
 // CUDA C++ Programming Guide, "Compute Capabilities".
 constexpr int registers_of_a_multiprocessor = 65536;
 
-// PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16", "Accumulator D", and alike for k8: calls visit(i, place) for
-// accumulators 2 i and 2 i + 1, which lie at `place` and behind it in [64, n].
+// PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16", "Accumulator D"; the same for k8. Calls visit(i, place) for
+// accumulators 2 i and 2 i + 1, which are elements `place` and place + 1 of [64, n].
 template <class Visit>
 void visit_pairs(int lane, int n, Visit&& visit) {
     const int row = lane / 32 * 16 + lane % 32 / 4, column = lane % 4 * 2;
@@ -72,7 +72,7 @@ void Warpgroup::start(const Lanes<ProductSlot>& lanes, const Site& site) {
     products_.push_back({a, b, first.add, first.type, &sums});
 }
 
-// Finds the accumulators among those that have products pending, or takes them away from their threads.
+// Finds the accumulators among those with pending products, or takes them over from their threads.
 Warpgroup::Sums& Warpgroup::take(const Lanes<ProductSlot>& lanes, const Site& site) {
     const ProductSlot& first = lanes[0];
     const int count = first.n / 2;
@@ -110,7 +110,8 @@ Warpgroup::Sums& Warpgroup::take(const Lanes<ProductSlot>& lanes, const Site& si
 }
 
 // "wgmma.fence": it must be issued before the first wgmma.mma_async, and between a register access by a thread and any that
-// accesses the same registers. Who overwrites sums that were waited for has read them.
+// accesses the same registers. A product that overwrites earlier sums needs one too: the threads have read them after their
+// wait.
 void Warpgroup::check_fence(const Sums& known, bool add, const Site& site) const {
     fail(to_string(site) + " without fence_products before it: " +
          (!has_fenced_ ? "it is the first of " + name_

@@ -1,5 +1,5 @@
-// Stands in front of csrc/device/hopper.cuh when the kernels are compiled for the simulator: what compute capability 9.0
-// alone has. The extra last arguments are never given: they say in reports where the kernel stands.
+// Replaces csrc/device/hopper.cuh when the kernels are compiled for the simulator: features of compute capability 9.0.
+// Kernels never pass the last arguments: by default these are the kernel's position, for reports.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,7 @@ inline void wait(PhaseBarrier& barrier, int parity, Where where = Where::current
 
 inline void fence_async_proxy() { simt::block().proxy.fence(thread_x()); }
 
-// PTX ISA, "prefetch", .tensormap: changes nothing. The map is to be one that may be read, as AddressSanitizer then checks.
+// PTX ISA, "prefetch", .tensormap: changes nothing. The map must be readable, which AddressSanitizer checks.
 inline void prefetch_map(const TensorMap& map) { prefetch(&map); }
 
 inline void load_tile(uint32_t destination, const TensorMap& map, PhaseBarrier& barrier, int x, int y,
@@ -73,7 +73,7 @@ inline void load_tile(uint32_t destination, const TensorMap& map, PhaseBarrier& 
                                           {"load_tile", where});
 }
 
-// As the instruction takes them, the offsets are unsigned and of 16 bits.
+// The instruction takes unsigned 16-bit offsets.
 inline void load_im2col(uint32_t destination, const TensorMap& map, PhaseBarrier& barrier, int c, int w, int h, int n,
                         int offset_w, int offset_h, Where where = Where::current()) {
     simt::block().tensor_copies.load_im2col(thread_x(), destination, map, shared_address(&barrier, where), c, w, h, n,
@@ -93,7 +93,7 @@ void wait_stores_read() {
     simt::block().tensor_copies.wait_stores_read(thread_x(), Pending);
 }
 
-// Shared memory by its address, an access of as many bytes as T has.
+// Shared memory by address; one access of sizeof(T) bytes.
 template <class T>
 T load_shared_as(uint32_t address, const simt::Site& site) {
     T value;
@@ -131,7 +131,7 @@ inline void store_matrices(uint32_t row_address, const uint32_t (&words)[4], Whe
 
 inline int warpgroup() { return simt::block().thread() / 128; }
 
-// Never compiled into a kernel here.
+// Never called: is_hopper is true here.
 inline void stop() {}
 
 inline int cluster_rank() { return simt::block().rank(); }

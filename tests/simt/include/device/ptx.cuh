@@ -1,5 +1,5 @@
-// Stands in front of csrc/device/ptx.cuh when the kernels are compiled for the simulator. The extra last argument of
-// barriers and collectives is never given: it says in reports where the kernel stands.
+// Replaces csrc/device/ptx.cuh when the kernels are compiled for the simulator. Kernels never pass the last argument of
+// barriers and collectives: by default it is the kernel's position, for reports.
 #pragma once
 
 #include <bit>
@@ -30,16 +30,16 @@ inline void await_prerequisites(Where where = Where::current()) {
     simt::block().cluster().prerequisites.wait({"await_prerequisites", where});
 }
 
-// PTX ISA, "griddepcontrol", .launch_dependents: a hint, by any thread and any number of times. Whenever the kernel behind
-// starts, its await_prerequisites is for the end of this one, so that there is nothing to show.
+// PTX ISA, "griddepcontrol", .launch_dependents: a hint, by any thread and any number of times. Whenever the next kernel
+// starts, its await_prerequisites waits for the end of this one, so there is nothing to simulate.
 inline void launch_dependents() {}
 
 inline void sync_threads(Where where = Where::current()) {
     simt::block().barriers.block().wait_for_block({"sync_threads", where});
 }
 
-// PTX ISA, "shfl.sync": every lane names a source lane, by the low five bits of its operand; the source is within the
-// warp, except that .down leaves a lane its own value where the source would lie behind the last lane.
+// PTX ISA, "shfl.sync": every lane names a source lane by the low five bits of its operand. The source is within the warp,
+// except that with .down a lane keeps its own value where the source would be after the last lane.
 template <class T, class SourceLane>
 T shuffle_from(const char* operation, T value, SourceLane source_lane, Where where) {
     static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8),
@@ -87,7 +87,7 @@ inline uint32_t ballot(bool predicate, Where where = Where::current()) {
     return mine.result;
 }
 
-// PTX ISA, "Floating Point Instructions: max, min": .NaN makes the canonical NaN, and +0 is above -0.
+// PTX ISA, "Floating Point Instructions: max, min": .NaN gives the canonical NaN, and +0 is greater than -0.
 inline float clamp(float x, float low, float high) {
     if (std::isnan(x)) return std::bit_cast<float>(0x7FFFFFFFu);
     const float raised = x > low || (x == low && !std::signbit(x)) ? x : low;
@@ -98,8 +98,8 @@ inline uint32_t shared_address(const void* pointer, Where where = Where::current
     return simt::block().shared.address_of(pointer, {"shared_address", where});
 }
 
-// PTX ISA, "prefetch": changes nothing, and may come before what lies there. The address is to be one that may be read, as
-// AddressSanitizer then checks.
+// PTX ISA, "prefetch": changes nothing, and may come before the data is written. The address must be readable, which
+// AddressSanitizer checks.
 inline void prefetch(const void* address) {
     if (!simt::block().cluster().prerequisites.hides(address)) (void)*static_cast<const volatile char*>(address);
 }

@@ -1,4 +1,4 @@
-// Stands in front of csrc/device/runtime.cuh when the kernels are compiled for the simulator.
+// Replaces csrc/device/runtime.cuh when the kernels are compiled for the simulator.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct LaunchShape {
     int64_t blocks;
     int threads;
     int64_t shared_bytes;
-    int cluster = 1;  // blocks of one; it divides the blocks
+    int cluster = 1;  // blocks per cluster; divides `blocks`
 };
 
 // There is one device.
@@ -43,7 +43,7 @@ const char* set_shared_limit(void (*kernel)(P...), int bytes) {
     return simt::set_shared_limit(reinterpret_cast<const void*>(kernel), bytes);
 }
 
-// Runs to the end before it returns. One that starts early only sees the kernels ahead as if they had not ended.
+// Runs to the end before it returns. An early start only makes the earlier kernels look as if they had not ended.
 template <class... P, class... A>
 const char* start(void (*kernel)(P...), const LaunchShape& shape, Stream stream, const A&... args) {
     const std::tuple<std::remove_cv_t<P>...> parameters(args...);

@@ -1,4 +1,4 @@
-// Stands in front of csrc/device/tensor_map.cuh when the kernels are compiled for the simulator.
+// Replaces csrc/device/tensor_map.cuh when the kernels are compiled for the simulator.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@
 
 namespace fused_cna::device {
 
-// As opaque to kernels as the hardware's: only bulk copies look inside.
+// Opaque to kernels, like the hardware's: only bulk copies look inside.
 struct alignas(64) TensorMap {
     static constexpr uint64_t encoded = 0x70616D726F736E74;  // "tnsormap"
 
     MapGeometry geometry;
-    uint64_t state = 0;  // `encoded`, or nobody made it
+    uint64_t state = 0;  // `encoded`, or any other value where it was never encoded
 };
 
 inline bool has_tensor_maps() { return simt::has_tensor_maps(); }

@@ -1,4 +1,4 @@
-// Stands in front of csrc/device/types.cuh when the kernels are compiled for the simulator.
+// Replaces csrc/device/types.cuh when the kernels are compiled for the simulator.
 #pragma once
 
 #include <bit>
@@ -15,7 +15,7 @@
 
 namespace fused_cna::device {
 
-// IEEE 754 binary16. Opaque, so that a kernel can do nothing with it that the seam does not offer.
+// IEEE 754 binary16. Opaque, so that a kernel can use it only through csrc/device.
 struct half {
     uint16_t bits;
 };
@@ -48,7 +48,7 @@ template <>
 inline bfloat16 from_float<bfloat16>(float value) {
     if (std::isnan(value)) return {0x7FFF};
     uint32_t bits = std::bit_cast<uint32_t>(value);
-    uint32_t below_half = 0x7FFF, lowest_kept = bits >> 16 & 1;  // a tie goes up only from an odd value
+    uint32_t below_half = 0x7FFF, lowest_kept = bits >> 16 & 1;  // rounds a tie up only from an odd value
     return {static_cast<uint16_t>((bits + below_half + lowest_kept) >> 16)};
 }
 

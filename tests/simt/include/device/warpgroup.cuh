@@ -1,4 +1,4 @@
-// Stands in front of csrc/device/warpgroup.cuh when the kernels are compiled for the simulator: wgmma.
+// Replaces csrc/device/warpgroup.cuh when the kernels are compiled for the simulator: wgmma.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace fused_cna::device {
 
-// PTX ISA, "Matrix Descriptor Format": rows of 128 bytes, one behind the other, with the 128-byte swizzle.
+// PTX ISA, "Matrix Descriptor Format": contiguous rows of 128 bytes with the 128-byte swizzle.
 inline uint64_t matrix_descriptor(uint32_t address) {
     constexpr uint64_t eight_rows = 1024, swizzle_128 = 1;
     return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | eight_rows >> 4 << 32 | swizzle_128 << 62;
@@ -26,7 +26,7 @@ void wait_products(Where where = Where::current()) {
     simt::block().warpgroup().wait(Pending, {"wait_products", where});
 }
 
-// Sums are in memory, and change only within the functions here.
+// Sums are in memory, and change only in the functions here.
 template <int Count>
 void hold_sums(float (&)[Count]) {}
 

@@ -12,10 +12,10 @@ namespace simt {
 // The copies that threads start and wait for later. PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy":
 // cp.async, cp.async.commit_group, cp.async.wait_group. Until a copy is known to be complete its destination must be neither
 // read nor written, and its source not written. So here a copy
-//   - overwrites its destination with the poison when it starts, as it may land at once;
+//   - poisons its destination when it starts, as it may land at once;
 //   - reads its source and lands when its thread waits for it, as it may take that long;
 //   - is reported if its destination no longer holds the poison then.
-// One that no wait covers never lands; when the block ends it is dropped, unless its destination was written meanwhile.
+// A copy that no wait covers never lands. At the end of the block it is dropped, or reported if its destination was written.
 class AsyncCopies {
    public:
     AsyncCopies(SharedMemory& shared, AsyncProxy& proxy) : shared_(shared), proxy_(proxy) {}
@@ -23,12 +23,12 @@ class AsyncCopies {
     void reset(int threads);
 
     // Reported: addresses that are not multiples of `bytes`, a destination outside shared memory, a source that is read
-    // before the kernels ahead have ended. Where `valid` is false it is never read, and zeros land.
+    // before the earlier kernels have ended. Where `valid` is false the source is never read, and zeros land.
     void start(int thread, uint32_t destination, const void* source, int bytes, bool valid, const Site& site);
 
     void commit(int thread);
 
-    // Lands the thread's committed groups but the latest `pending`, in the order of their commits.
+    // Lands the thread's committed groups except the latest `pending`, in the order of their commits.
     void wait(int thread, int pending);
 
     void check_never_landed() const;
@@ -44,7 +44,7 @@ class AsyncCopies {
 
     struct Queue {
         std::deque<Copy> copies;
-        std::deque<int> groups;  // how many copies each committed group has
+        std::deque<int> groups;  // the number of copies in each committed group
         int uncommitted = 0;
     };
 

@@ -18,7 +18,7 @@ class Barrier final : public Waitable {
     // bar.sync id, threads: waits for that many threads; exited ones do not count.
     void wait_for(int threads, const Site& site);
 
-    // Threads that wait for the whole block stop waiting for this one.
+    // Barriers of the whole block stop waiting for this thread.
     void thread_exited();
 
     void reset();
@@ -36,8 +36,8 @@ class Barrier final : public Waitable {
 
     Scheduler& scheduler_;
     int id_;
-    int threads_ = whole_block;  // as the first to arrive said
-    Site site_{};                // where the first to arrive stands
+    int threads_ = whole_block;  // the count of the first thread to arrive
+    Site site_{};                // the place of the first thread to arrive
     std::vector<int> arrived_;
 };
 

@@ -1,3 +1,4 @@
+// One block with everything that belongs to it, and launching a grid of them.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -26,17 +27,17 @@ inline constexpr int max_cluster = 8;
 
 class Cluster;
 
-// What a block runs.
+// The work of a block.
 struct BlockWork {
     int64_t index;  // in the grid
     int64_t grid;
     int threads;
     int64_t shared_bytes;
     uint64_t seed;
-    const std::function<void()>* kernel;  // is called by every thread
+    const std::function<void()>* kernel;  // called by every thread
 };
 
-// One block with all that it has to itself. Those of a cluster run at the same time; one of them is at work at any moment.
+// One block and all its state. The blocks of a cluster run at the same time, interleaved on one host thread.
 class Block {
    public:
     Block(Cluster& cluster, int rank);
@@ -53,7 +54,7 @@ class Block {
     bool is_running() const { return scheduler.live() > 0; }
     bool can_step() const { return scheduler.can_step(); }
 
-    // To be called while it is running and can: one step, or as many as there are until it has ended or cannot.
+    // Only while it is running and can_step(): one step, or steps until it has ended or cannot go on.
     void step();
     void run();
 
@@ -86,23 +87,23 @@ struct LaunchRequest {
     int64_t blocks;
     int threads;
     int64_t shared_bytes;
-    int cluster;                 // blocks of one
-    bool starts_early;           // before the kernels ahead have ended
+    int cluster;                 // blocks per cluster
+    bool starts_early;           // before the earlier kernels have ended
     const void* kernel_address;  // names the kernel in reports
 };
 
-// Runs `kernel` for every thread of every block, clusters in an order drawn from the seed. Returns what a launch returns:
-// null, or the error in words for a shape that no device takes. Throws SimulatorError for what the kernel does wrong.
+// Runs `kernel` for every thread of every block, clusters in an order drawn from the seed. Returns null, or a launch error's
+// message for a shape that no device takes. Throws SimulatorError for a fault of the kernel.
 const char* launch(const LaunchRequest& request, const std::function<void()>& kernel);
 
 // CUDA Runtime API, cudaFuncSetAttribute, cudaFuncAttributeMaxDynamicSharedMemorySize: the most that a launch of the kernel
-// may ask for, by any thread, until it is set again; 48 KB where it never was.
+// may request, on any thread, until it is set again; 48 KB by default.
 const char* set_shared_limit(const void* kernel_address, int64_t bytes);
 
-// Runs `event` when the next launch begins, as if on another thread it came just before.
+// Runs `event` at the start of the next launch, as if another thread did it just before.
 void before_next_launch(std::function<void()> event);
 
-// Chooses the order of everything in the launches that follow.
+// Determines the order of everything in the following launches.
 void set_seed(uint64_t seed);
 
 }  // namespace simt

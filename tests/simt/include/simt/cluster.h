@@ -1,3 +1,4 @@
+// The blocks of a cluster, which run together.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -29,11 +30,11 @@ class ClusterBarrier final : public Waitable {
     void release(const Block* running);
 
     const Cluster& cluster_;
-    Site site_{};                                  // where the first to arrive stands
-    std::vector<std::pair<Block*, int>> arrived_;  // and the thread
+    Site site_{};                                  // the place of the first thread to arrive
+    std::vector<std::pair<Block*, int>> arrived_;  // block and thread
 };
 
-// Neighbouring blocks that run at the same time; where a launch asks for none, each block is one.
+// Neighbouring blocks that run at the same time; a launch without clusters has one block in each.
 class Cluster {
    public:
     Cluster() : barrier(*this), prerequisites(*this) {}
@@ -46,11 +47,11 @@ class Cluster {
     Block& block(int rank) const { return *blocks_[rank]; }
     int live_threads() const;
 
-    // What the threads of every block wait for and where they stand.
+    // What the threads of every block wait for, and where they are.
     std::string standing() const;
 
-    // PTX ISA, "Data Movement and Conversion Instructions: mapa": what lies in the shared memory of a block of the cluster
-    // where `address` lies in one's own. Reported: a block that is not there, or has ended.
+    // PTX ISA, "Data Movement and Conversion Instructions: mapa": the memory of a block of the cluster that corresponds to
+    // `address` in one's own block. Reported: a block that does not exist, or has ended.
     const std::byte* at(int rank, uint32_t address, int bytes, const Site& site) const;
 
     ClusterBarrier barrier;
@@ -62,7 +63,7 @@ class Cluster {
     void interleave(Random random);
 
     int size_ = 0;
-    std::vector<std::unique_ptr<Block>> blocks_;  // by rank; more than `size_` where an earlier launch had more
+    std::vector<std::unique_ptr<Block>> blocks_;  // by rank; more than `size_` after a launch with larger clusters
 };
 
 }  // namespace simt

@@ -1,3 +1,4 @@
+// Instructions that the lanes of a warp or warpgroup execute together.
 #pragma once
 #include <string>
 #include <typeinfo>
@@ -7,7 +8,7 @@
 
 namespace simt {
 
-// What each lane brought to a collective, by lane.
+// The operands of each lane in a collective, by lane.
 template <class Slot>
 class Lanes {
    public:
@@ -23,13 +24,13 @@ class Lanes {
 // A fixed group of a block's threads that executes instructions together: a warp, or four warps as one warpgroup.
 class LaneGroup final : public Waitable {
    public:
-    // Threads [first, first + lanes) of the block; it is called `name` in reports, for example "warp 3".
+    // Threads [first, first + lanes) of the block; `name` appears in reports, for example "warp 3".
     LaneGroup(Scheduler& scheduler, std::string name, int first, int lanes);
 
-    // `threads`: how many threads the block has, which may leave the last group without all its lanes.
+    // `threads`: the block's number of threads; the last group may lack some of its lanes.
     void reset(int threads);
 
-    // To be called when a thread of the group has exited.
+    // Must be called when a thread of the group has exited.
     void thread_exited() {
         ++exited_;
         if (arrived_ > 0) check_complete(site_);
@@ -41,7 +42,7 @@ class LaneGroup final : public Waitable {
     template <class Slot, class Compute>
     friend void collective(LaneGroup& group, const Site& site, Slot& mine, Compute&& compute);
 
-    // Notes the current thread's operands; true for the last lane to arrive.
+    // Stores the current thread's operands; true for the last lane to arrive.
     bool arrive(const Site& site, const std::type_info& kind, void* operands);
     void wait(const Site& site) { scheduler_.park(*this, site); }
     void release();
@@ -57,12 +58,12 @@ class LaneGroup final : public Waitable {
     int exited_ = 0;
     Site site_{};
     const std::type_info* kind_ = nullptr;
-    std::vector<void*> operands_;  // by lane, null until it arrives; they lie on the lanes' own stacks
+    std::vector<void*> operands_;  // by lane, null until it arrives; they point to the lanes' own stacks
 };
 
-// An instruction that all lanes of a group execute together. Each lane brings operands and finds its results in `mine`:
-// the last lane to arrive calls compute(Lanes<Slot>) and releases the others.
-// Reported: a lane that stands at another collective, or has exited, or does not exist.
+// An instruction that all lanes of a group execute together. Each lane passes its operands in `mine` and gets its results
+// there: the last lane to arrive calls compute(Lanes<Slot>) and releases the others. Reported: a lane that is at another
+// collective, has exited, or does not exist.
 template <class Slot, class Compute>
 void collective(LaneGroup& group, const Site& site, Slot& mine, Compute&& compute) {
     if (!group.arrive(site, typeid(Slot), &mine)) return group.wait(site);

@@ -4,25 +4,25 @@
 
 namespace simt {
 
-// A function suspended and continued on a stack of its own. One host thread drives all fibers.
+// A function that can be suspended and resumed, on its own stack. One host thread drives all fibers.
 class Fiber {
    public:
     using Entry = void (*)(void* argument);
 
-    // `number` only spreads the stacks over the cache's sets.
+    // `number` only spreads the stacks over the cache sets.
     explicit Fiber(int number);
     ~Fiber();
     Fiber(const Fiber&) = delete;
     Fiber& operator=(const Fiber&) = delete;
 
-    // The next resume() calls `entry(argument)`. Whatever was suspended here before is forgotten, its frames
-    // are not unwound. `entry` must let no exception out: unwinding cannot cross to another stack.
+    // The next resume() calls `entry(argument)`. Anything suspended here before is dropped without unwinding. `entry` must
+    // not let an exception out: unwinding cannot cross to another stack.
     void start(Entry entry, void* argument);
 
     // On the host's stack: runs the fiber until it suspends or its entry returns.
     void resume();
 
-    // On the fiber's own stack: back to resume()'s caller.
+    // On the fiber's own stack: returns to resume()'s caller.
     void suspend();
 
    private:

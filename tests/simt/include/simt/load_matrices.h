@@ -9,7 +9,7 @@ namespace simt {
 
 struct LoadMatricesSlot {
     uint32_t row_address;
-    uint32_t* words;  // one of each matrix
+    uint32_t* words;  // one word of each matrix
 };
 
 // PTX ISA, "Warp Level Matrix Instructions: ldmatrix", .m8n8.x4.b16: lanes 8i to 8i + 7 address the rows of matrix i, 16
@@ -23,8 +23,7 @@ struct StoreMatricesSlot {
     int thread;
 };
 
-// PTX ISA, "Warp-level matrix store instruction: stmatrix", .m8n8.x4.b16: the other way round. Each lane writes its own
-// words.
+// PTX ISA, "Warp-level matrix store instruction: stmatrix", .m8n8.x4.b16: the inverse. Each lane writes its own words.
 void store_matrices(const Lanes<StoreMatricesSlot>& lanes, const SharedMemory& shared, AsyncProxy& proxy, const Site& site);
 
 }  // namespace simt

@@ -6,14 +6,14 @@
 
 namespace simt {
 
-// A matrix of wgmma in shared memory, K-major with the 128-byte swizzle: the one layout that is simulated. PTX ISA, "Matrix
-// Descriptor Format", "Strides": rows of 128 bytes, of which a product takes 32; eight rows lie one behind the other.
+// A matrix of wgmma in shared memory, K-major with the 128-byte swizzle: the only layout that is simulated. PTX ISA, "Matrix
+// Descriptor Format", "Strides": rows of 128 bytes, of which a product takes 32; eight rows are contiguous.
 class SharedMatrix {
    public:
     static constexpr int bytes_per_row = 32;
 
-    // Reported: bits that mean another layout or nothing, groups of eight rows that do not start on 1,024 bytes, a matrix
-    // that is not wholly inside shared memory. `name`: "a" or "b".
+    // Reported: bits that are unused or mean another layout, groups of eight rows that do not start on 1,024 bytes, a matrix
+    // that is not entirely inside shared memory. `name`: "a" or "b".
     SharedMatrix(uint64_t descriptor, int rows, const char* name, const SharedMemory& shared, const Site& site);
 
     int rows() const { return rows_; }
@@ -23,7 +23,7 @@ class SharedMatrix {
 
    private:
     const std::byte* start_;
-    int64_t stride_;  // of eight rows
+    int64_t stride_;  // from eight rows to the next eight
     int rows_;
 };
 

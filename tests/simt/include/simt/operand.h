@@ -7,7 +7,7 @@ namespace simt {
 // What tensor cores multiply.
 enum class Operand { half, bfloat16, tf32 };
 
-// The values of one 32-bit word, as they follow each other along k.
+// The values of one 32-bit word, consecutive along k.
 template <Operand type>
 struct Word;
 

@@ -5,7 +5,7 @@
 
 namespace simt {
 
-// The one source of chance: the same seed gives the same run on every machine (splitmix64).
+// The only source of randomness: the same seed gives the same run on every machine (splitmix64).
 class Random {
    public:
     explicit Random(uint64_t seed = 0) : state_(seed) {}

@@ -6,7 +6,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// AddressSanitizer's interface for code that switches stacks and manages memory itself; nothing without it.
+// AddressSanitizer's interface for code that switches stacks and manages memory itself; does nothing in other builds.
 namespace simt::sanitizer {
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,3 +1,4 @@
+// The threads of one block: which runs next, deadlocks, asynchronous effects.
 #pragma once
 #include <cstdint>
 #include <exception>
@@ -21,32 +22,32 @@ struct Thread {
     int index;
     State state = State::exited;
     Site site{};                         // where it waits
-    const Waitable* waits_on = nullptr;  // what for
+    const Waitable* waits_on = nullptr;  // what it waits for
     Fiber fiber;
 };
 
-// Runs the threads of one block, switching only where a thread parks or exits, in an order drawn from the seed.
+// Runs the threads of one block in an order drawn from the seed. It switches only where a thread parks or exits.
 class Scheduler {
    public:
     using Body = void (*)();
 
-    // From now on step() runs `body` once per thread until all have exited; each thread calls `exited` when it has.
-    // Whatever ran here before is abandoned.
+    // From now on step() runs `body` once per thread until all have exited; each thread calls `exited` afterwards. Abandons
+    // whatever ran here before.
     void start(int threads, Body body, Body exited, uint64_t seed);
 
-    // Where it is false but threads live, something from outside must wake one: otherwise it is a deadlock.
+    // If false while threads live, something outside must wake one; otherwise it is a deadlock.
     bool can_step() const { return !ready_.empty() || !effects_.empty(); }
 
-    // Runs a thread until it parks or exits, or lands an effect. Rethrows the exception that the thread let out.
+    // Runs a thread until it parks or exits, or lands an effect. Rethrows an exception that the thread threw.
     void step();
 
-    // Steps until all threads have exited, or none can go on.
+    // Steps until all threads have exited or none can go on.
     void run();
 
-    // Once all threads have exited: lands what effects are left.
+    // Once all threads have exited: lands the remaining effects.
     void finish();
 
-    // What the threads wait for and where they stand, a line for each thing and each warp.
+    // What the threads wait for and where they are: a line for each thing and each warp.
     std::string standing() const;
 
     Thread& current() const { return *current_; }
@@ -58,8 +59,8 @@ class Scheduler {
     void park(const Waitable& waits_on, const Site& site);
     void wake(int thread);
 
-    // An asynchronous effect, such as a copy that another unit of the hardware does: it happens at some later switch,
-    // at the latest when no thread can go on without it. Effects may land in another order than they were issued in.
+    // An asynchronous effect, such as a copy by another unit of the hardware: it happens at some later switch, at the latest
+    // when no thread can go on without it. Effects may land out of order.
     void later(std::function<void()> effect);
 
    private:

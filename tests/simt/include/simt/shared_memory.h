@@ -1,3 +1,4 @@
+// A block's dynamic shared memory.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -6,13 +7,13 @@
 
 namespace simt {
 
-// A block's dynamic shared memory: exactly as large as the launch asked for, 1024-byte aligned, poisoned per block.
+// Exactly as large as the launch requested, 1024-byte aligned, poisoned for each block.
 class SharedMemory {
    public:
     // The most that a block may have, as on compute capability 9.0 (CUDA C++ Programming Guide, "Compute Capabilities").
     static constexpr int64_t limit_bytes = 227 * 1024;
 
-    // Where it lies in the shared state space. Not at 0, as on a GPU the system's own shared memory is there.
+    // The first address in the shared state space. Not 0: on a GPU the system's own shared memory is there.
     static constexpr uint32_t first_address = 1024;
 
     SharedMemory() = default;
@@ -20,17 +21,17 @@ class SharedMemory {
     SharedMemory(const SharedMemory&) = delete;
     SharedMemory& operator=(const SharedMemory&) = delete;
 
-    // Fills `bytes` of memory with the poison; whatever lies outside is a redzone.
+    // Poisons `bytes` of memory; everything outside is a redzone.
     void begin_block(int64_t bytes);
 
-    // Reports a write behind the end, which builds without AddressSanitizer notice only here.
+    // Reports a write after the end, which builds without AddressSanitizer notice only here.
     void check_redzone() const;
 
-    // PTX ISA, "Data Movement and Conversion Instructions: cvta": the 32-bit address of what a generic pointer points to.
-    // Reported: a pointer to anything but this memory.
+    // PTX ISA, "Data Movement and Conversion Instructions: cvta": the 32-bit address of a generic pointer. Reported: a
+    // pointer to any other memory.
     uint32_t address_of(const void* pointer, const Site& site) const;
 
-    // What lies at such an address. Reported: an access of `bytes` that is not wholly inside, or not aligned to them.
+    // The memory at such an address. Reported: an access of `bytes` that is not entirely inside, or not aligned to its size.
     std::byte* at(uint32_t address, int bytes, const Site& site) const;
 
     static void poison(std::byte* first, int64_t bytes);

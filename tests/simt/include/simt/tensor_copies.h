@@ -10,30 +10,30 @@
 
 namespace simt {
 
-// The copies of boxes between a tensor in global memory and shared memory. PTX ISA, "Data Movement and Conversion
-// Instructions: cp.async.bulk.tensor"; "Tensors" in "State Spaces, Types, and Variables". "Once an asynchronous copy
-// operation is initiated, modifying the source memory location or tensor descriptor or reading from the destination memory
-// location before the asynchronous operation completes, exhibits undefined behavior." So here a load
-//   - overwrites its destination with the poison when it starts, as it may land at once;
+// Copies of boxes between a tensor in global memory and shared memory. PTX ISA, "Data Movement and Conversion Instructions:
+// cp.async.bulk.tensor"; "Tensors" in "State Spaces, Types, and Variables". "Once an asynchronous copy operation is
+// initiated, modifying the source memory location or tensor descriptor or reading from the destination memory location
+// before the asynchronous operation completes, exhibits undefined behavior." So here a load
+//   - poisons its destination when it starts, as it may land at once;
 //   - lands at later switches, in pieces of any order, and reads its source only then;
 //   - is reported if its destination no longer holds the poison then;
 //   - completes its bytes at its barrier with the last piece.
 // And a store
 //   - reads shared memory, as the async proxy sees it, when its thread waits for it or the block ends, as it may take that
 //   long;
-//   - is reported if shared memory, as threads see it, is no longer what it was when the store started.
-// Reported of both: a map that nobody encoded, or of another rank or kind; an address that is not aligned as the swizzle
-// wants it; a box that is not wholly inside shared memory; rows that do not fill the swizzle's span, as the manual does not
-// say how such rows lie; a start before the kernels ahead have ended.
+//   - is reported if shared memory, as threads see it, has changed since the store started.
+// Reported for both: a map that was never encoded, or has another rank or kind; an address that is not aligned as the
+// swizzle needs; a box that is not entirely inside shared memory; rows that do not fill the swizzle's span, as the manual
+// does not say how such rows are laid out; a start before the earlier kernels have ended.
 class TensorCopies {
    public:
     using TensorMap = fused_cna::device::TensorMap;
 
-    // The coordinates of the first element begin with the dense dimension; there are 2 to 4.
+    // 2 to 4 coordinates of the first element, dense dimension first.
     void load_tile(int thread, uint32_t destination, const TensorMap& map, uint32_t barrier, std::initializer_list<int> at,
                    const Site& site);
 
-    // "Im2col mode". Reported: a first pixel outside of the bounding box, an offset that is not from 0 to 255.
+    // "Im2col mode". Reported: a first pixel outside the bounding box, an offset outside 0 to 255.
     void load_im2col(int thread, uint32_t destination, const TensorMap& map, uint32_t barrier, int c, int w, int h, int n,
                      int offset_w, int offset_h, const Site& site);
 
@@ -46,19 +46,18 @@ class TensorCopies {
 
     void reset(int threads);
 
-    // To be called when all threads of the block have exited. Lands the stores that nobody waited for. Reported: a store
+    // Must be called when all threads of the block have exited. Lands the stores that nobody waited for. Reported: a store
     // that was not committed.
     void check_end() const;
 
-    // Where a box lies: its rows, each a run of the dense dimension, in the order in which they follow each other in shared
-    // memory.
+    // A box by its rows, each a run of the dense dimension, in their order in shared memory.
     struct Box {
         uint32_t address = 0;         // in shared memory
-        std::byte* shared = nullptr;  // which is here
+        std::byte* shared = nullptr;  // the memory at that address
         std::vector<std::byte*>
-            rows;  // in global memory, of the element at the first coordinate; null outside of the tensor
-        int first_byte = 0, end_byte = 0;  // what of every row is inside of the tensor
-        int row_bytes = 0;                 // as many as the swizzle's span
+            rows;  // in global memory, each at the box's first coordinate; null where the row is outside the tensor
+        int first_byte = 0, end_byte = 0;  // the part of every row that is inside the tensor
+        int row_bytes = 0;                 // the swizzle's span
 
         bool is_whole() const { return first_byte == 0 && end_byte == row_bytes; }
         int64_t bytes() const { return int64_t{row_bytes} * static_cast<int64_t>(rows.size()); }

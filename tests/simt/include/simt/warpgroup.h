@@ -1,3 +1,4 @@
+// wgmma and setmaxnreg.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -14,23 +15,23 @@ namespace simt {
 
 inline constexpr int warpgroup_lanes = 128;
 
-// What a thread brings to wgmma.mma_async, and all bring alike but for d.
+// A thread's operands of wgmma.mma_async; all but d are the same for all threads.
 struct ProductSlot {
     float* d;       // n / 2 accumulators
     uint64_t a, b;  // descriptors
-    bool add;       // to the accumulators, which are overwritten otherwise
+    bool add;       // to the accumulators; otherwise they are overwritten
     Operand type;
     int n;
 };
 
 // d = a * b, or d += a * b, in [64, n] floats. PTX ISA, "Asynchronous Multiply-and-Accumulate Instruction: wgmma.mma_async":
-// order and rounding of the sums are unspecified; here it is as in multiply_add.
+// order and rounding of the sums are unspecified; here they are as in multiply_add.
 void multiply_matrices(Operand type, const SharedMatrix& a, const SharedMatrix& b, const AsyncProxy& proxy, bool add,
                        float* d);
 
-// Four warps that multiply together. PTX ISA, "Asynchronous wgmma Proxy Operations". Until a product is known to be complete
-// its operands must not be written, nor its accumulators be touched. So here a product
-//   - overwrites its accumulators with the poison when it starts, and is reported if they no longer hold it at the wait;
+// Four warps that multiply together. PTX ISA, "Asynchronous wgmma Proxy Operations". Until a product is known to be
+// complete, its operands must not be written and its accumulators not accessed. So here a product
+//   - poisons its accumulators when it starts, and is reported if they no longer hold the poison at the wait;
 //   - reads its operands when its group is waited for, as it may take that long.
 class Warpgroup {
    public:
@@ -44,27 +45,27 @@ class Warpgroup {
         if (!products_.empty()) report_unfinished(thread);
     }
 
-    // Reported: operands that differ between threads, descriptors that are not understood, accumulators that no fence orders
-    // behind the threads' own accesses.
+    // Reported: operands that differ between threads, unsupported descriptors, accumulators without a fence after the
+    // threads' own accesses.
     void multiply_async(ProductSlot mine, const Site& site);
 
     void fence(const Site& site);
     void commit(const Site& site);
 
-    // Until at most `pending` groups are.
+    // Until at most `pending` groups are pending.
     void wait(int pending, const Site& site);
 
     LaneGroup& lanes() { return group_; }
 
    private:
-    // The accumulators of one array of each thread.
+    // One array of accumulators in each thread.
     struct Sums {
         std::array<float*, warpgroup_lanes> d;
         int n;
         std::vector<float>
-            values;      // [64, n]: what the registers do not show while products are pending; what the last put there
-        int pending;     // products
-        Site site;       // of the latest
+            values;      // [64, n]: the sums; pending products poison the registers, and this holds them until the wait
+        int pending;     // the number of pending products
+        Site site;       // of the latest product
         bool is_fenced;  // since the threads got them back
     };
 
@@ -89,7 +90,7 @@ class Warpgroup {
     LaneGroup group_;
     std::list<Sums> sums_;
     std::deque<Product> products_;
-    std::deque<int> groups_;  // how many products each committed group has
+    std::deque<int> groups_;  // the number of products in each committed group
     int uncommitted_ = 0;
     bool has_fenced_ = false;
 };
@@ -101,10 +102,10 @@ class Warpgroups {
     void reset(int threads);
     Warpgroup& operator[](int thread) { return warpgroups_[thread / warpgroup_lanes]; }
 
-    // PTX ISA, "Miscellaneous Instructions: setmaxnreg", .dec and .inc. How many registers a launch gives is not known here:
-    // a change is checked against the one before of the same warpgroup, and all of them against what a multiprocessor has.
-    // Reported: a count that is no multiple of 8 from 24 to 256, or differs between threads; giving up to more than there
-    // are, or taking to fewer.
+    // PTX ISA, "Miscellaneous Instructions: setmaxnreg", .dec and .inc. The launch's number of registers is not known here:
+    // a change is checked against the warpgroup's previous one, and the sum against a multiprocessor's registers. Reported:
+    // a count that is not a multiple of 8 from 24 to 256, or differs between threads; giving up to a higher count, or taking
+    // to a lower one.
     void give_registers(int thread, int count, const Site& site) { set_registers(thread, count, false, site); }
     void take_registers(int thread, int count, const Site& site) { set_registers(thread, count, true, site); }
 
@@ -112,7 +113,7 @@ class Warpgroups {
     void set_registers(int thread, int count, bool is_more, const Site& site);
 
     std::deque<Warpgroup> warpgroups_;
-    std::vector<int> registers_;  // of a thread, by warpgroup; 0 where it was never set
+    std::vector<int> registers_;  // per thread, by warpgroup; 0 where never set
 };
 
 }  // namespace simt
