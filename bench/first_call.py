@@ -1,23 +1,24 @@
 """What a network costs before it serves: import, first call, and the first call with a new image size.
 
-Each measurement is a fresh process of this Python (bench/first_call_process.py), with caches of compiled code
-that are empty. A CPU has no kernel to plan and to launch: there the fused route is what tracing costs.
+Each measurement is a fresh process of this Python, `python -m bench.first_call REQUEST`, with caches of
+compiled code that are empty. A CPU has no kernel to plan and to launch: there the fused route is what
+tracing costs. Nothing but the standard library is imported before the clock of the imports runs.
 """
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from bench.model_cases import MODELS
-from bench.provenance import ROOT
-from bench.setting import Setting
-from bench.stats import Summary, summarize
-from bench.terminal import Console, make_table
+if TYPE_CHECKING:
+    from bench.measure import Run, Setting
 
 NETWORKS = ("resnet50", "mobilenet_v2")
 STEPS = ("import", "prepare", "first call", "second call", "new size", "new size again")
@@ -25,150 +26,123 @@ LARGER = 32
 LIMIT_SECONDS = 1200
 # torch.compile is slow, and its first call hardly varies.
 PROCESSES = {"eager": 3, "fused": 3, "compiled": 1}
-MEANINGS = {
-    "eager": "channels_last; on a GPU with torch.backends.cudnn.benchmark",
-    "fused": "fused_cna.fuse",
-    "compiled": "torch.compile with its defaults",
-}
-
 Start = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds of each step of a route for a network, over processes; or why there are none."""
-
-    network: str
-    route: str
-    batch: int
-    sizes: tuple[int, int]
-    seconds: Mapping[str, Summary] = field(default_factory=dict)
-    recompiled: bool = False
-    failure: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        made = {name: getattr(self, name) for name in ("network", "route", "batch", "sizes")}
-        if self.failure:
-            return {**made, "failure": self.failure}
-        seconds = {name: summary.as_json() for name, summary in self.seconds.items()}
-        return {**made, "seconds": seconds, "recompiled": self.recompiled}
-
-
-def cases(setting: Setting) -> list[tuple[str, str]]:
-    """Networks and routes; the routes that need no compiler first."""
-    routes = [route for route in PROCESSES if setting.compiled or route != "compiled"]
-    return [(network, route) for route in routes for network in setting.networks or NETWORKS]
 
 
 def start_process(request: dict[str, Any]) -> dict[str, Any]:
     """What a fresh process answers; RuntimeError with its last line where it fails."""
+    command = [sys.executable, "-m", "bench.first_call", json.dumps(request)]
     with tempfile.TemporaryDirectory() as caches:
-        command = [sys.executable, "-m", "bench.first_call_process", json.dumps(request)]
-        environment = {
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": caches,
-            "TRITON_CACHE_DIR": f"{caches}/triton",
+        environment = {"TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"}
+        how: Any = {
+            "cwd": Path(__file__).parents[1],
+            "env": os.environ | environment,
+            "timeout": LIMIT_SECONDS,
         }
         try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=LIMIT_SECONDS,
-            )
+            done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"it took more than {LIMIT_SECONDS} s") from error
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise RuntimeError(said[-1] if said else f"exit status {done.returncode}")
+        raise RuntimeError((done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1])
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
 
-def most_steps(setting: Setting) -> int:
-    """How many processes are started without a budget."""
-    return sum(PROCESSES[route] for _, route in cases(setting))
+def cases(setting: "Setting") -> list[tuple[int, str, str]]:
+    """Turns, routes and networks, in order: the routes that need no compiler first."""
+    return [
+        (turn, route, network)
+        for turn in range(max(PROCESSES.values()))
+        for route, processes in PROCESSES.items()
+        for network in setting.networks or NETWORKS
+        if turn < processes and (setting.compiled or route != "compiled")
+    ]
 
 
-def run(setting: Setting, step: Callable[[str], None], start: Start = start_process) -> list[Measured]:
-    """One process of each case, then the second ones, as far as the budget allows.
+def run(run: "Run", start: Start = start_process) -> None:
+    """One process of each route and network, then the second ones, as far as the budget allows.
 
     So a machine that gets busy slows all routes alike.
     """
-    answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    failures: dict[tuple[str, str], str] = {}
-    for turn in range(max(PROCESSES.values())):
-        for case in cases(setting):
-            if turn >= PROCESSES[case[1]] or case in failures:
-                continue
-            if not setting.budget.allows():
-                break
-            step(", ".join(case))
-            try:
-                answers.setdefault(case, []).append(start(_request(setting, *case)))
-            except RuntimeError as error:
-                failures[case] = str(error)
-    return [_measured(_request(setting, *case), answers[case], failures.get(case, "")) for case in answers]
+    from bench.networks import MODELS
+    from bench.result import summarize
+
+    setting, outcome = run.setting, run.outcome
+    found: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for turn, route, network in cases(setting):
+        name, size = f"{network}, {route}", MODELS[network].size
+        if turn and name not in answers:
+            continue
+        if not setting.budget.allows():
+            outcome.left_out |= {} if turn else {name: setting.budget.why_not}
+            continue
+        run.step(name)
+        batch = (setting.batches or (8 if setting.gpu else 1,))[0]
+        row = {"network": network, "route": route, "batch": batch, "sizes": [size, size + LARGER]}
+        options = {
+            "device": str(setting.device),
+            "precision": setting.precisions[0].name,
+            "seed": setting.seed,
+        }
+        try:
+            answers.setdefault(name, []).append(start(row | options))
+        except RuntimeError as error:
+            found[name], _ = row | {"failure": str(error)}, answers.pop(name)
+            outcome.broke_off += [f"{network}: {error}"] if route == "fused" else []
+            continue
+        seconds = {step: asdict(summarize([a["seconds"][step] for a in answers[name]])) for step in STEPS}
+        found[name] = row | {"seconds": seconds, "recompiled": any(a["recompiled"] for a in answers[name])}
+    outcome.extra |= {"steps": STEPS, "results": list(found.values())}
 
 
-def _request(setting: Setting, network: str, route: str) -> dict[str, Any]:
-    size = MODELS[network].size(setting.device)
-    return {
-        "network": network,
-        "route": route,
-        "device": str(setting.device),
-        "precision": setting.precision.name,
-        "batch": setting.batch_or(on_cpu=1, on_gpu=8),
-        "sizes": (size, size + LARGER),
-        "seed": setting.seed,
-    }
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """In the fresh process: the seconds of each step, and whether the compiler ran again for the new size."""
+    seconds: dict[str, float] = {}
+
+    def clock(name: str, step: Callable[[], Any], wait: Callable[[], object] = lambda: None) -> Any:
+        start = time.perf_counter()
+        result = step()
+        wait()
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    route = request["route"]
+    package = "fused_cna" if route == "fused" else "torch"
+    imported = clock("import", lambda: importlib.import_module(package))
+
+    import torch
+
+    from bench.cases import PRECISIONS
+    from bench.networks import MODELS
+
+    torch.backends.cudnn.benchmark = True
+    precision, device = PRECISIONS[request["precision"]], torch.device(request["device"])
+    placed: Any = {"device": device, "dtype": precision.dtype, "memory_format": torch.channels_last}
+    torch.manual_seed(request["seed"])
+    network = MODELS[request["network"]].build().eval().to(**placed)
+    images = [torch.randn(request["batch"], 3, size, size).to(**placed) for size in request["sizes"]]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    # Tracing and compiling wait for the first call.
+    prepare = {"fused": lambda: imported.fuse(network), "compiled": lambda: torch.compile(network)}
+    with precision.applied(), torch.inference_mode():
+        prepared = clock("prepare", prepare.get(route, lambda: network), wait)
+        clock("first call", lambda: prepared(images[0]), wait)
+        clock("second call", lambda: prepared(images[0]), wait)
+        before = _compiled_graphs()
+        clock("new size", lambda: prepared(images[1]), wait)
+        recompiled = _compiled_graphs() > before
+        clock("new size again", lambda: prepared(images[1]), wait)
+    return {"seconds": seconds, "recompiled": recompiled}
 
 
-def _measured(request: dict[str, Any], answers: Sequence[dict[str, Any]], failure: str) -> Measured:
-    case = {name: request[name] for name in ("network", "route", "batch", "sizes")}
-    if failure:
-        return Measured(**case, failure=failure)
-    seconds = {name: summarize([answer["seconds"][name] for answer in answers]) for name in STEPS}
-    return Measured(**case, seconds=seconds, recompiled=any(answer["recompiled"] for answer in answers))
+def _compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return 0 if dynamo is None else int(dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def print_results(console: Console, results: Sequence[Measured]) -> None:
-    """A row for each route of each network."""
-    caption = "*: torch.compile compiled again. " + "; ".join(
-        f"{name}: {text}" for name, text in MEANINGS.items()
-    )
-    table = make_table("what a network costs before it serves, in fresh processes", caption)
-    for name in ("network", "route"):
-        table.add_column(name)
-    for name in STEPS:
-        table.add_column(name, justify="right")
-    for one in sorted(results, key=lambda one: list(MODELS).index(one.network)):
-        table.add_row(f"{one.network} n{one.batch}", one.route, *_cells(one))
-    console.print(table)
-
-
-def _cells(one: Measured) -> list[str]:
-    if one.failure:
-        return ["failed", *[""] * (len(STEPS) - 1)]
-    mark = {"new size": " *"} if one.recompiled else {}
-    return [_text(one.seconds[name]) + mark.get(name, "") for name in STEPS]
-
-
-def _text(summary: Summary) -> str:
-    return f"{summary.median:.1f} s" if summary.median >= 1 else f"{summary.median * 1e3:.3g} ms"
-
-
-def summary_of(results: Sequence[Measured]) -> list[str]:
-    """A line for each network: the first calls of its routes."""
-    lines = []
-    for network in dict.fromkeys(one.network for one in results):
-        said = [
-            f"{one.route} {_text(one.seconds['first call'])} and {_text(one.seconds['new size'])}"
-            for one in results
-            if one.network == network and one.seconds
-        ]
-        lines.append(f"first call of {network}, and of a new size: {'; '.join(said)}")
-    return lines
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

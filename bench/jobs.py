@@ -1,324 +1,277 @@
-"""The jobs of the bench, one after another: run, print, write."""
+"""What each job measures: the layers of suites, whole networks, and a single call."""
 
-import importlib.util
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import copy
+import gc
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-import fused_cna
-from bench import first_call, layers, models, overhead, pipeline, plot, report
-from bench.compare import load_rows
-from bench.host_parts import print_parts
-from bench.layer_report import layers_summary, print_layers
-from bench.layer_result import LayerResult
-from bench.model_plot import plot_models
-from bench.model_report import models_summary, print_models
-from bench.model_result import ModelResult
-from bench.provenance import device_name, differences, load_average, provenance
-from bench.roofline import Ceilings
-from bench.setting import Setting, fused_path
-from bench.terminal import HAS_RICH, Console
-from fused_cna._progress import progress
-
-BUSY = 0.5
-INTERRUPTED = 130
-KEPT_FOR_NETWORKS = 0.5
-KEPT_FOR_OTHERS = 0.1
-NO_RICH = "rich is not installed here: plain text instead (pip install -r requirements/bench.txt)"
-NO_MATPLOTLIB = (
-    "no plots: matplotlib is not installed here (pip install -r requirements/bench.txt); all numbers are in "
-    "the JSON file"
+from bench import cases, networks, routes
+from bench.cases import PRECISIONS, Layer, Precision, Row
+from bench.measure import (
+    Candidate,
+    Run,
+    Setting,
+    Work,
+    checked_images,
+    event_seconds,
+    host_seconds,
+    input_sets,
+    interleaved,
+    measure,
+    rotation_of,
 )
+from bench.networks import Case
+from bench.overhead import parts_of
+from bench.provenance import device_name
+from bench.result import Entry, Record
+from bench.routes import Route
+from fused_cna._device_timer import no_search
+from fused_cna.activation import describe
+from fused_cna.plan import DEFAULT_DEVICE, ConvProblem, explain
+
+LAYER_BATCHES = (1, 8, 32, 128)
+PLANNED_DEVICES = ("A100", "L4", "RTX 4090", "H100", "H200", "B200")
+CALL_LAYER = Layer(16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 8, 8, "BatchNorm2d", "ReLU", "none", False)
 
 
-class ResumeError(ValueError):
-    """A file that was asked to be resumed and cannot be."""
+def run_layers(run: Run) -> None:
+    """Measure the ceilings, then every row of the suites, most telling first."""
+    setting, outcome = run.setting, run.outcome
+    for precision in setting.precisions:
+        if precision.name not in outcome.ceilings:
+            run.step(f"ceilings: large copy, large matrix product, {precision.name}")
+            outcome.ceilings[precision.name] = measure_ceilings(setting, precision)
+    names = [precision.name for precision in setting.precisions]
+    rows = layer_rows(setting, {name: outcome.ceilings[name] for name in names})
+    by_key = {row.key: row for row in rows}
+    for record in outcome.records:
+        if record.key in by_key:
+            record.uses |= by_key[record.key].uses
+    asked = itertools.product(setting.suites, {row.batch: 0 for row in rows}, names)
+    there = ((suite, one.batch, one.precision) for one in outcome.records for suite in one.uses)
+    for suite, batch, name in dict.fromkeys((*asked, *there)):
+        whole = [Row(one, batch, name) for one in cases.layers_of(suite)]
+        floors = {one.key: one.layer.uses * one.floor(outcome.ceilings[name])[0] for one in whole}
+        outcome.planned[suite, batch, name] = floors
+    for row in rows:
+        run.measure(row.key, row.name, partial(measure_layer, row, run))
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """What a run that is resumed had measured."""
+def measure_ceilings(setting: Setting, precision: Precision, *, small: bool = False) -> dict[str, Any]:
+    """What the device can do: a large copy (bytes read plus written) and a large matrix product.
 
-    rows: tuple[LayerResult, ...] = ()
-    models: tuple[ModelResult, ...] = ()
-    ceilings: dict[str, Ceilings] | None = None
-    content: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Session:
-    """What a job is given: `save` writes its unfinished content, so that a run that is killed leaves it.
-
-    `later` are the jobs that are still to come.
+    The fastest sample of each counts: a ceiling is not what other work left of it. `small`: for tests.
     """
-
-    setting: Setting
-    console: Console
-    out: Path
-    earlier: Earlier
-    save: Callable[[Any], None]
-    later: tuple[str, ...] = ()
-
-    @property
-    def keep(self) -> float:
-        """The seconds of a budget that the later jobs shall have."""
-        if not self.later:
-            return 0.0
-        kept = KEPT_FOR_NETWORKS if "models" in self.later else KEPT_FOR_OTHERS
-        return kept * (self.setting.budget.seconds or 0.0)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a job adds to the JSON and to the summary, and what was wrong with the fused results."""
-
-    content: Any
-    failures: list[str]
-    summary: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Job:
-    """A part of the bench; `needs` are modules beyond torch that it imports, `in_all` whether all has it."""
-
-    summary: str
-    run: Callable[[Session], Outcome]
-    needs: tuple[str, ...] = ()
-    in_all: bool = True
-
-
-def run(
-    setting: Setting,
-    jobs: Sequence[str],
-    out: Path,
-    arguments: Sequence[str],
-    console: Console,
-    resume: Path | None = None,
-) -> int:
-    """Run `jobs` in order; 1 if a fused result was wrong or did not run, else 0; 130 if it was interrupted.
-
-    The JSON is written after each job and during long ones, so that nothing measured is lost. Who interrupts
-    a run gets the tables of what it has measured.
-
-    Raises:
-        ResumeError: `resume` cannot be continued here; before anything is measured or written.
-    """
-    path, load = fused_path(setting.device), load_average()
-    torch.backends.cudnn.benchmark = True
-    fused_cna.config.strict = path.kernels
-    said = provenance(setting, arguments, load)
-    earlier = Earlier() if resume is None else read_earlier(resume, said)
-    _introduce(setting, console, path.line, load)
-    content: dict[str, Any] = {"kernels": path.kernels, "fused_path": path.line, "skipped": {}}
-    content |= earlier.content
-    results = out / (f"{jobs[0]}.json" if len(jobs) == 1 else "results.json")
-
-    def write() -> None:
-        report.write_json(results, {"provenance": provenance(setting, arguments, load), **content})
-
-    failures: list[str] = []
-    summary: list[str] = []
-    for index, name in enumerate(jobs):
-        reason = why_skip(JOBS[name], setting)
-        if reason is not None:
-            content["skipped"][name] = reason
-            console.print(f"[yellow]{name} skipped:[/yellow] {reason}", highlight=False)
-        else:
-
-            def save(unfinished: Any, job: str = name) -> None:
-                content[job] = unfinished
-                write()
-
-            later = tuple(jobs[index + 1 :])
-            outcome = attempt(name, Session(setting, console, out, earlier, save, later))
-            if "broke_off" in outcome.content:
-                content[name] = content.get(name, {}) | outcome.content
-            else:
-                content[name] = outcome.content
-            failures += outcome.failures
-            summary += outcome.summary
-        write()
-    report.print_summary(console, summary, failures)
-    console.print(f"results: {results}", highlight=False, soft_wrap=True)
-    return INTERRUPTED if setting.budget.interrupted else 1 if failures else 0
-
-
-def read_earlier(path: Path, now: dict[str, Any]) -> Earlier:
-    """What a result holds of layers and networks; ResumeError if it cannot stand beside what is new."""
-    try:
-        measured = load_rows(path)
-    except ValueError as error:
-        raise ResumeError(str(error)) from error
-    different = differences(measured.provenance, now)
-    if different:
-        raise ResumeError(
-            f"{path} cannot be resumed here, because rows of one result must be comparable, and these differ "
-            f"(file and now): {'; '.join(different)}"
-        )
-    content = report.read_json(path)
-    kept: dict[str, Any] = {job: content[job] for job in ("models", "layers") if job in content}
-    ceilings = {
-        precision: Ceilings(**values)
-        for precision, values in content.get("layers", {}).get("ceilings", {}).items()
+    copied, size = (1 << 16, 64) if small else (1 << 30, 8192) if setting.gpu else (1 << 27, 1536)
+    dtype, device = precision.dtype, setting.device
+    source = torch.randn(copied // dtype.itemsize, device=device, dtype=dtype)
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    target, product = torch.empty_like(source), torch.empty_like(left)
+    copy, matrix = (lambda: target.copy_(source)), (lambda: torch.mm(left, right, out=product))
+    works, limits = {"copy": Work(copy), "matrix": Work(matrix)}, {"rounds": 20, "limit_seconds": 2.0}
+    with precision.applied():
+        stopwatch = event_seconds if setting.gpu else host_seconds
+        samples = interleaved(works, stopwatch, sample_seconds=0.0 if small else 0.02, **limits)  # type: ignore[arg-type]
+    return {
+        "bytes_per_second": 2 * source.nbytes / min(samples["copy"]),
+        "flops_per_second": 2 * size**3 / min(samples["matrix"]),
+        "copied_bytes": source.nbytes,
+        "matrix_size": size,
+        "matrix_precision": (setting.gpu and precision.float32_products) or str(dtype)[6:],
     }
-    return Earlier(tuple(measured.layers), tuple(measured.networks), ceilings, kept)
 
 
-def _introduce(setting: Setting, console: Console, fused_line: str, load: float | None) -> None:
-    names = ", ".join(precision.name for precision in setting.precisions)
-    console.print(
-        f"[bold]fused_cna {fused_cna.__version__}[/bold] on {device_name(setting.device)}, "
-        f"{names}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads",
-        highlight=False,
-    )
-    console.print(fused_line, highlight=False)
-    if not HAS_RICH:
-        console.print(NO_RICH)
-    if load is not None and load > BUSY * (os.cpu_count() or 1):
-        console.print(
-            f"[yellow]The load average is {load:.1f} on {os.cpu_count()} processors: other work is or was "
-            "running, and these times are not to be trusted.[/yellow]",
-            highlight=False,
-        )
+def layer_rows(setting: Setting, ceilings: dict[str, dict[str, Any]]) -> list[Row]:
+    batches = setting.batches or (LAYER_BATCHES if setting.gpu else LAYER_BATCHES[:1])
+    return cases.ordered_rows(setting.suites, batches, ceilings)
 
 
-def attempt(name: str, session: Session) -> Outcome:
-    """Run one job. If it breaks off, its traceback is shown and it counts as a failure; others still run."""
-    try:
-        return JOBS[name].run(session)
-    except KeyboardInterrupt:
-        session.setting.budget.interrupted = True
-        return Outcome({"broke_off": session.setting.budget.why_not}, [])
-    except RuntimeError as error:
-        session.console.print_exception()
-        reason = f"{name} broke off: {type(error).__name__}: {error}"
-        return Outcome({"broke_off": reason}, [reason])
+def formats_of(layer: Layer, precision: Precision, gpu: bool) -> tuple[torch.memory_format, ...]:
+    """channels_last, and NCHW too wherever that may be faster.
 
-
-def why_skip(job: Job, setting: Setting) -> str | None:
-    """The reason why a job cannot run; None if it can."""
-    missing = [module for module in job.needs if importlib.util.find_spec(module) is None]
-    if missing:
-        return f"it needs {', '.join(missing)}, not installed here"
-    return None if setting.budget.allows() else f"{setting.budget.why_not} before it"
-
-
-def run_pipeline(session: Session) -> Outcome:
-    setting, console = session.setting, session.console
-    with progress("pipeline", len(pipeline.NETWORKS), shown=True) as step, setting.precision.applied():
-        results = pipeline.run(setting, step)
-    left_out = list(pipeline.NETWORKS[len(results) :])
-    if left_out:
-        console.print(f"left out, {setting.budget.why_not}: {', '.join(left_out)}")
-    failures = [f"{result.network}: {result.failure}" for result in results if result.failure]
-    content = {"networks": [result.as_json() for result in results], "left_out": left_out}
-    return Outcome(content, failures, report.pipeline_summary(results))
-
-
-def run_layers(session: Session) -> Outcome:
-    setting, console, earlier = session.setting, session.console, session.earlier
-    with progress("layers", layers.most_steps(setting), shown=True) as step:
-        result = layers.run(
-            setting,
-            step,
-            earlier=earlier.rows,
-            earlier_ceilings=earlier.ceilings,
-            keep=session.keep,
-            save=lambda unfinished: session.save(unfinished.as_json()),
-        )
-    session.save(result.as_json())
-    print_layers(console, result)
-    if result.launches:
-        draw(session, lambda heading, note: plot.plot_all(session.out, result, heading, note))
-    return Outcome(result.as_json(), result.failures, layers_summary(result))
-
-
-def run_models(session: Session) -> Outcome:
-    setting, console = session.setting, session.console
-    with progress("models", models.most_steps(setting), shown=True) as step, setting.precision.applied():
-        result = models.run(
-            setting,
-            step,
-            earlier=session.earlier.models,
-            keep=session.keep,
-            save=lambda unfinished: session.save(unfinished.as_json()),
-        )
-    session.save(result.as_json())
-    print_models(console, result)
-    if result.launches:
-        draw(
-            session,
-            lambda heading, note: [plot_models(session.out / "models.png", result, heading, note)],
-        )
-    return Outcome(result.as_json(), result.failures, models_summary(result))
-
-
-def draw(session: Session, plots: Callable[[str, str], list[Path]]) -> None:
-    """What `plots` writes for a heading and a note, or a line that says why there is nothing.
-
-    Nothing for a run that was interrupted, as whoever did it may not wait.
+    Tensor cores want channels_last of a dense layer, and cuDNN only converts what lies otherwise. Strict
+    float32, groups and odd channel counts have kernels of their own for NCHW.
     """
-    if session.setting.budget.interrupted:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        session.console.print(f"[yellow]{NO_MATPLOTLIB}[/yellow]", highlight=False)
-        return
-    device = session.setting.device
-    heading = f"fused_cna {fused_cna.__version__} on {device_name(device)}"
-    for path in plots(heading, fused_path(device).line):
-        session.console.print(f"plot: {path}", highlight=False, soft_wrap=True)
+    dense = layer.groups == 1 and layer.cin % 8 == 0 and layer.cout % 8 == 0
+    only_last = gpu and dense and precision.float32_products != "ieee"
+    return routes.FORMATS[:1] if only_last else routes.FORMATS
 
 
-def run_overhead(session: Session) -> Outcome:
-    with progress("overhead", 2, shown=True) as step, session.setting.precision.applied():
-        result = overhead.run(session.setting, step)
-    print_parts(session.console, result.parts)
-    return Outcome(result.as_json(), [], report.overhead_summary(result))
+def measure_layer(row: Row, run: Run) -> Record:
+    """All routes of one row, in the row's precision."""
+    setting, layer, precision = run.setting, row.layer, PRECISIONS[row.precision]
+    itemsize = precision.dtype.itemsize
+    case = routes.make_case(layer, setting.device, precision, setting.seed)
+    shapes = layer.shapes(row.batch)
+    output = (row.batch, layer.cout, layer.out_h, layer.out_w)
+    numbers = sum(math.prod(shape) for shape in (*shapes, output, case.conv.weight.shape))
+    rotation = rotation_of(itemsize * numbers, setting.device)
+    floor, bound = row.floor(run.outcome.ceilings[row.precision])
+    plan, why_no_plan = plan_of(row, setting)
+    facts = {
+        "layer": asdict(layer),
+        "floor": {"seconds": floor, "bound": bound},
+        "flops": layer.flops(row.batch),
+        "least_bytes": layer.least_bytes(row.batch, itemsize),
+        "rotation": rotation,
+        "plan": plan,
+        "why_no_plan": why_no_plan,
+    }
+
+    def candidates() -> Iterator[Candidate]:
+        for memory_format in formats_of(layer, precision, setting.gpu):
+            inputs = input_sets(shapes, rotation["sets"], memory_format, case.conv.weight)
+            sets = [(case.laid_out(memory_format), one) for one in inputs]
+            with no_search():
+                checked = checked_images(row.batch)
+                expected = [routes.reference(case, *(tensor[checked] for tensor in inputs[0]))]
+            for route in routes.LAYER_ROUTES:
+                if setting.device.type in route.devices and memory_format in route.formats:
+                    entry = entry_of(route, memory_format, _left_out(route, setting) or route.why_not(layer))
+                    yield Candidate(entry, lambda _, r=route, s=sets: r.prepare(s), expected)
+
+    record = Record("layer", row.key, row.name, row.batch, row.precision, row.uses, facts)
+    with precision.applied():
+        return measure(record, candidates(), setting)
 
 
-def run_first_call(session: Session) -> Outcome:
-    setting, cases = session.setting, first_call.cases(session.setting)
-    with progress("first-call", first_call.most_steps(setting), shown=True) as step:
-        results = first_call.run(setting, step)
-    first_call.print_results(session.console, results)
-    done = {(one.network, one.route) for one in results}
-    left_out = [", ".join(case) for case in cases if case not in done]
-    if left_out:
-        session.console.print(f"left out, {setting.budget.why_not}: {'; '.join(left_out)}")
-    failed = [one for one in results if one.failure]
-    for one in failed:
-        session.console.print(f"{one.network}, {one.route} failed: {one.failure}", markup=False)
-    failures = [f"{one.network}: {one.failure}" for one in failed if one.route == "fused"]
-    content = {"results": [one.as_json() for one in results], "left_out": left_out}
-    return Outcome(content, failures, first_call.summary_of(results))
+def entry_of(route: Route, memory_format: torch.memory_format, refused: str | None = None) -> Entry:
+    name = str(memory_format).removeprefix("torch.")
+    return Entry(route.name, name, route.ours, route.eager, refused)
 
 
-# The most telling first: a budget, or whoever interrupts a run, takes from the end.
-JOBS = {
-    "layers": Job(
-        "layers of real networks against every other route, with errors and the share of the roofline",
-        run_layers,
-    ),
-    "models": Job(
-        "whole networks of torchvision and timm: fused against eager, folded and torch.compile",
-        run_models,
-    ),
-    "pipeline": Job(
-        "torchvision networks on photographs: the same answers, and the time before and after the swap",
-        run_pipeline,
-        needs=("torchvision", "sklearn", "PIL"),
-    ),
-    "overhead": Job(
-        "host time of one call on a tiny input, against the three modules, and by parts", run_overhead
-    ),
-    "first-call": Job(
-        "import, first call and new image size of networks in fresh processes; slow, so not part of all",
-        run_first_call,
-        needs=("torchvision",),
-        in_all=False,
-    ),
-}
+def _left_out(route: Route, setting: Setting) -> str | None:
+    """By an option, so that the result says so."""
+    if route.name in setting.without:
+        return "left out by --without"
+    return "left out by --no-compile" if route.compiles and not setting.compiled else None
+
+
+def plan_of(row: Row, setting: Setting) -> tuple[dict[str, Any] | None, str | None]:
+    """The planner's choice, or None and why there is none. On a CPU the one for its default GPU."""
+    name = device_name(setting.device) if setting.gpu else DEFAULT_DEVICE
+    device = next((known for known in PLANNED_DEVICES if re.search(rf"\b{known}\b", name)), None)
+    if device is None:
+        return None, f"the planner does not know {name!r}; it knows {', '.join(PLANNED_DEVICES)}"
+    layer, precision = row.layer, PRECISIONS[row.precision]
+    act, _ = describe(routes.activation_module(layer.act) or nn.Identity()) or ("identity", ())
+    sizes = (row.batch, layer.cin, layer.h, layer.w, layer.cout, layer.kh, layer.kw, *layer.geometry)
+    options: Any = {"norm": layer.has_norm, "act": act, "residual": layer.residual_order}
+    try:
+        with precision.applied():
+            chosen = explain(ConvProblem(*sizes, dtype=precision.dtype, **options), device=device)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
+    fields = ("kernel", "tile", "split_k", "estimate_us")
+    return {"device": device, **{name: getattr(chosen, name) for name in fields}}, None
+
+
+def layer_steps(setting: Setting) -> int:
+    unmeasured = {one.name: {"flops_per_second": 1.0, "bytes_per_second": 1.0} for one in setting.precisions}
+    return len(setting.precisions) + len(layer_rows(setting, unmeasured))
+
+
+def network_steps(setting: Setting) -> int:
+    return len(network_turns(setting))
+
+
+def run_networks(run: Run) -> None:
+    """Measure every planned case, most telling first.
+
+    Under a budget compiled routes come last, with all routes of their case measured anew beside them.
+    """
+    setting = run.setting
+    images: list[Tensor] = []
+    for compiled, case in network_turns(setting):
+        reason = case.model.why_not()
+        if reason is not None:
+            run.outcome.left_out[case.name] = reason
+            continue
+        images = images or networks.photographs()
+        taken = [
+            route
+            for route in routes.NETWORK_ROUTES
+            if setting.device.type in route.devices
+            and (compiled or not route.compiles)
+            and (setting.max_autotune or route is not routes.NETWORK_AUTOTUNED)
+            and (case.model.modules or route is not routes.MODULES)
+            and route.name not in setting.without
+        ]
+        name = f"{case.name} (compiled routes)" if compiled and setting.budget.seconds else case.name
+        made = partial(measure_network, case, taken, images, setting)
+        with setting.precisions[0].applied():
+            run.measure(case.name, name, made, [route.name for route in taken])
+        gc.collect()  # copies of networks are large
+
+
+def network_turns(setting: Setting) -> list[tuple[bool, Case]]:
+    """Whether with the routes that compile, and what is measured, in order."""
+    planned = networks.planned_cases(
+        setting.networks, setting.batches, setting.precisions[0].name, gpu=setting.gpu, few=setting.few
+    )
+    twice = setting.compiled and setting.budget.seconds is not None
+    return list(itertools.product((False, True) if twice else (setting.compiled,), planned))
+
+
+def measure_network(case: Case, taken: Sequence[Route], images: list[Tensor], setting: Setting) -> Record:
+    """Build and calibrate one network; all its routes."""
+    network = networks.build_network(case, images, setting.device, setting.seed)
+    plain = networks.image_sets(case, images, setting.device, setting.seed)
+    with torch.inference_mode(), no_search():
+        exact = copy.deepcopy(network).double()
+        expected = [exact(x[checked_images(len(x))].double()) for x in plain]
+        del exact
+
+    def prepare(entry: Entry, route: Route, laid_out: nn.Module, sets: Sequence[Tensor]) -> list[Any]:
+        call = routes.prepare_network(route, entry, laid_out, sets[0])
+        return [partial(call, x) for x in sets]
+
+    def candidates() -> Iterator[Candidate]:
+        for memory_format in routes.FORMATS[::-1]:
+            laid_out = copy.deepcopy(network).to(memory_format=memory_format)
+            sets = [x.contiguous(memory_format=memory_format) for x in plain]
+            for route in taken:
+                if memory_format in route.formats:
+                    made = partial(prepare, route=route, laid_out=laid_out, sets=sets)
+                    yield Candidate(entry_of(route, memory_format), made, expected)
+
+    facts = {"image_size": case.model.size, "images": networks.IMAGES}
+    record = Record("network", case.name, case.name, case.batch, case.precision, {}, facts)
+    measured = measure(record, candidates(), setting)
+    if any(route.compiles for route in taken):
+        torch._dynamo.reset()
+    return measured
+
+
+def run_overhead(run: Run) -> None:
+    """Measure what a call of a tiny layer costs the host, whole and by parts."""
+    with run.setting.precisions[0].applied():
+        run.measure("call", "call overhead", partial(measure_call, run.setting))
+        run.step("its parts")
+        run.outcome.extra["parts"] = parts_of(run.setting, CALL_LAYER)
+
+
+def measure_call(setting: Setting) -> Record:
+    """Host time of a module of ours, of the three that it replaces, and of these in one module.
+
+    On a GPU only the host's part is timed: the device is waited for between loops, which are short enough
+    that its queue does not fill.
+    """
+    memory_format, precision = routes.FORMATS[not setting.gpu], setting.precisions[0]
+    case = routes.make_case(CALL_LAYER, setting.device, precision, setting.seed).laid_out(memory_format)
+    inputs = input_sets(CALL_LAYER.shapes(1), 1, memory_format, case.conv.weight)
+    expected = [routes.reference(case, *inputs[0])]
+    candidates = [
+        Candidate(entry_of(route, memory_format), lambda _, r=route: r.prepare([(case, inputs[0])]), expected)
+        for route in routes.CALL_ROUTES
+    ]
+    record = Record("call", "call", CALL_LAYER.name, 1, precision.name, {}, {"layer": asdict(CALL_LAYER)})
+    return measure(record, candidates, setting)

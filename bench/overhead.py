@@ -1,105 +1,109 @@
-"""What a call costs the host: a fused module against the three it replaces, on a tiny input, and by parts."""
+"""Where the host's time of a fused call goes, on a machine with or without a GPU.
 
-import copy
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+The module is called on a CPU with its real Python, and the operator does there all that it does for an H100
+but the launch (fused_cna._dry_run). On a GPU what the real call takes beyond that is the launch, and whatever
+else needs the device: the guard, the stream, and an allocator of its own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench import host_parts
-from bench.host_parts import HostParts
-from bench.setting import Setting, fused_path
-from bench.stats import Summary, paired_ratio, summarize
-from bench.timing import HostStopwatch, interleaved, repeated
-from fused_cna import ConvNormAct
+import fused_cna
+from bench.cases import Layer
+from bench.measure import Setting, Work, host_seconds, interleaved
+from bench.provenance import fused_path
+from bench.result import Summary, summarize
+from bench.routes import CALL_ROUTES, make_case
+from fused_cna import _arrangement, ops
 
-SHAPE = (1, 16, 8, 8)
-CALLS = 50
-GOAL_CPU = 1.1
-GOAL_GPU = 0.5
-
-
-class ThreeModules(nn.Module):
-    """The module that people write by hand."""
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module, act: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.norm, self.act = conv, norm, act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """Host seconds per call of each, and the ratios of fused to the others (below 1: fused costs less)."""
-
-    fused: Summary
-    three_modules: Summary
-    hand_written: Summary
-    ratio: Summary
-    ratio_to_hand_written: Summary
-    goal: float
-    kernels: bool
-    parts: HostParts
-
-    @property
-    def reached(self) -> bool:
-        return self.ratio.median <= self.goal
-
-    def as_json(self) -> dict[str, Any]:
-        own = {**asdict(self), "parts": self.parts.as_json()}
-        return {**own, "reached": self.reached, "shape": SHAPE}
+CALLS = 200
+MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
+STAGES = ("checks", "arguments", "allocation", "plan", "launch preparation")
+MEANINGS = {
+    "module": "nn.Module.__call__ and ConvNormAct.forward",
+    "dispatch": "the module compared with its arrangement, the dispatcher, the result in Python",
+    "checks": "what the operator refuses",
+    "arguments": "the problem and the kernel's arguments",
+    "allocation": "the output",
+    "plan": "the plan, remembered",
+    "launch preparation": "template arguments, shared memory and grid",
+    "launch": "the driver's launch, and stream, guard and allocator of the GPU",
+    "all": "a call of the module",
+    "by torch.ops": "the same operator called from Python, as fused_cna.conv_norm_act does",
+}
 
 
-def run(setting: Setting, step: Callable[[str], None]) -> Overhead:
-    """Interleaved loops of calls.
+def parts_of(setting: Setting, layer: Layer) -> dict[str, Any]:
+    """Host seconds of the parts of a call, by mode, over rounds in each of which every part is timed once."""
+    info = fused_cna.build_info()
+    if not info["available"]:
+        return {"why_not": f"the parts of a call are the extension's, and {info['reason']}"}
 
-    On a GPU only the host's part is timed: the device is waited for between loops, which are short enough
-    that its queue does not fill.
-    """
-    step("call overhead")
-    device, dtype = setting.device, setting.dtype
-    torch.manual_seed(setting.seed)
-    conv = nn.Conv2d(SHAPE[1], SHAPE[1], 3, padding=1, bias=False)
-    hand_written = ThreeModules(conv, nn.BatchNorm2d(SHAPE[1]), nn.ReLU()).eval().to(device, dtype)
-    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    hand_written.to(memory_format=memory_format)
-    conv, norm, act = hand_written.conv, hand_written.norm, hand_written.act
-    fused = ConvNormAct.from_modules(*copy.deepcopy((conv, norm, act))).eval()
-    generator = torch.Generator(device).manual_seed(setting.seed)
-    x = torch.randn(SHAPE, device=device, dtype=dtype, generator=generator)
-    x = x.contiguous(memory_format=memory_format)
-    works = {
-        "fused": repeated(lambda: fused(x), CALLS),
-        "three modules": repeated(lambda: act(norm(conv(x))), CALLS),
-        "hand-written": repeated(lambda: hand_written(x), CALLS),
+    def call_on(device: torch.device) -> Any:
+        precision = setting.precisions[0]
+        case = make_case(layer, device, precision, setting.seed).laid_out(torch.channels_last)
+        x = torch.randn(layer.shapes(1)[0], dtype=precision.dtype, device=device)
+        return CALL_ROUTES[0].prepare([(case, (x.contiguous(memory_format=torch.channels_last),))])[0]
+
+    dry = call_on(torch.device("cpu"))
+    real = call_on(setting.device) if fused_path(setting.device)[0] else None
+    return {"seconds": {name: _in_mode(mode, setting, dry, real) for name, mode in MODES.items()}}
+
+
+def _in_mode(mode: Callable[[], Any], setting: Setting, dry: Any, real: Any) -> dict[str, Any]:
+    rounds, launched = 5 * setting.rounds, None
+    module, (x,) = dry.func, dry.args
+    with mode():
+        with _dry():
+            dry()
+            call, arguments = _arrangement.calls[id(module)], _arguments(module, x)
+            works = {
+                "module": Work(lambda: module(x)).times(CALLS),
+                "arranged": Work(lambda: call(module, x, None)).times(CALLS),
+                "by torch.ops": Work(lambda: ops.operator(*arguments)).times(CALLS),
+            }
+            samples = interleaved(works, host_seconds, rounds=rounds)
+        stages = [torch.ops.fused_cna._host_stages(*arguments, CALLS).tolist() for _ in range(rounds)]
+        if real is not None:
+            work, wait = {"real": Work(real).times(CALLS)}, torch.cuda.synchronize
+            launched = interleaved(work, host_seconds, rounds=rounds, after_sample=wait)["real"]
+    return {name: asdict(summary) for name, summary in split(samples, stages, launched).items()}
+
+
+def split(
+    dry: Mapping[str, Sequence[float]], stages: Sequence[Sequence[float]], launched: Sequence[float] | None
+) -> dict[str, Summary]:
+    """The parts, round by round; what surrounds another part is what it takes beyond that."""
+    whole, arranged = dry["module"], dry["arranged"]
+    found = {
+        "module": [outer - inner for outer, inner in zip(whole, arranged, strict=True)],
+        "dispatch": [outer - sum(inner) for outer, inner in zip(arranged, stages, strict=True)],
+        **{name: [row[index] for row in stages] for index, name in enumerate(STAGES)},
     }
-    wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
-    with torch.inference_mode():
-        samples = interleaved(
-            works,
-            HostStopwatch(),
-            rounds=5 * setting.effort.rounds,
-            sample_seconds=0.0,
-            warmup=4,
-            after_sample=wait,
-        )
-    kernels = fused_path(device).kernels
-    step("its parts")
-    return Overhead(
-        fused=summarize(samples["fused"]),
-        three_modules=summarize(samples["three modules"]),
-        hand_written=summarize(samples["hand-written"]),
-        ratio=paired_ratio(samples["fused"], samples["three modules"]),
-        ratio_to_hand_written=paired_ratio(samples["fused"], samples["hand-written"]),
-        goal=GOAL_GPU if device.type == "cuda" else GOAL_CPU,
-        kernels=kernels,
-        parts=host_parts.run(setting, fused, x, kernels),
-    )
+    if launched is not None:
+        found["launch"] = [outer - inner for outer, inner in zip(launched, whole, strict=True)]
+    found |= {"all": list(whole if launched is None else launched), "by torch.ops": list(dry["by torch.ops"])}
+    return {name: summarize(samples) for name, samples in found.items()}
 
 
-def _nothing() -> None:
-    return None
+@contextmanager
+def _dry() -> Iterator[None]:
+    """Modules on a CPU call the dry run."""
+    before = ops.operator, ops.operator_everywhere
+    ops.operator, ops.operator_everywhere = torch.ops.fused_cna._dry_run.default, True
+    try:
+        yield
+    finally:
+        ops.operator, ops.operator_everywhere = before
+
+
+def _arguments(module: Any, x: Tensor) -> tuple[Any, ...]:
+    conv, norm = module.conv, module.norm
+    vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+    sizes = conv.stride, conv.padding, conv.dilation, conv.groups
+    return x, conv.weight, conv.bias, *vectors, *sizes, "relu", (), None, "add_act"

@@ -1,31 +1,17 @@
-"""The layers as pictures: how many times faster than the best rival, and how near to the roofline."""
+"""Results as pictures: how many times faster, and how near to the roofline."""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.layer_result import LayerResult
-from bench.summary import LAUNCHES, LayersResult
+from bench.result import LAUNCHES, Outcome, Record, Summary
 
 COLORS = {"slower": "#c0392b", "even": "#9aa0a6", "faster": "#2e7d4f"}
-CHARACTERS_PER_PANEL = 100
 MOST_BARS = 60
-NEUTRAL = "#6b8cae"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
-
-def plot_all(folder: Path, result: LayersResult, heading: str, note: str) -> list[Path]:
-    """Write layers.png, suites.png and roofline.png; the paths."""
-    drawings = (
-        ("layers.png", plot_layers),
-        ("suites.png", plot_suites),
-        ("roofline.png", plot_roofline),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in drawings:
-        draw(folder / name, result, heading, note)
-    return [folder / name for name, _ in drawings]
+MARKERS = "os^DvPX*"
+Bars = dict[str, Sequence[tuple[str, Summary, str]]]
+"""Of each panel the bars from the top: what is measured, the ratio, a word beside it."""
 
 
 def pyplot() -> Any:
@@ -38,180 +24,123 @@ def pyplot() -> Any:
     return plt
 
 
-def save(figure: Any, path: Path, heading: str, note: str, panels: int) -> None:
-    """With the title above, wrapped to the width of the panels."""
-    wrapped = textwrap.fill(note, CHARACTERS_PER_PANEL * panels)
-    figure.suptitle(f"{heading}\n{wrapped}" if note else heading, fontsize=9)
+def save(figure: Any, path: Path, heading: str, panels: int) -> Path:
+    figure.suptitle("\n".join(textwrap.wrap(heading, 100 * panels)), fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot().close(figure)
+    return path
 
 
-def plot_layers(path: Path, result: LayersResult, heading: str, note: str) -> None:
-    """One panel per way of launching; the slowest rows at the top, at most 60 of them, a line at 1.0."""
-    plt = pyplot()
-    launches = result.launches
-    rows = min(MOST_BARS, max(len(result.ordered(launch)) for launch in launches))
-    size = (9.5 * len(launches), 2.2 + 0.29 * rows)
-    figure, axes = plt.subplots(1, len(launches), figsize=size, squeeze=False, layout="constrained")
-    for axis, launch in zip(axes[0], launches, strict=True):
-        ordered = result.ordered(launch)
-        _draw_bars(axis, ordered[:MOST_BARS], launch)
-        which = (
-            f"the {MOST_BARS} slowest of {len(ordered)}" if len(ordered) > MOST_BARS else f"{len(ordered)}"
+def plot_bars(path: Path, panels: Bars, heading: str, label: str) -> Path:
+    """A panel for each key, a bar for each ratio, whiskers for its quartiles, a line at 1.0."""
+    most = max(len(bars) for bars in panels.values())
+    size = (9.5 * len(panels), 1.8 + 0.27 * most)
+    figure, axes = pyplot().subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, bars) in zip(axes[0], panels.items(), strict=True):
+        ratios = [ratio for _, ratio, _ in bars]
+        # On a busy machine a whisker can be many bars long: it may not decide the scale.
+        end = 1.15 * max(1.0, *(ratio.median for ratio in ratios))
+        whiskers = (
+            [ratio.median - ratio.low for ratio in ratios],
+            [max(min(ratio.high, end) - ratio.median, 0.0) for ratio in ratios],
         )
-        axis.set_title(f"{LAUNCHES[launch]}: {which} layers", fontsize=10)
-    _verdict_legend(figure)
-    save(figure, path, heading, note, len(launches))
-
-
-def _verdict_legend(figure: Any) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=color, label=kind) for kind, color in COLORS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-
-
-def _draw_bars(axis: Any, shown: Sequence[LayerResult], launch: str) -> None:
-    comparisons = [one.comparisons[launch] for one in shown]
-    speedups = [comparison.speedup for comparison in comparisons]
-    # On a busy machine a whisker can be many bars long: it may not decide the scale.
-    end_of_bars = 1.15 * max(1.0, *(speedup.median for speedup in speedups))
-    below = [speedup.median - speedup.low for speedup in speedups]
-    above = [min(speedup.high, end_of_bars) - speedup.median for speedup in speedups]
-    axis.barh(
-        range(len(shown)),
-        [speedup.median for speedup in speedups],
-        xerr=(below, above),
-        color=[COLORS[comparison.verdict] for comparison in comparisons],
-        error_kw={"ecolor": "#444444", "elinewidth": 0.9},
-    )
-    axis.axvline(1.0, color="black", linewidth=1.2)
-    for index, (speedup, comparison) in enumerate(zip(speedups, comparisons, strict=True)):
-        label = f"{speedup.median:.2f} against {comparison.rival}"
-        axis.text(1.02 * end_of_bars, index, label, va="center", fontsize=7)
-    axis.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=8)
-    axis.set_ylim(len(shown) - 0.4, -0.6)
-    axis.set_xlim(0, 1.35 * end_of_bars)
-    axis.set_xlabel(
-        "time of the best rival / time of fused (beyond 1.0 fused is faster; whiskers: quartiles)", fontsize=8
-    )
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def plot_suites(path: Path, result: LayersResult, heading: str, note: str) -> None:
-    """Geometric mean of each suite and batch, a panel per way of launching and precision; worst layers."""
-    plt = pyplot()
-    groups = result.groups()
-    panels = list(dict.fromkeys((group.launch, group.precision) for group in groups))
-    columns = len({precision for _, precision in panels})
-    lines = -(-len(panels) // columns)
-    bars = max(sum((g.launch, g.precision) == panel for g in groups) for panel in panels)
-    size = (8 * columns, 1.4 + lines * (1.0 + 0.27 * bars))
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        shown = [group for group in groups if (group.launch, group.precision) == panel]
-        places = range(len(shown))
-        means = [group.geometric_mean for group in shown]
-        axis.barh(places, means, color=NEUTRAL)
-        axis.plot([group.worst_speedup for group in shown], places, "k|", markersize=9, label="worst layer")
-        axis.plot(
-            [group.speedup_of_sum for group in shown], places, "wo", mec="black", ms=5, label="summed time"
-        )
-        for place, group in zip(places, shown, strict=True):
-            axis.annotate(
-                f"{group.geometric_mean:.2f} ({group.measured} of {group.planned} layers)",
-                (1.0, place),
-                xycoords=("axes fraction", "data"),
-                va="center",
-                fontsize=7,
-            )
+        color = [COLORS[ratio.verdict] for ratio in ratios]
+        style = {"ecolor": "#444444", "elinewidth": 0.9}
+        axis.barh(range(len(bars)), [r.median for r in ratios], xerr=whiskers, color=color, error_kw=style)
         axis.axvline(1.0, color="black", linewidth=1.2)
-        axis.set_yticks(places, [f"{group.suite}, batch {group.batch}" for group in shown], fontsize=8)
-        axis.set_ylim(len(shown) - 0.4, -0.6)
-        axis.set_xlim(left=0)
-        axis.set_title(f"{panel[1]}, {LAUNCHES[panel[0]]}", fontsize=10)
-        axis.set_xlabel("time of the best rival / time of fused, geometric mean over layers", fontsize=8)
+        for place, (_, ratio, beside) in enumerate(bars):
+            axis.text(1.02 * end, place, f"{ratio.median:.2f} {beside}", va="center", fontsize=7)
+        axis.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
+        axis.set_ylim(len(bars) - 0.4, -0.6)
+        axis.set_xlim(0, 1.35 * end)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(f"{label} (whiskers: quartiles)", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    save(figure, path, heading, note, columns)
+    return save(figure, path, heading, len(panels))
 
 
-def plot_roofline(path: Path, result: LayersResult, heading: str, note: str) -> None:
+def plot_layers(folder: Path, outcome: Outcome, heading: str) -> list[Path]:
+    """Write layers.png, suites.png and roofline.png; the paths."""
+    slowest: Bars = {}
+    suites: Bars = {}
+    for launch in outcome.launches:
+        shown = outcome.ordered(launch)
+        slowest[f"{LAUNCHES[launch]}: the {min(len(shown), MOST_BARS)} slowest of {len(shown)}"] = [
+            (one.name, one.comparisons[launch].speedup, f"to {one.comparisons[launch].rival}")
+            for one in shown[:MOST_BARS]
+        ]
+        suites[f"{LAUNCHES[launch]}: geometric means; whiskers: from the worst layer"] = [
+            (
+                "{suite} {precision} n{batch}".format(**group),
+                Summary(mean := group["geometric_mean"], group["worst_speedup"], mean, group["measured"]),
+                "({measured} of {planned} layers)".format(**group),
+            )
+            for group in outcome.groups()
+            if group["launch"] == launch
+        ]
+    label = "time of the fastest rival / time of fused"
+    drawn = [plot_bars(folder / "layers.png", slowest, heading, label)]
+    drawn += [plot_bars(folder / "suites.png", suites, heading, label)] if any(suites.values()) else []
+    return [*drawn, plot_roofline(folder / "roofline.png", outcome, heading)]
+
+
+def plot_networks(folder: Path, outcome: Outcome, heading: str) -> list[Path]:
+    """Write models.png: every route of every network against eager."""
+    panels: Bars = {
+        f"networks, {LAUNCHES[launch]}": [
+            (f"{one.name}, {entry.route}", ratio, "")
+            for one in outcome.records
+            for entry in one.routes
+            if not entry.eager and (ratio := entry.speedups.get(launch))
+        ]
+        for launch in outcome.launches
+    }
+    label = "time of the faster eager layout / time of the route"
+    return [plot_bars(folder / "models.png", panels, heading, label)]
+
+
+def plot_roofline(path: Path, outcome: Outcome, heading: str) -> Path:
     """FLOP per byte against achieved TFLOP/s of fused, a panel per precision, with both measured ceilings.
 
     In a CUDA graph where there is one, as launching is not the device's work.
     """
-    plt = pyplot()
-    launch = result.launches[0]
-    shown = result.ordered(launch)
-    precisions = [name for name in result.ceilings if any(one.row.precision == name for one in shown)]
-    suites = list(dict.fromkeys(suite for one in shown for suite in one.row.uses))
-    batches = sorted({one.row.batch for one in shown})
-    columns = min(2, len(precisions))
-    lines = -(-len(precisions) // columns)
-    size = (8 * columns, 0.6 + 5.4 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(precisions) :]:
-        axis.set_axis_off()
-    for axis, precision in zip(axes.flat, precisions, strict=False):
-        points = [one for one in shown if one.row.precision == precision]
+    launch = outcome.launches[0]
+    shown = outcome.ordered(launch)
+    suites = list(dict.fromkeys(suite for one in shown for suite in one.uses))
+    batches = sorted({one.batch for one in shown})
+    names = [name for name in outcome.ceilings if any(one.precision == name for one in shown)]
+    size = (8 * len(names), 6)
+    figure, axes = pyplot().subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        points = [one for one in shown if one.precision == name]
+        labels: set[str] = set()
         for one in points:
+            suite = next(iter(one.uses))
+            label = f"{suite} n{one.batch}"
             axis.plot(
-                one.flops / one.least_bytes,
-                one.flops / one.comparisons[launch].fused_seconds.median / 1e12,
-                MARKERS[batches.index(one.row.batch) % len(MARKERS)],
-                color=f"C{suites.index(next(iter(one.row.uses))) % 10}",
-                markersize=5,
+                *_point(one, launch),
+                MARKERS[batches.index(one.batch) % len(MARKERS)],
+                color=f"C{suites.index(suite) % 10}",
                 alpha=0.75,
+                markersize=5,
+                label="" if label in labels else label,
             )
-        _draw_ceilings(axis, result.ceilings[precision], [one.flops / one.least_bytes for one in points])
-        axis.set_title(f"{precision}: fused {LAUNCHES[launch]}, {len(points)} layers", fontsize=10)
-    _suite_legend(figure, suites, batches)
-    save(figure, path, heading, note, columns)
+            labels.add(label)
+        ceilings = outcome.ceilings[name]
+        peak, slope = ceilings["flops_per_second"] / 1e12, ceilings["bytes_per_second"] / 1e12
+        ridge = peak / slope
+        low = min(ridge, *(_point(one, launch)[0] for one in points)) / 2
+        high = 2 * max(2 * ridge, *(_point(one, launch)[0] for one in points))
+        axis.plot([low, ridge, high], [low * slope, peak, peak], color="black", linewidth=1.2)
+        axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be moved", ylabel="TFLOP/s")
+        roof = f"matrix product {peak:.3g} TFLOP/s, copy {1e3 * slope:.4g} GB/s"
+        axis.set_title(f"{name}: fused {LAUNCHES[launch]}, {len(points)} layers; {roof}", fontsize=9)
+        axis.grid(which="major", linewidth=0.3)
+        axis.legend(fontsize=7, frameon=False)
+    return save(figure, path, heading, len(names))
 
 
-def _draw_ceilings(axis: Any, ceilings: Any, intensities: Sequence[float]) -> None:
-    ridge = ceilings.flops_per_second / ceilings.bytes_per_second
-    low, high = min(0.5 * ridge, *intensities) / 2, 2 * max(2 * ridge, *intensities)
-    peak = ceilings.flops_per_second / 1e12
-    slope = ceilings.bytes_per_second / 1e12
-    axis.plot([low, ridge], [low * slope, peak], color="black", linewidth=1.2)
-    axis.plot([ridge, high], [peak, peak], color="black", linewidth=1.2)
-    axis.text(high, peak, f"matrix product {peak:.3g} TFLOP/s", ha="right", va="bottom", fontsize=8)
-    axis.annotate(
-        f"copy {1e3 * slope:.4g} GB/s",
-        (low, low * slope),
-        xytext=(12, -2),
-        textcoords="offset points",
-        fontsize=8,
-    )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("FLOP per byte that must be moved")
-    axis.set_ylabel("achieved TFLOP/s")
-    axis.grid(which="major", linewidth=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _suite_legend(figure: Any, suites: Sequence[str], batches: Sequence[int]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], linestyle="", marker="o", color=f"C{index % 10}", label=suite)
-        for index, suite in enumerate(suites)
-    ]
-    handles += [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker=MARKERS[index % len(MARKERS)],
-            color="#555555",
-            label=f"batch {batch}",
-        )
-        for index, batch in enumerate(batches)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+def _point(one: Record, launch: str) -> tuple[float, float]:
+    flops = one.facts["flops"]
+    return flops / one.facts["least_bytes"], flops / one.comparisons[launch].seconds.median / 1e12

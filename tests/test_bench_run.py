@@ -1,302 +1,543 @@
-"""The bench from its command line to the files it leaves, on tiny inputs."""
+"""The bench from its command line to the files that it leaves, on tiny inputs; its routes."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from bench import cli, jobs, layers, report, rows, terminal
-from bench.layer_result import LayerResult
-from bench.networks import NETWORKS
-from bench.roofline import measure_ceilings
-from bench.routes import ThreeStep
-from bench.rows import SUITES
-from bench.setting import PRECISIONS, fused_path
-from bench.summary import LayersResult
-from tests.bench_cases import CPU, layer, layer_result, setting, two_sets
-from tests.test_bench_layers import Broken
+from bench import __main__ as cli
+from bench import cases, cudnn_graph, first_call, jobs, measure, networks, routes
+from bench.cases import PRECISIONS
+from bench.compare import compare_files
+from bench.measure import Budget, Run
+from bench.networks import Case, Model
+from bench.report import make_console
+from bench.result import Outcome, Record, write_json
+from bench.routes import BASELINE, EAGER, FROZEN, FUSED, LAYER_ROUTES, Route, make_case, reference
+from fused_cna import ConvNormAct, _extension, ops
+from fused_cna._accuracy import relative_error
+from tests.bench_cases import CPU, FakeClock, entry, fake_cudnn, layer, record, setting
+from tests.fake_cuda import environment
+from tests.reference import library_bound
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = (layer(h=6, w=6), layer(residual="add_act", cout=8))
+BY_NAME = {route.name: route for route in LAYER_ROUTES}
+H200 = ROOT / "bench" / "results" / "h200-2026-11-26"
 
 
-class TestCommandLine:
-    def test_help_explains_every_option(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(["--help"])
-        assert stopped.value.code == 0
-        text = capsys.readouterr().out
-        assert " ".join(cli.ORDER_RULE.split()) in " ".join(text.split())
-        for option in (
-            "--device",
-            "--dtype",
-            "--batch",
-            "--suite",
-            "--out",
-            "--budget",
-            "--resume",
-            "--compare",
-            "--any-device",
-            "--model",
-            "--max-autotune",
-            "--no-compile",
-            *jobs.JOBS,
-            *SUITES,
-        ):
-            assert option in text
-        assert all(action.help for action in cli.parser()._actions)
+class Tiny(nn.Module):
+    """A residual block and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.relu(self.branch(x) + x).mean((2, 3)))
+
+
+class TinyModel(Model):
+    def why_not(self) -> str | None:
+        return "it is not installed here" if self.library == "no" else None
+
+    def build(self) -> nn.Module:
+        return super().build() if self.library == "torchvision" else Tiny()
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two small layers and two small networks, of which one is of a library that is not there."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    models = {
+        name: TinyModel(name, "", library, 16) for name, library in (("tiny", "torch"), ("absent", "no"))
+    }
+    models["mobilenet_v2"] = TinyModel("mobilenet_v2", "", size=32, modules=True)
+    noise = torch.rand(1, 3, 128, 160, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(networks, "photographs", lambda: [noise])
+    monkeypatch.setattr(networks, "MODELS", models)
+    monkeypatch.setattr(cli, "MODELS", models)
+    monkeypatch.setattr(networks, "TELLING", {"tiny": 1})
+    monkeypatch.setattr(cases, "layers_of", lambda suite: SMALL)
+    ceilings = jobs.measure_ceilings
+    monkeypatch.setattr(jobs, "measure_ceilings", lambda *given: ceilings(*given, small=True))
+    monkeypatch.setattr(measure, "ASSUMED_CPU_CACHE", 1 << 12)
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 0.0)
+
+
+def bench(out: Path, *arguments: str, name: str = "") -> tuple[int, dict[str, Any]]:
+    status = cli.main([*arguments, "--device", "cpu", "--out", str(out)])
+    return status, json.loads((out / f"{name or arguments[0]}.json").read_text())
+
+
+class TestJobs:
+    def test_all_of_them(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        status = cli.main(["--device", "cpu", "--out", str(tmp_path), "--suite", "quick,networks"])
+        written = json.loads((tmp_path / "results.json").read_text())
+        assert status == 0
+        assert {"schema", "provenance", "kernels", "fused_path", "models", "layers", "overhead"} <= set(
+            written
+        )
+        assert written["skipped"] == {}
+        assert [row["name"] for row in written["models"]["rows"]] == ["tiny n1 fp32"]
+        assert [row["name"] for row in written["layers"]["rows"]] == [f"fp32 n1 {one.name}" for one in SMALL]
+        said = capsys.readouterr().out
+        assert (
+            said.index("time of eager / time of the route") < said.index("by suite") < said.index("summary")
+        )
+        plots = {path.name for path in tmp_path.glob("*.png")}
+        assert plots == {"models.png", "layers.png", "suites.png", "roofline.png"}
+
+    def test_layers(self, tmp_path: Path) -> None:
+        status, written = bench(
+            tmp_path, "layers", "--suite", "quick", "--dtype", "fp32,bf16", "--batch", "1,2"
+        )
+        found = written["layers"]
+        assert (status, len(found["rows"]), len(found["groups"])) == (0, 8, 4)
+        assert set(found["ceilings"]) == {"fp32", "bf16"}
+        for row in found["rows"]:
+            assert {one["route"] for one in row["routes"]} == {FUSED, BASELINE}
+            assert {one["memory_format"] for one in row["routes"]} == {"channels_last", "contiguous_format"}
+            for one in row["routes"]:
+                assert one["seconds"]["launched"]["count"] >= 3
+                assert 0 < one["error"] < (1e-5 if row["precision"] == "fp32" else 1e-2)
+                assert one["first_call_seconds"] > 0
+            assert row["comparisons"]["launched"]["rival"] == BASELINE
+            assert (row["facts"]["plan"] is None) == bool(row["facts"]["why_no_plan"])
+            assert row["facts"]["rotation"]["sets"] >= 2
+        provenance = written["provenance"]
+        assert provenance["command"][:4] == ["python", "-m", "bench", "layers"]
+        assert provenance["torch"] == torch.__version__
+        assert provenance["device"]["type"] == "cpu"
+
+    def test_networks(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        status, written = bench(tmp_path, "models", "--no-compile", "--batch", "2")
+        tiny, mobile = written["models"]["rows"]
+        assert status == 0
+        assert written["models"]["left_out"] == {"absent n2 fp32": "it is not installed here"}
+        assert [one["route"] for one in tiny["routes"]] == [*EAGER, FUSED, FROZEN]
+        fused = {one["route"]: one for one in mobile["routes"]}
+        assert (fused[FUSED]["fused_calls"], fused[FUSED]["conv_calls"]) == (52, 52)
+        replaced = fused["ConvNormAct modules"]
+        assert (replaced["fused_calls"], replaced["conv_calls"], replaced["agreement"]) == (35, 52, 1.0)
+        assert all(one["speedups"]["launched"]["median"] > 0 for one in mobile["routes"])
+        assert mobile["comparisons"]["launched"]["rival"] in EAGER
+        assert "it is not installed here" in capsys.readouterr().out
+
+    def test_the_pipeline_swaps_modules(self) -> None:
+        made = cli.setting_of(cli.parser().parse_args(["pipeline", "--device", "cpu"]))
+        assert (made.networks, made.batches, made.compiled) == (("mobilenet_v2",), (4,), False)
+        case = Case(networks.MODELS["mobilenet_v2"], 1, "fp32")
+        network = networks.build_network(case, networks.photographs(), CPU, 0)
+        swapped = routes.MODULES.prepare(network, torch.zeros(1))
+        assert sum(isinstance(module, ConvNormAct) for module in swapped.modules()) == 35
+        assert not any(isinstance(module, ConvNormAct) for module in network.modules())
+
+    def test_overhead(self, tmp_path: Path) -> None:
+        before = ops.operator, ops.operator_everywhere
+        status, written = bench(tmp_path, "overhead")
+        assert (status, (ops.operator, ops.operator_everywhere)) == (0, before)
+        (row,) = written["overhead"]["rows"]
+        assert [one["route"] for one in row["routes"]] == [FUSED, "three modules", "hand-written module"]
+        assert all(one["seconds"]["launched"]["median"] > 0 for one in row["routes"])
+        parts = written["overhead"]["parts"]
+        if _extension.is_available():
+            assert list(parts["seconds"]) == ["inference_mode", "no_grad"]
+            assert parts["seconds"]["no_grad"]["plan"]["median"] > 0
+        else:
+            assert parts["why_not"]
+
+    def test_first_calls_are_made_by_turns_as_far_as_the_budget_goes(self) -> None:
+        clock, started = FakeClock(), list[str]()
+
+        def start(request: dict[str, Any]) -> dict[str, Any]:
+            clock.spend(1.0)
+            started.append(request["route"])
+            if request["route"] == "fused":
+                raise RuntimeError("it raised")
+            return {"seconds": dict.fromkeys(first_call.STEPS, 1.0), "recompiled": True}
+
+        outcome = Outcome()
+        budget = Budget(4.5, clock=lambda: clock.now)
+        first_call.run(Run(setting(budget=budget, networks=("tiny",)), outcome, [].append), start)
+        assert started == ["eager", "fused", "compiled", "eager", "eager"]
+        assert outcome.failures == ["tiny: it raised"]
+        by_route = {row["route"]: row for row in outcome.extra["results"]}
+        assert by_route["eager"]["seconds"]["first call"]["count"] == 3
+        assert by_route["fused"]["failure"] == "it raised"
+        clock.spend(100.0)
+        first_call.run(Run(setting(budget=budget, networks=("tiny",)), outcome, [].append), start)
+        assert len(outcome.left_out) == 3
+
+    @pytest.mark.slow
+    def test_a_first_call_in_a_fresh_process(self) -> None:
+        request = {"network": "mobilenet_v2", "route": "fused", "device": "cpu", "precision": "fp32"}
+        answer = first_call.start_process(request | {"batch": 1, "sizes": (32, 64), "seed": 0})
+        assert set(answer["seconds"]) == set(first_call.STEPS)
+        assert not answer["recompiled"]
+        with pytest.raises(RuntimeError, match="KeyError"):
+            first_call.start_process(request | {"network": "no such"})
+
+
+class TestFailures:
+    def test_a_wrong_route_of_ours_fails_and_is_not_timed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def wrong(sets: routes.Sets) -> list[Callable[[], Tensor]]:
+            return [
+                lambda call=call: call().index_fill_(1, torch.tensor([0]), 1)
+                for call in BY_NAME[FUSED].prepare(sets)
+            ]
+
+        def refusing(sets: routes.Sets) -> list[Callable[[], Tensor]]:
+            raise ValueError("no engine\nand more")
+
+        made = (Route(FUSED, wrong, ours=True), BY_NAME[BASELINE], Route("refusing", refusing))
+        monkeypatch.setattr(routes, "LAYER_ROUTES", made)
+        status, written = bench(tmp_path, "layers")
+        assert status == 1
+        assert len(written["layers"]["failures"]) == 2
+        for row in written["layers"]["rows"]:
+            assert row["comparisons"] == {}
+            by_name = {one["route"]: one for one in row["routes"]}
+            assert "wrong result" in by_name[FUSED]["refused"]
+            assert by_name[FUSED]["seconds"] == {}
+            assert by_name["refusing"]["refused"] == "ValueError: no engine"
+
+    def test_a_network_that_forgets_its_norms_is_found(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def drops_norms(network: nn.Module, x: Tensor) -> nn.Module:
+            broken = Tiny().eval().requires_grad_(False)
+            broken.load_state_dict(network.state_dict())
+            broken.branch[1] = nn.Identity()
+            return broken
+
+        fused = Route(FUSED, drops_norms, ours=True, formats=routes.FORMATS[:1])
+        monkeypatch.setattr(routes, "NETWORK_ROUTES", (*routes.NETWORK_ROUTES[:2], fused))
+        status, written = bench(tmp_path, "models", "--model", "tiny", "--no-compile")
+        assert status == 1
+        assert "wrong result" in written["models"]["failures"][0]
+
+    @pytest.mark.parametrize(
+        ("error", "left_out", "broke_off"),
+        [
+            (torch.OutOfMemoryError("too much"), "memory", []),
+            (RuntimeError("gone\nlines"), "", ["first: RuntimeError: gone"]),
+            (KeyboardInterrupt(), "interrupted", []),
+        ],
+    )
+    def test_what_breaks_off_is_said_and_the_rest_goes_on(
+        self, error: BaseException, left_out: str, broke_off: list[str]
+    ) -> None:
+        def measured() -> Record:
+            if not outcome.left_out and not outcome.broke_off:
+                raise error
+            return record(name="second")
+
+        outcome = Outcome()
+        made = setting()
+        run = Run(made, outcome, [].append)
+        for name in ("first", "second"):
+            run.measure(name, name, measured)
+        assert left_out in outcome.left_out.get("first", "")
+        assert outcome.failures == broke_off
+        assert len(outcome.records) == (not made.budget.interrupted)
+
+    def test_an_interrupted_run_writes_what_it_has(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(row: cases.Row, run: Run) -> Record:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(jobs, "measure_layer", interrupt)
+        status, written = bench(tmp_path, "layers")
+        assert (status, len(written["layers"]["left_out"])) == (130, 2)
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["networks"], "'layers', 'models', 'pipeline', 'overhead'"),
-            (["--device", "tpu"], "'auto', 'cpu', 'cuda'"),
+            (["networks"], "'models', 'layers'"),
             (["--dtype", "fp16,int8"], "unknown dtype 'int8' (choose from fp16, bf16, tf32, fp32)"),
-            (["--suite", "all"], "unknown suite 'all' (choose from default, quick, resnet50"),
-            (["--batch", "8,0"], "1 or more, got '0'"),
-            (["--any-device"], "goes with --compare"),
-            (["--no-compile", "--max-autotune"], "not allowed with"),
-            (["--batch", "0"], "1 or more, got '0'"),
-            (["--batch", "two"], "1 or more, got 'two'"),
+            (
+                ["--suite", "all"],
+                "unknown suite 'all' (choose from default, quick, depthwise, grouped, resnet50",
+            ),
+            (["--model", "alexnet"], "unknown network 'alexnet'"),
+            (["--without", "magic"], "unknown route 'magic' (choose from"),
+            (["--batch", "8,0"], "1 or more, got '8,0'"),
             (["--budget", "-1"], "above 0, got '-1'"),
-            (["--budget", "nan"], "above 0, got 'nan'"),
+            (["--any-device"], "goes with compare"),
+            (["compare", "a.json"], "compare takes two"),
+            (["compare", "a.json", "b.json"], "cannot read a.json"),
+            (["layers", "--resume", str(ROOT / "setup.py")], "cannot read"),
+            (["layers", "--resume", str(H200 / "layers.json")], "cannot be resumed here"),
+            (["layers", "--resume", str(H200 / "first.json")], "schema"),
         ],
     )
     def test_errors_say_what_is_allowed(
         self, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(SystemExit) as stopped:
-            cli.main(arguments)
+            cli.main([*arguments, *([] if arguments[0] == "compare" else ["--device", "cpu"])])
         assert stopped.value.code == 2
-        assert said in capsys.readouterr().err.replace("choose from auto, cpu, cuda", "'auto', 'cpu', 'cuda'")
+        assert said in " ".join(capsys.readouterr().err.split())
 
-    def test_no_gpu(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    def test_help_explains_every_option(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
-            cli.main(["--device", "cuda"])
-        assert "sees no GPU here; allowed here: auto, cpu" in capsys.readouterr().err
-
-    def test_defaults_of_a_cpu(self) -> None:
-        made = cli.setting_of(cli.parser().parse_args(["--device", "cpu"]))
-        assert (made.device, made.dtype, made.suites) == (CPU, torch.float32, ("default",))
-        assert (made.precision.name, made.batches, made.layer_batches) == ("fp32", (), (1,))
-        assert made.budget.allows(keep=1e9)
-        assert cli.default_folder(CPU, datetime(2026, 1, 31, 23, 59, 58)) == "cpu-20260131-235958"
-
-    def test_lists(self) -> None:
-        arguments = [
-            "--device",
-            "cpu",
-            "--suite",
-            "yolo,networks",
-            "--batch",
-            "8, 1,8",
-            "--dtype",
-            "tf32,bf16",
-        ]
-        made = cli.setting_of(cli.parser().parse_args(arguments))
-        assert made.suites == ("yolo", *(name for name in NETWORKS if name != "yolo"))
-        assert made.layer_batches == (8, 1)
-        assert [one.name for one in made.precisions] == ["tf32", "bf16"]
-        assert made.dtype == torch.float32
-
-    def test_a_cpu_says_what_is_timed(self) -> None:
-        path = fused_path(CPU)
-        assert not path.kernels
-        assert "eager fallback" in path.line
-        assert "On a GPU this run would" in path.line
+            cli.main(["--help"])
+        text = capsys.readouterr().out
+        assert all(name in text for name in (*cli.JOBS, *cases.SUITES, *networks.MODELS, *BY_NAME))
+        assert all(action.help for action in cli.parser()._actions)
 
 
-class TestRun:
-    def run(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        out: Path,
-        *names: str,
-        resume: Path | None = None,
-        **changes: Any,
-    ) -> tuple[int, dict[str, Any]]:
-        monkeypatch.setattr(rows, "layers_of", lambda suite: SMALL)
-        monkeypatch.setattr(layers, "layers_of", lambda suite: SMALL)
-        monkeypatch.setattr(layers, "rotation_of", two_sets)
-        monkeypatch.setattr(
-            layers,
-            "measure_ceilings",
-            lambda device, precision, *, seed: measure_ceilings(device, precision, seed=seed, small=True),
-        )
-        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-        console = terminal.make_console()
-        status = jobs.run(setting(**changes), names, out, ["--batch", "2"], console, resume)
-        file = f"{names[0]}.json" if len(names) == 1 else "results.json"
-        return status, json.loads((out / file).read_text())
-
-    def test_leaves_results_and_plot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        pytest.importorskip("matplotlib", reason="the plot needs it")
-        status, written = self.run(monkeypatch, tmp_path, "layers", "overhead")
-        assert status == 0
-        plots = ["layers.png", "roofline.png", "suites.png"]
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*plots, "results.json"])
-        assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in plots)
-        assert list(written) == [
-            "schema",
-            "provenance",
-            "kernels",
-            "fused_path",
-            "skipped",
-            "layers",
-            "overhead",
-        ]
-        assert written["schema"] == report.SCHEMA
-        assert not written["kernels"]
-        row = written["layers"]["rows"][0]
-        assert (row["name"], row["batch"], row["precision"]) == (SMALL[0].name, 2, "fp32")
-        assert set(row["comparisons"]["launched"]) == {
-            "fused_seconds",
-            "rival",
-            "rival_seconds",
-            "speedup",
-            "verdict",
-            "roofline_share",
-        }
-        assert row["routes"][0]["seconds"]["launched"]["count"] == 3
-
-    def test_a_wrong_result_fails_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(layers, "ROUTES", (Broken(), ThreeStep()))
-        status, written = self.run(monkeypatch, tmp_path, "layers")
-        assert status == 1
-        assert "wrong result" in written["layers"]["failures"][0]
-
-    def test_a_job_that_breaks_off_does_not_take_the_others_along(
+class TestBudgetAndResume:
+    def test_a_budget_leaves_out_the_end_and_a_resumed_run_measures_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def break_off(*_: object, save: Callable[[LayersResult], None], **__: object) -> None:
-            save(LayersResult({}, {}, results=[layer_result(2.0)]))
-            raise RuntimeError("the device is gone")
+        clock = FakeClock()
+        measured = list[str]()
+        measure_layer = jobs.measure_layer
 
-        monkeypatch.setattr(layers, "run", break_off)
-        status, written = self.run(monkeypatch, tmp_path, "layers", "overhead")
-        assert status == 1
-        assert written["layers"]["broke_off"] == "layers broke off: RuntimeError: the device is gone"
-        assert [one["name"] for one in written["layers"]["rows"]] == [layer_result(2.0).row.layer.name]
-        assert written["overhead"]["shape"] == [1, 16, 8, 8]
+        def counted(row: cases.Row, run: Run) -> Record:
+            clock.spend(10.0)
+            measured.append(row.name)
+            return measure_layer(row, run)
 
-    def test_an_interrupted_run_reports_what_it_measured(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        monkeypatch.setattr(jobs, "measure_layer", counted)
+        monkeypatch.setattr(cli, "Budget", lambda seconds: Budget(seconds, clock=lambda: clock.now))
+        _, first = bench(tmp_path, "layers", "--budget", "5")
+        (left_out,) = first["layers"]["left_out"]
+        assert measured == [row["name"] for row in first["layers"]["rows"]]
+        _, second = bench(tmp_path, "layers", "--resume", str(tmp_path / "layers.json"))
+        assert measured[1:] == [left_out]
+        assert second["layers"]["rows"][0] == first["layers"]["rows"][0]
+        assert (len(second["layers"]["rows"]), second["layers"]["left_out"]) == (2, {})
+
+    def test_under_a_budget_compiled_routes_come_last(self) -> None:
+        made = setting(budget=1e9, networks=("tiny",), batches=(1, 2))
+        turns = [(compiled, case.name) for compiled, case in jobs.network_turns(made)]
+        names = ["tiny n1 fp32", "tiny n2 fp32"]
+        assert turns == [(compiled, name) for compiled in (False, True) for name in names]
+        assert all(not compiled for compiled, _ in jobs.network_turns(setting(compiled=False)))
+
+    def test_defaults(self) -> None:
+        def setting_of(*arguments: str) -> measure.Setting:
+            return cli.setting_of(cli.parser().parse_args([*arguments, "--device", "cpu"]))
+
+        every, layers_alone = setting_of(), setting_of("depthwise")
+        assert (every.budget.seconds, every.compiled, every.few) == (cli.CPU_SECONDS, False, True)
+        assert (layers_alone.budget.seconds, layers_alone.suites) == (None, ("depthwise",))
+        assert setting_of("models").compiled
+        assert setting_of("layers", "--suite", "yolo,networks").suites[0] == "yolo"
+        assert setting_of("layers", "--without", "cuDNN graph").without == (routes.GRAPH,)
+
+
+class TestCompare:
+    def files(self, folder: Path, *seconds: float, device: str = "a") -> list[Path]:
+        paths = []
+        for index, one in enumerate(seconds):
+            made = record(entry(FUSED, one, one), entry(BASELINE, 2.0, 2.0))
+            same = {"available": True, "kernels": [], "architectures": []}
+            provenance = {
+                "device": {"name": device if index == 0 else "a"},
+                "torch": "",
+                "sources": "",
+                "seed": 0,
+            }
+            provenance |= {"fused_cna": same, "host": {"threads": 1}}
+            paths.append(folder / f"{index}.json")
+            write_json(paths[-1], {"provenance": provenance, "layers": {"rows": [made.as_json()]}})
+        return paths
+
+    @pytest.mark.parametrize(("after", "verdict"), [(0.5, "faster"), (2.0, "slower"), (1.0, "even")])
+    def test_what_changed(self, after: float, verdict: str, tmp_path: Path) -> None:
+        (change,) = compare_files(*self.files(tmp_path, 1.0, after)).changes
+        assert (change.ratio.median, change.ratio.verdict, change.control) == (1 / after, verdict, 1.0)
+        paths = [str(path) for path in self.files(tmp_path, 1.0, after)]
+        assert cli.main(["compare", *paths]) == 0
+        assert (tmp_path / "compare.png").exists()
+
+    def test_two_devices(self, tmp_path: Path) -> None:
+        paths = self.files(tmp_path, 1.0, 1.0, device="b")
+        with pytest.raises(ValueError, match="--any-device"):
+            compare_files(*paths)
+        assert compare_files(*paths, any_device=True).changes
+
+    @pytest.mark.parametrize("name", ["layers.json", "models.json"])
+    def test_results_of_the_schema_before_are_read(self, name: str) -> None:
+        later = H200.with_name("h200-2026-11-26-two-rows")
+        compared = compare_files(H200 / name, later / name)
+        assert {change.group[1] for change in compared.changes} == {"graph", "launched"}
+        assert all(change.control for change in compared.changes)
+
+
+VARIANTS = {
+    "norm": {},
+    "bias and norm": {"conv_bias": True},
+    "no norm": {"norm": "none", "conv_bias": True, "act": "SiLU"},
+    "bare": {"norm": "none", "act": "none"},
+    "add_act": {"residual": "add_act"},
+    "act_add": {"residual": "act_add", "act": "SiLU"},
+    "depthwise": {"groups": 8, "cout": 8, "act": "ReLU6"},
+    "grouped": {"groups": 2, "act": "LeakyReLU"},
+    "strided": {"stride_h": 2, "stride_w": 2, "dil_w": 2, "act": "Hardswish"},
+    **{act: {"act": act} for act in ("GELU", "ELU", "Hardsigmoid", "Sigmoid", "Tanh", "Mish")},
+}
+
+
+class TestRoutes:
+    @pytest.fixture
+    def pretended(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """A cuDNN and, for what it asks of torch.cuda, a clock."""
+        clock = FakeClock()
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = clock.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: "Event") -> float:
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, device=None, **options: empty(*size, **options))
+        made = fake_cudnn(clock)
+        monkeypatch.setattr(cudnn_graph, "opened", lambda: (made, "handle"))
+        return made
+
+    @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+    @pytest.mark.parametrize("name", [FUSED, BASELINE, "folded conv", routes.GRAPH])
+    def test_every_route_computes_the_layer(self, name: str, changes: dict[str, Any], pretended: Any) -> None:
+        case = make_case(layer(**changes), CPU, PRECISIONS["fp32"], seed=1)
+        layouts = BY_NAME[name].formats
+        for layout in layouts:
+            sets = measure.input_sets(case.layer.shapes(2), 2, layout, case.conv.weight)
+            kept = [tensor.clone() for tensor in sets[1]]
+            with torch.inference_mode():
+                expected = reference(case, *sets[1])
+                both = [(case.laid_out(layout), inputs) for inputs in sets]
+                output = BY_NAME[name].prepare(both)[1]()
+                eager = BY_NAME[BASELINE].prepare(both)[1]()
+            assert relative_error(output, expected) <= library_bound(
+                torch.float32, relative_error(eager, expected)
+            )
+            assert all(torch.equal(tensor, before) for tensor, before in zip(sets[1], kept, strict=True))
+
+    def test_cudnn_runs_the_fastest_engine_of_both_graphs_in_the_precision_asked_for(
+        self, pretended: Any
     ) -> None:
-        def measure(measured: rows.Row, *_: object) -> LayerResult:
-            if measured.layer is SMALL[1]:
-                raise KeyboardInterrupt
-            return layer_result(0.5, measured)
+        case = make_case(layer(residual="add_act"), CPU, PRECISIONS["fp32"], seed=1)
+        ((inputs),) = measure.input_sets(case.layer.shapes(2), 1, torch.channels_last, case.conv.weight)
+        (call,) = BY_NAME[routes.GRAPH].prepare([(case.laid_out(torch.channels_last), inputs)])
+        call()
+        folded, scaled = pretended.graphs
+        assert folded.operations == ["conv", "add", "add", "relu"]
+        assert scaled.operations == ["conv", "mul", "add", "add", "relu"]
+        assert folded.notes == ["down", "tensor core"]
+        assert call.args[0].keys() >= {"x", "weight", "bias", "residual"}
 
-        monkeypatch.setattr(layers, "measure", measure)
-        status, written = self.run(monkeypatch, tmp_path, "layers", "overhead")
-        assert status == 130
-        assert [one["name"] for one in written["layers"]["rows"]] == [SMALL[0].name]
-        assert written["layers"]["left_out"] == [f"fp32 n2 {SMALL[1].name}"]
-        assert written["skipped"] == {"overhead": "the run was interrupted before it"}
-        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-        said = capsys.readouterr().out
-        assert said.index("slowest first") < said.index(
-            f"{SMALL[0].name}: 0.50, 1000.0 us, 500.0 us by folded conv"
-        )
+    def test_cudnn_says_itself_why_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        refuses = fake_cudnn(FakeClock(), "NOT_SUPPORTED: no engine")
+        monkeypatch.setattr(cudnn_graph, "opened", lambda: (refuses, "handle"))
+        case = make_case(layer(), CPU, PRECISIONS["fp32"], seed=1)
+        x = torch.randn(1, 8, 6, 5).to(memory_format=torch.channels_last)
+        with pytest.raises(ValueError, match="NOT_SUPPORTED: no engine"):
+            BY_NAME[routes.GRAPH].prepare([(case, (x,))])
+        monkeypatch.setattr(cudnn_graph.importlib.util, "find_spec", lambda name: None)
+        assert "pip install nvidia-cudnn-frontend" in str(BY_NAME[routes.GRAPH].why_not(layer()))
 
-    def test_a_job_without_rows_may_be_interrupted_too(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def interrupt(*_: object) -> None:
-            raise KeyboardInterrupt
+    def test_the_real_package_takes_the_description(self) -> None:
+        cudnn = pytest.importorskip("cudnn", reason="nvidia-cudnn-frontend is optional")
+        for changes in VARIANTS.values():
+            made = cudnn_graph.describe_graph(cudnn, layer(**changes), 2, PRECISIONS["fp16"], scaled=True)
+            assert {"x", "weight", "scale", "bias", "y"} <= set(made.tensors)
+            assert len(set(made.tensors.values())) == len(made.tensors), "they are the keys of a pack"
+            assert len(made.graph.nodes) >= 3
 
-        monkeypatch.setattr(jobs.overhead, "run", interrupt)
-        status, written = self.run(monkeypatch, tmp_path, "overhead", "layers")
-        assert status == 130
-        assert written["overhead"] == {"broke_off": "the run was interrupted"}
-        assert list(written["skipped"]) == ["layers"]
+    def test_one_compiled_layer_takes_every_weight(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        compiled = list[str]()
 
-    def test_every_dtype_and_batch_runs_on_a_cpu(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        every = tuple(PRECISIONS.values())
-        status, written = self.run(monkeypatch, tmp_path, "layers", precisions=every, batches=(1, 2))
-        assert status == 0
-        measured = {(one["precision"], one["batch"]) for one in written["layers"]["rows"]}
-        assert measured == {(one.name, batch) for one in every for batch in (1, 2)}
-        assert {one["precision"] for one in written["layers"]["groups"]} == set(PRECISIONS)
-        assert "eager fallback" in capsys.readouterr().out
+        def compile_layer(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+            compiled.append(options["mode"])
+            return function
 
-    def test_resumes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.run(monkeypatch, tmp_path / "first", "layers", batches=(1,))
-        first = tmp_path / "first" / "layers.json"
-        status, both = self.run(monkeypatch, tmp_path / "second", "layers", batches=(1, 2), resume=first)
-        assert status == 0
-        before = json.loads(first.read_text())["layers"]
-        assert both["layers"]["rows"][: len(SMALL)] == before["rows"]
-        assert len(both["layers"]["rows"]) == 2 * len(SMALL)
-        assert both["layers"]["ceilings"] == before["ceilings"]
+        monkeypatch.setattr(torch, "compile", compile_layer)
+        made = [make_case(layer(), CPU, PRECISIONS["fp32"], seed) for seed in (1, 2)]
+        x = torch.randn(2, 8, 6, 5)
+        with torch.inference_mode():
+            outputs = [call() for call in BY_NAME[routes.AUTOTUNED].prepare([(case, (x,)) for case in made])]
+            expected = [reference(case, x) for case in made]
+        assert compiled == ["max-autotune-no-cudagraphs"]
+        assert max(relative_error(one, other) for one, other in zip(outputs, expected, strict=True)) < 1e-6
 
-    def test_resumed_layers_are_kept_before_their_turn(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        _, before = self.run(monkeypatch, tmp_path, "layers")
-        _, after = self.run(monkeypatch, tmp_path, "overhead", resume=tmp_path / "layers.json")
-        assert after["layers"] == before["layers"]
-        # One job leaves the file of another alone.
-        assert json.loads((tmp_path / "layers.json").read_text()) == before
-        assert "overhead" in after
+    def test_routes_say_why_they_do_not_apply(self) -> None:
+        assert "SiLU" in str(BY_NAME["cuDNN relu"].why_not(layer(act="SiLU")))
+        assert BY_NAME["cuDNN relu"].why_not(layer(residual="act_add"))
+        assert BY_NAME["cuDNN relu"].why_not(layer()) is None
+        assert BY_NAME["folded conv"].why_not(layer(norm="none"))
 
-    def test_another_device_is_not_resumed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.run(monkeypatch, tmp_path, "layers")
-        path = tmp_path / "layers.json"
-        path.write_text(path.read_text().replace('"type": "cpu"', '"type": "abacus"'))
-        with pytest.raises(jobs.ResumeError, match="device type: abacus and cpu"):
-            self.run(monkeypatch, tmp_path, "layers", resume=path)
+    def test_a_gpu_tries_nchw_where_it_may_be_faster(self) -> None:
+        dense = {"cin": 64, "cout": 64}
+        for changes, precision, formats in (
+            (dense, "fp16", 1),
+            (dense, "fp32", 2),
+            (dense | {"groups": 64}, "fp16", 2),
+            (dense | {"cin": 3}, "fp16", 2),
+        ):
+            tried = jobs.formats_of(layer(**changes), PRECISIONS[precision], True)
+            assert tried == routes.FORMATS[:formats]
 
-    @pytest.mark.parametrize(
-        ("text", "said"),
-        [
-            (None, "cannot read"),
-            ("{", "is not JSON"),
-            ('{"schema": 1}', "got schema 1"),
-            ("[]", "got schema None"),
-        ],
+
+@pytest.mark.skipif(not _extension.is_available(), reason="what is pretended needs the extension")
+def test_on_a_pretended_gpu_every_route_is_launched_and_captured(tmp_path: Path) -> None:
+    program = """
+import functools, sys
+from bench import __main__, cases, jobs
+from tests import fake_cuda
+layers_of = cases.layers_of
+cases.layers_of = lambda suite: layers_of(suite)[1:3]
+jobs.measure_ceilings = functools.partial(jobs.measure_ceilings, small=True)
+fake_cuda.install()
+sys.exit(__main__.main())
+"""
+    arguments = ["layers", "--suite", "quick", "--batch", "1", "--no-compile", "--budget", "60"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--device", "cuda", "--out", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
-    def test_what_is_no_result_is_not_resumed(
-        self, text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        path = tmp_path / "results.json"
-        if text is not None:
-            path.write_text(text)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(["overhead", "--device", "cpu", "--resume", str(path)])
-        assert stopped.value.code == 2
-        assert said in capsys.readouterr().err
-
-    def test_without_matplotlib_the_numbers_are_written(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
-        status, written = self.run(monkeypatch, tmp_path, "layers")
-        assert status == 0
-        assert len(written["layers"]["rows"]) == len(SMALL)
-        assert [path.name for path in tmp_path.iterdir()] == ["layers.json"]
-        assert "matplotlib is not installed here" in capsys.readouterr().out
-
-    def test_what_cannot_run_is_skipped_with_its_reason(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setitem(
-            jobs.JOBS, "pipeline", replace(jobs.JOBS["pipeline"], needs=("torch", "no_such_module"))
-        )
-        status, written = self.run(monkeypatch, tmp_path, "pipeline", "overhead")
-        assert status == 0
-        assert written["skipped"] == {"pipeline": "it needs no_such_module, not installed here"}
-        spent = jobs.why_skip(jobs.JOBS["overhead"], setting(budget=1e-9))
-        assert spent == "the budget of 1e-09 s was spent before it"
-
-    def test_json_has_no_infinity(self, tmp_path: Path) -> None:
-        report.write_json(tmp_path / "results.json", {"errors": ({"a": float("inf")}, [float("nan"), 1.5])})
-        written = json.loads((tmp_path / "results.json").read_text())
-        assert written == {"schema": report.SCHEMA, "errors": [{"a": "inf"}, ["nan", 1.5]]}
+    assert done.returncode in (0, 1), done.stderr
+    found = json.loads((tmp_path / "layers.json").read_text())
+    assert found["kernels"]
+    assert len(found["layers"]["rows"]) == 2
+    row = found["layers"]["rows"][0]
+    by_name = {one["route"]: one for one in row["routes"]}
+    assert set(by_name) == set(BY_NAME)
+    assert set(by_name["folded conv"]["seconds"]) == {"launched", "graph"}
+    assert by_name["max-autotune"]["refused"] == "left out by --no-compile"
+    assert make_console() is not None
+    assert found["layers"]["groups"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import bench.cli
+import bench.__main__
 from fused_cna import _extension
 from tests.fake_cuda import environment, write_nvcc
 from tests.gpu import hopper, probes, sanitize
@@ -141,7 +141,7 @@ def test_the_summary_stays_short_whatever_fails() -> None:
 @pytest.mark.parametrize("command", [LAYERS, MODELS], ids=["layers", "models"])
 def test_the_bench_takes_what_it_is_asked_for(command: tuple[str, ...]) -> None:
     assert any(step.command[: len(command)] == command for step in CALLS["second"].steps)
-    bench.cli.parser().parse_args([*command[1:], "--budget", "100", "--out", "somewhere"])
+    bench.__main__.parser().parse_args([*command[1:], "--budget", "100", "--out", "somewhere"])
 
 
 def test_a_sanitizer_is_found_beside_nvcc_and_missing_is_a_failure(

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.hopper import NETWORKS, of_network
 from fused_cna import ConvProblem, _extension, explain
 from fused_cna.plan import planner
 from tests.conformance import Subject, bits
 from tests.conftest import Backend, Gpu, Simulator, needs_gpu
 from tests.families import BY_NAME, family_shape, laid_out
+from tests.hopper_page import NETWORKS, of_network
 from tests.layouts import channels_last, contiguous
 from tests.reference import DTYPES, Problem, Wanted, expected_rounded, integer_problem, random_problem
 from tests.shapes import SHAPES, ConvShape, table
@@ -157,10 +157,10 @@ def test_a_part_of_a_device_is_planned_for() -> None:
 
 
 def test_the_page_on_its_choice_is_what_the_plan_says() -> None:
-    """docs/hopper.md is written by bench/hopper.py; where estimates change, it is to be written anew."""
+    """docs/hopper.md is written by tests/hopper_page.py; where estimates change, it is to be written anew."""
     page = Path(__file__).resolve().parents[1].joinpath("docs", "hopper.md").read_text()
     for name in NETWORKS:
-        assert "\n".join(of_network(name)) in page, "python -m bench.hopper > docs/hopper.md"
+        assert "\n".join(of_network(name)) in page, "python -m tests.hopper_page > docs/hopper.md"
 
 
 def test_an_explanation_says_what_the_driver_refused(monkeypatch: pytest.MonkeyPatch) -> None:

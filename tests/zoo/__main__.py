@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 
-from bench.terminal import make_console
+from bench.report import make_console
 from fused_cna._progress import progress
 from tests.zoo.catalogue import NAMES
 from tests.zoo.judge import Result

@@ -1,6 +1,6 @@
 """Where the plan takes the Hopper kernel, and what it expects of it, as a page of Markdown.
 
-``python -m bench.hopper > docs/hopper.md``. Nothing is measured: all times are estimates of the planner.
+``python -m tests.hopper_page > docs/hopper.md``. Nothing is measured: all times are estimates of the planner.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from bench.layer_list import Layer, parse, read_rows
-from bench.networks import recorded
-from bench.stats import geometric_mean
+from bench.cases import Layer, layers_of, parse, read_rows
+from bench.result import geometric_mean
 from fused_cna import ConvProblem
 from fused_cna.plan import planner
 
@@ -26,8 +25,8 @@ HEAD = f"""\
 # Where the Hopper kernel is expected to win
 
 Estimates of the plan for an {DEVICE} in float16, dense channels_last; nothing here is measured. Written by
-`python -m bench.hopper > docs/hopper.md`. A *ratio* is the estimated time of the best plan of `{HOPPER}` over
-that of `{RIVAL}`, launch included: below 1 the Hopper kernel is expected to be the faster.
+`python -m tests.hopper_page > docs/hopper.md`. A *ratio* is the estimated time of the best plan of `{HOPPER}`
+over that of `{RIVAL}`, launch included: below 1 the Hopper kernel is expected to be the faster.
 """
 
 
@@ -51,7 +50,7 @@ def over_all_layers() -> Iterator[str]:
     yield "| --- | --- |" + " --- |" * len(BATCHES)
     kinds: dict[str, list[Layer]] = {}
     for row in read_rows():
-        kinds.setdefault(row["kind"], []).append(parse(row, ""))
+        kinds.setdefault(row["kind"], []).append(parse(row))
     for kind, layers in kinds.items():
         cells, chosen_at_all = [], 0
         for batch in BATCHES:
@@ -75,7 +74,7 @@ def of_network(name: str) -> Iterator[str]:
     yield "| layer | uses | " + " | ".join(f"batch {batch} | ratio" for batch in BATCHES) + " |"
     yield "| --- | --- |" + " --- | --- |" * len(BATCHES)
     totals = {batch: [0.0, 0.0] for batch in BATCHES}
-    for layer in recorded(name):
+    for layer in layers_of(name):
         if layer.groups > 1 or (layer.h, layer.w) == (1, 1):
             continue
         cells = []
