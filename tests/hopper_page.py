@@ -24,9 +24,10 @@ NETWORKS = {"resnet50": "ResNet-50", "vgg16_bn": "VGG-16 with norms", "efficient
 HEAD = f"""\
 # Where the Hopper kernel is expected to win
 
-Estimates of the plan for an {DEVICE} in float16, dense channels_last; nothing here is measured. Written by
-`python -m tests.hopper_page > docs/hopper.md`. A *ratio* is the estimated time of the best plan of `{HOPPER}`
-over that of `{RIVAL}`, launch included: below 1 the Hopper kernel is expected to be the faster.
+The plan's estimates for an {DEVICE} in float16, dense channels_last; nothing here is measured. Written by
+`python -m tests.hopper_page > docs/hopper.md`. A *ratio* is the estimated time of the best plan of
+`{HOPPER}` divided by that of `{RIVAL}`, launch included: below 1 the
+Hopper kernel is expected to be faster.
 """
 
 
@@ -45,7 +46,10 @@ def fastest(layer: Layer, batch: int) -> tuple[dict[str, Any], dict[str, dict[st
 def over_all_layers() -> Iterator[str]:
     """For each kind of layers in conv_layers.csv: where it takes any, is chosen, and by how much."""
     yield "## Over the layers of 194 networks\n"
-    yield "Of the uses of each kind, the share that takes the kernel, and its mean ratio there.\n"
+    yield (
+        "For each kind of layer: the share of uses for which the plan chooses the Hopper kernel, and the mean "
+        "ratio of these.\n"
+    )
     yield "| layers | uses | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |"
     yield "| --- | --- |" + " --- |" * len(BATCHES)
     kinds: dict[str, list[Layer]] = {}
