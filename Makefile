@@ -12,12 +12,14 @@ OUT ?= build/gpu
 BEFORE ?= $(OUT)/first.json
 
 VENV := .venv/bin/python
+# The GPUs that this machine shows, if any.
+GPU := $(shell nvidia-smi -L 2>/dev/null)
 NATIVE := $(shell find csrc tests/simt tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EXTENSION := setup.py cuda_build.py pyproject.toml $(filter csrc/%,$(NATIVE))
 
 GPU_TARGETS := gpu-first gpu-second gpu-build gpu-test gpu-sanitize gpu-profile gpu-bench
 
-.PHONY: help venv build bench test zoo lint format simt kernel-report coverage clean $(GPU_TARGETS)
+.PHONY: help venv build bench test test-quick zoo lint format simt kernel-report coverage clean $(GPU_TARGETS)
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -36,14 +38,26 @@ build: .venv/installed  ## install fused_cna into .venv, editable, with the CUDA
 .venv/built: .venv/installed $(EXTENSION)
 	$(MAKE) build
 
+# The planner alone, in seconds. Once the extension is built it has the planner too.
+.venv/planner: .venv/installed $(EXTENSION)
+	@echo "No GPU is visible: the CUDA kernels are not compiled. 'make build' compiles them."
+	FUSED_CNA_CUDA=0 $(VENV) -m pip install --no-build-isolation --no-deps --editable .
+	touch $@
+
 simt: .venv/built  ## build the simulator that runs the kernels on the CPU
 	$(VENV) -m tests.simt
 
-bench: .venv/built  ## measure real networks and layers against eager PyTorch and cuDNN, on a GPU or on the CPU
+bench: .venv/$(if $(GPU)$(wildcard .venv/built),built,planner)  ## measure networks and layers against eager PyTorch (and cuDNN, on a GPU)
 	$(VENV) -m bench
+
+# Without a GPU one architecture does, whose machine code the tests read. TORCH_CUDA_ARCH_LIST="8.0;9.0" reads both.
+test test-quick: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),$(if $(GPU),,9.0))
 
 test: .venv/built simt  ## the whole test suite; what needs a GPU is skipped without one
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist worksteal
+
+test-quick: .venv/built simt  ## every third case of each test, and none that is slow: for daily work
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist worksteal --quick
 
 kernel-report: .venv/built  ## registers, blocks, main loop, prologue and epilogue of every kernel in the built extension
 	$(VENV) -m tests.kernel_report

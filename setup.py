@@ -2,7 +2,7 @@
 
 Environment variables:
     FUSED_CNA_CUDA        0: no extension. 1: an error where it cannot be built. Unset: built where it can be.
-    TORCH_CUDA_ARCH_LIST  architectures as torch writes them ("8.0;9.0+PTX"). Unset: those of this machine's
+    TORCH_CUDA_ARCH_LIST  architectures as torch writes them ("8.0+PTX;9.0"). Unset: those of this machine's
                           GPUs, or cuda_build.PORTABLE where it has none.
     CUDA_HOME             the CUDA toolkit. Unset: that of the nvcc on PATH.
     MAX_JOBS              compilers at a time. Unset: ninja's default.

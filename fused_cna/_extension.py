@@ -118,8 +118,8 @@ def build_info() -> dict[str, Any]:
         - ``torch_built``, ``cuda_built``, ``python_built``: versions it was built against, None if not built
         - ``torch_running``, ``cuda_running``, ``python_running``: versions of this process; CUDA's is torch's
           own and None in a CPU build of torch
-        - ``architectures``: what the kernels were compiled for, such as ``["sm_80", "sm_90a", "compute_90"]``
-          (``compute_90`` is PTX, compiled by the driver for newer GPUs)
+        - ``architectures``: what the kernels were compiled for, such as ``["sm_80", "compute_80", "sm_90a"]``
+          (``compute_80`` is PTX, compiled by the driver for newer GPUs)
         - ``compiler``: the compilers that built it, None if not built
         - ``kernels``: names of the kernels in the extension, empty if it is not loaded
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import hypothesis
@@ -43,6 +44,23 @@ def needs_gpu() -> None:
     """Skips the running test where there is no GPU."""
     if not torch.cuda.is_available():
         pytest.skip(NO_GPU)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="every third case of a test, and no slow one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("quick"):
+        return
+    cases, kept, left_out = Counter[str](), [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        is_kept = cases[test] % 3 == 0 and not item.get_closest_marker("slow")
+        (kept if is_kept else left_out).append(item)
+        cases[test] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.hookimpl(wrapper=True)

@@ -47,8 +47,8 @@ def over_all_layers() -> Iterator[str]:
     """For each kind of layers in conv_layers.csv: where it takes any, is chosen, and by how much."""
     yield "## Over the layers of 194 networks\n"
     yield (
-        "For each kind of layer: the share of uses for which the plan chooses the Hopper kernel, and the mean "
-        "ratio of these.\n"
+        "For each kind of layer: the share of uses for which the plan chooses the Hopper kernel, and the "
+        "mean ratio of these.\n"
     )
     yield "| layers | uses | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |"
     yield "| --- | --- |" + " --- |" * len(BATCHES)

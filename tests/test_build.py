@@ -49,7 +49,7 @@ def _undecided(monkeypatch: pytest.MonkeyPatch) -> None:
         ("9.0a+PTX", ["sm_90a", "compute_90"]),
         ("7.0;7.5+PTX;8.0;", ["sm_80"]),
         ("10.0a, 12.0f+PTX", ["sm_100a", "sm_120f", "compute_120"]),
-        (cuda_build.PORTABLE, ["sm_80", "sm_90a", "compute_90"]),  # every GPU from 8.0 on
+        (cuda_build.PORTABLE, ["sm_80", "compute_80", "sm_90a"]),  # every GPU from 8.0 on
     ],
 )
 def test_architectures(arch_list: str, expected: list[str]) -> None:

@@ -39,7 +39,7 @@ class Variant:
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 PLAIN = Variant("plain", ("-O2", "-g1"), ("-shared",))
-SANITIZED = Variant("sanitized", ("-O1", "-g1", *SANITIZE), (*SANITIZE, "-rdynamic"))
+SANITIZED = Variant("sanitized", ("-O0", "-g1", *SANITIZE), (*SANITIZE, "-rdynamic"))
 COVERAGE = Variant("coverage", ("-O0", "-g1", "--coverage"), ("-shared", "--coverage"))
 
 # Files that are worth another level of optimisation than their variant's.
