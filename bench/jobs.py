@@ -35,7 +35,8 @@ from bench.result import Entry, Record
 from bench.routes import Route
 from fused_cna._device_timer import no_search
 from fused_cna.activation import describe
-from fused_cna.plan import DEFAULT_DEVICE, ConvProblem, explain
+from fused_cna.plan import DEFAULT_DEVICE, explain
+from fused_cna.problem import ConvProblem
 
 LAYER_BATCHES = (1, 8, 32, 128)
 PLANNED_DEVICES = ("A100", "L4", "RTX 4090", "H100", "H200", "B200")

@@ -58,7 +58,7 @@ def check_arguments(
     Raises:
         RuntimeError: naming what was given and what is allowed.
     """
-    shape = _check_convolution(x, weight, bias, stride, padding, dilation, groups)
+    shape = check_convolution(x, weight, bias, stride, padding, dilation, groups)
     _check_norm(x, shape[1], norm_weight, norm_bias, running_mean, running_var)
     _check_activation(act, act_params)
     check_residual_order(residual_order)
@@ -67,7 +67,7 @@ def check_arguments(
     return shape
 
 
-def _check_convolution(
+def check_convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_cna import ops
-from fused_cna.plan import call_question
 from fused_cna.plan_file import ProblemKey, problem_key
+from fused_cna.problem import call_question
 
 # Where they are in the operator's arguments.
 _X, _WEIGHT, _RUNNING_MEAN, _ACT, _RESIDUAL, _ORDER = 0, 1, 5, 12, 14, 15

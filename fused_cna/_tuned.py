@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fused_cna import _extension, plan_file
+from fused_cna.device import Device as Figures
 from fused_cna.plan_file import Device, Problem, ProblemKey, TunedPlan, problem_key
 
 _lock = threading.Lock()
@@ -29,14 +30,23 @@ class Target:
 
 
 def named_target(planner: ModuleType, name: str) -> Target:
-    """A device that the planner knows by name.
+    """A device that the planner knows by name, in upper or lower case.
 
     Raises:
         ValueError: it does not (lists those that it knows).
     """
+    given, slash, part = name.partition("/")
+    known = {each.lower(): each for each in planner.devices()}
+    name = known.get(given.lower(), given) + slash + part
     info = planner.device(name)
     capability = f"{info['compute_major']}.{info['compute_minor']}"
     return Target(Device(name, capability, info["multiprocessors"]), info)
+
+
+def target_of(device: Figures) -> Target:
+    """A device by its figures."""
+    capability = "{}.{}".format(*device.compute_capability)
+    return Target(Device(device.name, capability, device.multiprocessors), device.fields())
 
 
 def cuda_target(index: int) -> Target:

@@ -48,6 +48,23 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def hooks_of(module: nn.Module) -> str:
+    """What :func:`has_hooks` found, by name."""
+    found = []
+    for kind in HOOKS:
+        words = "the " + kind.strip("_").replace("_pre", " pre").removesuffix("s").replace("_", " ")
+        found += [f"{words} {_name_of(hook)}" for hook in vars(module)[kind].values()]
+    if "forward" in vars(module):
+        found.append(f"a forward of its own, {_name_of(module.forward)}")
+    return ", ".join(found)
+
+
+def _name_of(function: Any) -> str:
+    function = getattr(function, "func", function)  # of a functools.partial
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def has_global_hooks() -> bool:
     return bool(
         module_hooks._global_forward_hooks

@@ -200,7 +200,7 @@ class ConvNormAct(nn.Module):
     def extra_repr(self) -> str:
         return "" if self.residual_order == "add_act" else f"residual_order={self.residual_order!r}"
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """``act(norm(conv(x)))``, with ``residual`` added where ``residual_order`` says.
 
         ``out`` is where to write the result, and then what is returned: :func:`fused_cna.conv_norm_act` says

@@ -1,9 +1,10 @@
 """What would run for a convolution, on which device, and why: :func:`explain`."""
 
 import contextlib
+import difflib
 import importlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_cna import _extension, _tuned
-from fused_cna._checks import RESIDUAL_ORDERS, explicit_padding, pair
-from fused_cna.activation import ACTIVATIONS
+from fused_cna._checks import check_convolution, explicit_padding, pair
+from fused_cna.device import Device
 from fused_cna.modules import ConvNormAct, fused_epilogue
 from fused_cna.plan_file import TunedPlan
+from fused_cna.problem import ConvProblem, call_question, dense_strides
 
 DEFAULT_DEVICE = "H100"
 
@@ -35,108 +37,6 @@ def planner() -> ModuleType:
             "compiler there, in a checkout of fused_cna: "
             "pip install --no-build-isolation --force-reinstall --no-deps ."
         ) from error
-
-
-@dataclass(frozen=True)
-class ConvProblem:
-    """One convolution, without tensors. Ints stand for pairs where ``nn.Conv2d`` takes both.
-
-    Args:
-        n, c, h, w: size of the input.
-        k, r, s: output channels, filter height, filter width.
-        stride, dilation: in input pixels, one number or (height, width).
-        padding: one number, (height, width) or (top, bottom, left, right).
-        groups: divides c and k.
-        dtype: of input and weight.
-        channels_last: whether both are dense channels_last; else dense contiguous.
-        norm, act, residual: what follows the convolution: whether a batch norm, the name of the activation,
-            and the residual's order or None. Only plans that were measured depend on it.
-
-    Raises:
-        ValueError: a size that is not positive, ``groups`` that does not divide the channels, a filter larger
-            than the padded input, or an unknown activation or residual order.
-    """
-
-    n: int
-    c: int
-    h: int
-    w: int
-    k: int
-    r: int
-    s: int
-    stride: int | Sequence[int] = 1
-    padding: int | Sequence[int] = 0
-    dilation: int | Sequence[int] = 1
-    groups: int = 1
-    dtype: torch.dtype = torch.float16
-    channels_last: bool = True
-    norm: bool = True
-    act: str = "relu"
-    residual: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("n", "c", "h", "w", "k", "r", "s", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
-        if self.c % self.groups or self.k % self.groups:
-            raise ValueError(
-                f"groups must divide c and k, but got groups={self.groups}, c={self.c}, k={self.k}"
-            )
-        for name, known in (("act", tuple(ACTIVATIONS)), ("residual", (None, *RESIDUAL_ORDERS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, but got {getattr(self, name)!r}")
-        fields = self._fields()
-        top, bottom, left, right = fields["padding"]
-        for size, pads, i in ((self.h, top + bottom, 0), (self.w, left + right, 1)):
-            extent = fields["dilation"][i] * ((self.r, self.s)[i] - 1) + 1
-            if extent > size + pads:
-                raise ValueError(
-                    f"the filter must fit the padded input, but it spans {extent} pixels of {size + pads} "
-                    f"in {self}"
-                )
-
-    def _fields(self) -> dict[str, Any]:
-        """The numbers as the planner takes them."""
-        padding = explicit_padding(self.padding, (self.r, self.s), (1, 1), (1, 1))
-        sizes = {name: getattr(self, name) for name in ("n", "c", "h", "w", "k", "r", "s", "groups")}
-        return {
-            **sizes,
-            "stride": pair(self.stride, "stride"),
-            "padding": _four_pads(padding),
-            "dilation": pair(self.dilation, "dilation"),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "allow_tf32": allows_tf32(),
-            "norm": self.norm,
-            "act": self.act,
-            "residual": self.residual,
-        }
-
-    def question(self) -> dict[str, Any]:
-        """The problem as the planner takes it, with operands that lie as ``channels_last`` says."""
-        x = _dense_strides(self.c, self.h, self.w, self.channels_last)
-        weight = _dense_strides(self.c // self.groups, self.r, self.s, self.channels_last)
-        return {
-            **self._fields(),
-            "x_address": 0,
-            "x_strides": x,
-            "weight_address": 0,
-            "weight_strides": weight,
-        }
-
-
-def allows_tf32() -> bool:
-    """Whether float32 convolutions on a GPU may be computed in tf32."""
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
-
-
-def _four_pads(padding: Sequence[int]) -> tuple[int, ...]:
-    return tuple(padding) if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
-
-
-def _dense_strides(channels: int, height: int, width: int, channels_last: bool) -> tuple[int, int, int, int]:
-    if channels_last:
-        return height * width * channels, 1, width * channels, channels
-    return channels * height * width, height * width, width, 1
 
 
 @dataclass(frozen=True)
@@ -213,11 +113,11 @@ def _copies(target: _tuned.Target, question: dict[str, Any], chosen: dict[str, A
     """Which operands the chosen plan first copies, for how long by its estimate, and what to do about it."""
     c, h, w, r, s = (question[name] for name in ("c", "h", "w", "r", "s"))
     for operand, words, strides, advice in (
-        ("x", "x", _dense_strides(c, h, w, True), "giving it in that format"),
+        ("x", "x", dense_strides(c, h, w, True), "giving it in that format"),
         (
             "weight",
             "the weight",
-            _dense_strides(c // question["groups"], r, s, True),
+            dense_strides(c // question["groups"], r, s, True),
             "module.to(memory_format=torch.channels_last)",
         ),
     ):
@@ -232,56 +132,46 @@ def _copies(target: _tuned.Target, question: dict[str, Any], chosen: dict[str, A
             )
 
 
-def call_question(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *,
-    norm: bool,
-    act: str,
-    residual: str | None,
-) -> dict[str, Any]:
-    """The problem of an operator's call as the planner takes it, x and the weight as they lie in memory."""
-    n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    meta = x.is_meta or weight.is_meta
-    sizes = {"n": n, "c": c, "h": h, "w": w, "k": k, "r": r, "s": s, "groups": groups}
-    return {
-        **sizes,
-        "stride": tuple(stride),
-        "padding": _four_pads(padding),
-        "dilation": tuple(dilation),
-        "dtype": str(x.dtype).removeprefix("torch."),
-        "allow_tf32": allows_tf32(),
-        "x_address": 0 if meta else x.data_ptr(),
-        "x_strides": x.stride(),
-        "weight_address": 0 if meta else weight.data_ptr(),
-        "weight_strides": weight.stride(),
-        "norm": norm,
-        "act": act,
-        "residual": residual,
-    }
-
-
 def _module_question(module: ConvNormAct, x: Tensor | None, with_residual: bool) -> dict[str, Any]:
     if not isinstance(x, Tensor):
         raise TypeError(f"explain(module, x) needs an input tensor, but got {type(x).__name__}")
     conv = module.conv
     x = x.unsqueeze(0) if x.dim() == 3 else x
-    k, _, r, s = conv.weight.shape
+    _, _, r, s = conv.weight.shape
     stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
     padding = explicit_padding(conv.padding, (r, s), stride, dilation)
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode), (0, 0)
-    n, c, h, w = x.shape
-    ConvProblem(n, c, h, w, k, r, s, stride, padding, dilation, conv.groups)  # refuses what does not fit
+    check_convolution(x, conv.weight, conv.bias, stride, padding, dilation, conv.groups)
     norm, act, residual = fused_epilogue(module, with_residual)
     return call_question(
         x, conv.weight, stride, padding, dilation, conv.groups, norm=norm, act=act, residual=residual
     )
+
+
+def _question(problem: object, x: Tensor | None, residual: Tensor | None) -> dict[str, Any]:
+    """The problem as the planner takes it, with operands as they lie in memory."""
+    if isinstance(problem, ConvNormAct):
+        return _module_question(problem, x, residual is not None)
+    if not isinstance(problem, ConvProblem):
+        raise TypeError(
+            "explain takes a ConvProblem, or a ConvNormAct and an input for it, but got "
+            f"{type(problem).__name__}; for a network fused_cna.report(network) says what is fused, and "
+            "ConvNormAct.from_modules(conv, norm, act) makes a module of layers that exist"
+        )
+    if residual is not None:
+        raise TypeError(
+            "a ConvProblem says itself whether there is a residual: ConvProblem(residual='add_act')"
+        )
+    if x is None:
+        return problem.question()
+    sizes = (problem.n, problem.c, problem.h, problem.w)
+    if tuple(x.shape) != sizes or x.dtype != problem.dtype:
+        raise ValueError(
+            f"x must be what the problem says, of size {sizes} and {problem.dtype}, "
+            f"but got {tuple(x.shape)} and {x.dtype}"
+        )
+    return {**problem.question(), "x_address": 0 if x.is_meta else x.data_ptr(), "x_strides": x.stride()}
 
 
 _forced = ""
@@ -296,8 +186,7 @@ def forced_name() -> str:
 def forced_plan(name: str) -> Iterator[None]:
     """Inside this context every CUDA call of this process runs the best plan whose name begins so.
 
-    For tests and tuning; a call that no such plan can take raises a ``RuntimeError`` that lists the legal
-    ones.
+    For tests and tuning. A call that no such plan can take raises a ``RuntimeError`` with the legal ones.
 
     Args:
         name: as :func:`explain` prints it or the start of it: "direct", "implicit_gemm_sm80 128x64x32",
@@ -305,9 +194,15 @@ def forced_plan(name: str) -> Iterator[None]:
 
     Raises:
         ImportError: the compiled extension is not available; says why.
+        ValueError: no kernel is called so; lists the kernels.
     """
     global _forced
     extension = _extension.module()
+    kernel, is_whole, _ = name.partition(" ")
+    known = ("cudnn", *_extension.build_info()["kernels"])
+    if not any(kernel == each or (not is_whole and each.startswith(kernel)) for each in known):
+        close = "".join(f" did you mean {each!r}?" for each in difflib.get_close_matches(kernel, known, 1))
+        raise ValueError(f"no plan begins with {name!r};{close} the kernels are {', '.join(known)}")
     before, _forced = extension.force_plan(name), name
     try:
         yield
@@ -316,8 +211,10 @@ def forced_plan(name: str) -> Iterator[None]:
         extension.force_plan(before)
 
 
-def find_target(device: str | torch.device | None, x: Tensor | None) -> _tuned.Target:
-    """What to plan for: a device by name, or of this machine; by default that of ``x`` if it has kernels."""
+def find_target(device: str | torch.device | Device | None, x: Tensor | None) -> _tuned.Target:
+    """What to plan for: a device by name or figures, or of this machine; by default that of ``x``."""
+    if isinstance(device, Device):
+        return _tuned.target_of(device)
     if device is None:
         usable = isinstance(x, Tensor) and x.is_cuda and _extension.is_available()
         device = x.device if usable and x is not None else DEFAULT_DEVICE
@@ -349,7 +246,7 @@ def explain(
     x: Tensor | None = None,
     residual: Tensor | None = None,
     *,
-    device: str | torch.device | None = None,
+    device: str | torch.device | Device | None = None,
 ) -> Explanation:
     """Which kernel would run, with which tile and split, what the planner expects of it, and why not another.
 
@@ -357,24 +254,24 @@ def explain(
     so.
 
     Args:
-        problem: a :class:`ConvProblem`; or a module, and then ``x`` is an input for it, whose strides and
-            alignment are taken into account as they are, and ``residual`` is what it would be called with.
-        device: "A100", "L4", "RTX 4090", "H100", "H200" or "B200"; "H100/16" for a part of one with so many
-            multiprocessors; or a CUDA device of this machine, such as "cuda:0". By default that of ``x`` if
-            it is on one, else "H100".
+        problem: a :class:`ConvProblem`, or a :class:`ConvNormAct`.
+        x: an input of the module, [N, C, H, W] or [C, H, W], or of the problem; its strides and alignment
+            are taken into account. A module needs it.
+        residual: what the module would be called with.
+        device: "A100", "L4", "RTX 4090", "H100", "H200" or "B200", in any case; "H100/16" for a part of one
+            with 16 multiprocessors; a :class:`fused_cna.Device` for any other; or a CUDA device of this
+            machine, such as "cuda:0". By default that of ``x`` if it is on one, else "H100".
 
     Raises:
-        ValueError: a device that is not known (lists the known ones), or a dtype that no kernel takes.
-        RuntimeError: the compiled planner is missing.
+        TypeError: neither a problem nor a ``ConvNormAct``, or a module without ``x``.
+        ValueError: a device that is not known (lists the known ones), a dtype that no kernel takes, or
+            an ``x`` that is not of the problem's size and dtype.
+        RuntimeError: an ``x`` that the module refuses, or the compiled planner is missing.
 
     >>> print(explain(ConvProblem(32, 64, 56, 56, 64, 3, 3, padding=1), device="A100"))
     """
+    question = _question(problem, x, residual)
     target = find_target(device, x)
-    question = (
-        problem.question()
-        if isinstance(problem, ConvProblem)
-        else _module_question(problem, x, residual is not None)
-    )
     asked = planner().problem(question)
     chosen, known, why_not = decide(target, asked)
     others = [c for c in planner().candidates(asked, dict(target.info)) if c["name"] != chosen["name"]]

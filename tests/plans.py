@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_cna import _extension, _tuned
-from fused_cna.plan import DEFAULT_DEVICE, call_question, planner
+from fused_cna.plan import DEFAULT_DEVICE, planner
+from fused_cna.problem import call_question
 from tests.reference import Problem
 
 

@@ -83,7 +83,22 @@ def test_python_code_is_named_with_the_reason() -> None:
     assert layers.keys() == PARTS.keys()
     assert {name for name, layer in layers.items() if layer.fused} == {n for n in PARTS if "." in n}
     assert layers["stem"].looks_fusible
-    assert result.untraceable[path] in " ".join(str(result).split())
+    text = " ".join(str(result).split())
+    assert result.untraceable[path] in text
+    assert 'backend="fused_cna"' in text
+
+
+def scale(module: nn.Module, args: object, y: Tensor) -> Tensor:
+    return 2 * y
+
+
+def test_hooks_and_parametrizations_are_named() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU()).eval()
+    network[0].register_forward_hook(scale)
+    nn.utils.parametrizations.weight_norm(network[2])
+    hooked, parametrized = (layer.reason for layer in report(network).layers)
+    assert f"forward hook {__name__}.scale" in hooked
+    assert "weight by _WeightNorm" in parametrized
 
 
 def test_what_changed_runs_as_it_was_written() -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from fused_cna import ConvNormAct, ConvProblem, explain
+import fused_cna
+from fused_cna import ConvNormAct, ConvProblem, Device, explain, forced_plan
+from tests.sass import find_extension
 
 DEVICES = ("A100", "L4", "RTX 4090", "H100", "H200", "B200")
 LAYERS = Path(__file__).parents[1] / "bench" / "data" / "conv_layers.csv"
@@ -126,19 +131,69 @@ def test_a_module_and_its_input_are_seen_as_they_lie_in_memory() -> None:
     assert explain(module, x[0]).kernel in ON_TENSOR_CORES
 
 
-def test_bad_questions() -> None:
-    with pytest.raises(ValueError, match="A100, L4, RTX 4090, H100, H200, B200"):
-        explain(RESNET, device="K80")
-    with pytest.raises(ValueError, match="float64"):
-        explain(ConvProblem(1, 8, 8, 8, 8, 1, 1, dtype=torch.float64))
-    with pytest.raises(ValueError, match="groups must divide"):
-        ConvProblem(1, 8, 8, 8, 8, 1, 1, groups=3)
-    with pytest.raises(ValueError, match="n must be at least 1"):
-        ConvProblem(0, 8, 8, 8, 8, 1, 1)
-    with pytest.raises(ValueError, match="spans 5 pixels of 4"):
-        ConvProblem(1, 8, 4, 8, 8, 5, 1)
-    with pytest.raises(TypeError, match="input tensor"):
-        explain(ConvNormAct(4, 4))
+MODULE = ConvNormAct(4, 4)
+A10 = Device("A10", (8, 6), 72, 100 << 10, 99 << 10, clock_ghz=1.7, bandwidth_gbs=600)
+
+
+@pytest.mark.parametrize(
+    ("question", "error", "named"),
+    [
+        (lambda: explain(RESNET, device="K80"), ValueError, "A100, L4, RTX 4090, H100, H200, B200"),
+        (lambda: explain(ConvProblem(1, 8, 8, 8, 8, 1, 1, dtype=torch.float64)), ValueError, "float64"),
+        (lambda: ConvProblem(1, 8, 8, 8, 8, 1, 1, groups=3), ValueError, "groups must divide"),
+        (lambda: ConvProblem(0, 8, 8, 8, 8, 1, 1), ValueError, "n must be at least 1"),
+        (lambda: ConvProblem(1, 8, 8, 8, 8, 1, 1, padding=-1), ValueError, "padding must be at least 0"),
+        (lambda: ConvProblem(1, 8, 8, 8, 8, 1, 1, stride=0), ValueError, "stride must be at least 1"),
+        (lambda: ConvProblem(1, 8, 4, 8, 8, 5, 1), ValueError, "spans 5 pixels of 4"),
+        (lambda: explain(MODULE), TypeError, "input tensor"),
+        (lambda: explain(nn.Sequential(nn.Conv2d(3, 4, 3))), TypeError, r"Sequential.*report\("),
+        (lambda: explain(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 4, 4)), TypeError, r"Conv2d.*report\("),
+        (lambda: explain(MODULE, torch.ones(1, 3, 4, 4)), RuntimeError, "4 channels, but got 3"),
+        (lambda: explain(MODULE, torch.ones(1, 4, 4, 4).double()), RuntimeError, "should be the same"),
+        (lambda: explain(RESNET, torch.ones(1, 3, 9, 9)), ValueError, "of size"),
+        (lambda: explain(RESNET, residual=torch.ones(1)), TypeError, "residual="),
+        (lambda: replace(A10, compute_capability=(7, 5)), ValueError, "compute_capability"),
+        (lambda: replace(A10, bandwidth_gbs=0), ValueError, "bandwidth_gbs must be positive"),
+        (lambda: replace(A10, shared_per_block=1 << 20), ValueError, "shared_per_multiprocessor"),
+    ],
+)
+def test_bad_questions(question: Callable[[], object], error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        question()
+
+
+def test_devices_by_name_and_by_figures() -> None:
+    for name in ("a100", "rtx 4090", "H100/16", "h100/16"):
+        assert explain(RESNET, device=name).device.lower() == name.lower()
+    explanation = explain(RESNET, device=A10)
+    assert explanation.device == "A10"
+    assert explanation.estimate_us > explain(RESNET, device="A100").estimate_us
+    slower = explain(RESNET, device=replace(A10, multiprocessors=36)).estimate_us
+    assert slower > 1.5 * explanation.estimate_us
+    assert {c["illegal"] == "" for c in explanation.candidates if c["kernel"] == HOPPER} == {False}
+
+
+def test_a_problem_with_an_input_takes_its_strides() -> None:
+    x = torch.empty(256, 256, 14, 14, dtype=torch.float16, device="meta")
+    assert explain(RESNET, x).candidates[0]["convert_x"]
+    assert not explain(RESNET, x.to(memory_format=torch.channels_last)).candidates[0]["convert_x"]
+
+
+def test_a_misspelt_switch_or_plan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in (lambda: setattr(fused_cna.config, "stict", True), lambda: fused_cna.config.stict):
+        with pytest.raises(AttributeError, match="did you mean 'strict'"):
+            wrong()
+    with pytest.raises(TypeError, match="True or False"):
+        fused_cna.config.strict = 1
+    monkeypatch.setattr(fused_cna.config, "strict", True)
+    assert fused_cna.config.strict
+    if find_extension():
+        for wrong in ("implicit_gem_sm80", "direct64x64"):
+            with pytest.raises(ValueError, match="did you mean"), forced_plan(wrong):
+                pass
+        for right in ("", "implicit", "cudnn", "direct 64x64x32"):
+            with forced_plan(right):
+                pass
 
 
 def real_layers() -> list[tuple[int, ConvProblem]]:

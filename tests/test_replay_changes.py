@@ -100,7 +100,7 @@ def test_a_hidden_change_is_seen(change: str, gpu: FakeGpu) -> None:
 def test_a_mode_that_passes_ends_nothing(gpu: FakeGpu) -> None:
     fused, plain = pair()
     handle = fused.act.register_forward_hook(lambda module, args, y: y)
-    with pytest.warns(UserWarning, match="a ReLU of it has hooks"):
+    with pytest.warns(UserWarning, match="a ReLU of it has the forward hook"):
         check(fused, plain)
     handle.remove()
     check(fused, plain)

@@ -85,7 +85,7 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
         if module.training:
             raise NotNowError(f"a {name} of it is in training mode")
         if layers.has_hooks(module):
-            raise NotNowError(f"a {name} of it has hooks")
+            raise NotNowError(f"a {name} of it has {layers.hooks_of(module)}")
         if any(isinstance(value, Tensor) for value in vars(module).values()):
             raise NotNowError(f"a {name} of it has a tensor that is neither parameter nor buffer")
 

@@ -141,13 +141,20 @@ def kind_of(module: nn.Module) -> type | None:
     return Act if activation.describe(module) is not None and type(module) is not nn.Identity else None
 
 
+def _classes(parts: Any) -> list[str]:
+    return [type(part).__name__ for part in parts]
+
+
 def _why_left_alone(module: nn.Module) -> str:
     """Why a module that computes a part of a group cannot be one; empty if it can."""
     name = type(module).__name__
     if parametrize.is_parametrized(module):
-        return f"{layers.class_of(module).__name__} is parametrized"
-    if layers.has_hooks(module) or any(map(layers.has_hooks, module.children())):
-        return f"{name} has hooks, or a forward of its own"
+        made: Any = module.parametrizations
+        said = ", ".join(f"its {which} by {' and '.join(_classes(made[which]))}" for which in made)
+        return f"{layers.class_of(module).__name__} is parametrized, {said}"
+    for part in (module, *module.children()):
+        if layers.has_hooks(part):
+            return f"{type(part).__name__} has {layers.hooks_of(part)}"
     for base, is_known in ((nn.Conv2d, layers.is_conv), (nn.BatchNorm2d, layers.is_batch_norm)):
         if isinstance(module, base) and not is_known(module):
             return f"{name} is a subclass of {base.__name__} with a forward of its own"

@@ -149,6 +149,8 @@ def _lines(report: FusionReport) -> Iterator[str]:
         yield f"{len(layers):5}  {what}{f', {seeming} look fusible' if seeming else ''}: {names}"
     for name, reason in report.untraceable.items():
         yield f"Cannot be followed, and runs as it was written: {name or 'the network itself'}: {reason}"
+    if report.untraceable:
+        yield 'torch.compile(model, backend="fused_cna") follows most such code, and fuses what is in it.'
     if report.is_training:
         yield "It is in training mode and runs as it was written, live; once eval() is called it runs fused."
     if report.as_written:

@@ -1,0 +1,151 @@
+"""A convolution as the planner is asked about it: :class:`ConvProblem`, or the tensors of a call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_cna._checks import RESIDUAL_ORDERS, explicit_padding, pair
+from fused_cna.activation import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """One convolution, without tensors. Ints stand for pairs where ``nn.Conv2d`` takes both.
+
+    Args:
+        n, c, h, w: size of the input.
+        k, r, s: output channels, filter height, filter width.
+        stride, dilation: in input pixels, one number or (height, width).
+        padding: one number, (height, width) or (top, bottom, left, right).
+        groups: divides c and k.
+        dtype: of input and weight.
+        channels_last: whether both are dense channels_last; else dense contiguous.
+        norm, act, residual: what follows the convolution: whether a batch norm, the name of the activation,
+            and the residual's order or None. Only plans that were measured depend on it.
+
+    Raises:
+        ValueError: a size, stride or dilation that is not positive, a negative padding, ``groups`` that does
+            not divide the channels, a filter larger than the padded input, or an unknown activation or
+            residual order.
+    """
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride: int | Sequence[int] = 1
+    padding: int | Sequence[int] = 0
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+    dtype: torch.dtype = torch.float16
+    channels_last: bool = True
+    norm: bool = True
+    act: str = "relu"
+    residual: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n", "c", "h", "w", "k", "r", "s", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
+        for name, least in (("stride", 1), ("dilation", 1), ("padding", 0)):
+            if min(self._fields()[name]) < least:
+                raise ValueError(f"{name} must be at least {least}, but got {getattr(self, name)}")
+        if self.c % self.groups or self.k % self.groups:
+            raise ValueError(
+                f"groups must divide c and k, but got groups={self.groups}, c={self.c}, k={self.k}"
+            )
+        for name, known in (("act", tuple(ACTIVATIONS)), ("residual", (None, *RESIDUAL_ORDERS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, but got {getattr(self, name)!r}")
+        fields = self._fields()
+        top, bottom, left, right = fields["padding"]
+        for size, pads, i in ((self.h, top + bottom, 0), (self.w, left + right, 1)):
+            extent = fields["dilation"][i] * ((self.r, self.s)[i] - 1) + 1
+            if extent > size + pads:
+                raise ValueError(
+                    f"the filter must fit the padded input, but it spans {extent} pixels of {size + pads} "
+                    f"in {self}"
+                )
+
+    def _fields(self) -> dict[str, Any]:
+        """The numbers as the planner takes them."""
+        padding = explicit_padding(self.padding, (self.r, self.s), (1, 1), (1, 1))
+        sizes = {name: getattr(self, name) for name in ("n", "c", "h", "w", "k", "r", "s", "groups")}
+        return {
+            **sizes,
+            "stride": pair(self.stride, "stride"),
+            "padding": four_pads(padding),
+            "dilation": pair(self.dilation, "dilation"),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "allow_tf32": allows_tf32(),
+            "norm": self.norm,
+            "act": self.act,
+            "residual": self.residual,
+        }
+
+    def question(self) -> dict[str, Any]:
+        """The problem as the planner takes it, with operands that lie as ``channels_last`` says."""
+        x = dense_strides(self.c, self.h, self.w, self.channels_last)
+        weight = dense_strides(self.c // self.groups, self.r, self.s, self.channels_last)
+        return {
+            **self._fields(),
+            "x_address": 0,
+            "x_strides": x,
+            "weight_address": 0,
+            "weight_strides": weight,
+        }
+
+
+def allows_tf32() -> bool:
+    """Whether float32 convolutions on a GPU may be computed in tf32."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
+def four_pads(padding: Sequence[int]) -> tuple[int, ...]:
+    return tuple(padding) if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
+
+
+def dense_strides(channels: int, height: int, width: int, channels_last: bool) -> tuple[int, int, int, int]:
+    if channels_last:
+        return height * width * channels, 1, width * channels, channels
+    return channels * height * width, height * width, width, 1
+
+
+def call_question(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    norm: bool,
+    act: str,
+    residual: str | None,
+) -> dict[str, Any]:
+    """The problem of an operator's call as the planner takes it, x and the weight as they lie in memory."""
+    n, c, h, w = x.shape
+    k, _, r, s = weight.shape
+    meta = x.is_meta or weight.is_meta
+    sizes = {"n": n, "c": c, "h": h, "w": w, "k": k, "r": r, "s": s, "groups": groups}
+    return {
+        **sizes,
+        "stride": tuple(stride),
+        "padding": four_pads(padding),
+        "dilation": tuple(dilation),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "allow_tf32": allows_tf32(),
+        "x_address": 0 if meta else x.data_ptr(),
+        "x_strides": x.stride(),
+        "weight_address": 0 if meta else weight.data_ptr(),
+        "weight_strides": weight.stride(),
+        "norm": norm,
+        "act": act,
+        "residual": residual,
+    }
