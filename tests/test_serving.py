@@ -44,29 +44,29 @@ class Net(nn.Module):
         return self.head(y + self.body(y))
 
 
-class Stopped(Net):
-    """The first of all workers that runs it waits in its first batch to be killed."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with contextlib.suppress(FileExistsError):
-            Path(os.environ["STOPPED"]).open("x").close()
-            Path(os.environ["STOPPED"]).write_text(str(os.getpid()))
-            time.sleep(PATIENCE)
-        return super().forward(x)
-
-
 def transform(image: Image.Image) -> Tensor:
     pixels = torch.frombuffer(bytearray(image.resize((16, 16)).tobytes()), dtype=torch.uint8)
     return pixels.view(16, 16, 3).permute(2, 0, 1) / 255
 
 
-def make(kind: type[Net] = Net) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
+def make() -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
     torch.manual_seed(0)
-    return randomised(kind()), transform
+    return randomised(Net()), transform
 
 
-def make_stopped() -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
-    return make(Stopped)
+def wait_to_be_killed(network: nn.Module, inputs: object) -> None:
+    """The first of all workers to come here waits, in its first batch."""
+    with contextlib.suppress(FileExistsError):
+        (Path(os.environ["PIDS"]) / "victim").symlink_to(f"{os.getpid()}")
+        time.sleep(PATIENCE)
+
+
+def make_mortal() -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
+    """Writes down which processes load the network."""
+    (Path(os.environ["PIDS"]) / f"{os.getpid()}").touch()
+    network, prepare = make()
+    network.register_forward_pre_hook(wait_to_be_killed)
+    return network, prepare
 
 
 @pytest.fixture
@@ -92,10 +92,11 @@ def expected(folder: Path) -> dict[str, tuple[int, float]]:
 
 @contextlib.contextmanager
 def running(recipe: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ours |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "docs" / "serving" / recipe), *arguments],
-        env=os.environ | quiet | environment,
+        env=os.environ | ours | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -120,45 +121,39 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
 
 
 def test_a_batch_job_survives_the_death_of_a_worker(images: Path, tmp_path: Path) -> None:
-    """Two workers, of which one is killed in a batch: every image once, as the plain network answers."""
+    """One of two workers is killed in its first batch: every file once, as the plain network answers."""
     import pyarrow.parquet
 
     answers = expected(images)
     (images / "broken.png").write_bytes(b"no image")
-    out, stopped = tmp_path / "out", tmp_path / "stopped"
-    options = (
-        "--workers",
-        "2",
-        "--batch-size",
-        "3",
-        "--cpus",
-        "4",
-        "--model",
-        "tests.test_serving:make_stopped",
-    )
-    with running(
-        "batch.py", "--images", str(images), "--out", str(out), *options, STOPPED=str(stopped)
-    ) as process:
-        wait_for(lambda: stopped.exists() and stopped.read_text(), process)
+    out, pids = tmp_path / "out", tmp_path / "pids"
+    pids.mkdir()
+    arguments = ["--images", str(images), "--out", str(out), "--model", f"{__name__}:make_mortal"]
+    arguments += ["--workers", "2", "--batch-size", "3", "--cpus", "3"]
+    with running("batch.py", *arguments, PIDS=str(pids)) as process:
+        # The recipe itself, both workers, and the link.
+        wait_for(lambda: len(list(pids.iterdir())) == 4, process)
+        before = set(pids.iterdir())
         assert not out.exists()
-        os.kill(int(stopped.read_text()), signal.SIGKILL)
+        os.kill(int(os.readlink(pids / "victim")), signal.SIGKILL)
         said, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, said
-        assert f"{IMAGES + 1} images" in said
-        assert "1 could not be decoded" in said
+    assert f"{IMAGES + 1} files" in said
+    assert "1 could not be decoded" in said
+    assert len(set(pids.iterdir()) - before) == 1, "one process takes the place of the one killed"
+
     rows = pyarrow.parquet.read_table(out).to_pylist()
-    assert len(rows) == IMAGES + 1
     found = {Path(row["path"]).name: row for row in rows}
+    assert len(rows) == len(found) == IMAGES + 1
     broken = found.pop("broken.png")
     assert broken["error"]
     assert broken["label"] == -1
-    assert found.keys() == answers.keys()
     for name, (label, probability) in answers.items():
         assert found[name]["label"] == label, name
         assert found[name]["probability"] == pytest.approx(probability, rel=1e-4), name
 
 
-def test_requests_are_answered_in_batches(images: Path) -> None:
+def test_concurrent_requests_get_their_own_answers(images: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

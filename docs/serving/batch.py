@@ -9,33 +9,27 @@ import numpy as np
 import pyarrow.dataset
 import ray
 import torch
-from models import classify, fused, load
+from models import Transform, classify, fused, load
 from PIL import Image
 
-Batch = dict[str, np.ndarray]
 
-
-class Decoder:
-    """Makes inputs of files. What cannot be decoded keeps its row, with the error."""
-
-    def __init__(self, model: str) -> None:
-        _, self.transform = load(model)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            image, error = Image.open(io.BytesIO(row["bytes"])).convert("RGB"), ""
-        except OSError as failure:
-            image, error = Image.new("RGB", (256, 256)), str(failure)
-        return {"path": row["path"], "image": self.transform(image).numpy(), "error": error}
+def decode(row: dict[str, Any], transform: Transform) -> dict[str, Any]:
+    """The input of one file. A file that is no image keeps its row, with the error."""
+    try:
+        image, error = Image.open(io.BytesIO(row["bytes"])).convert("RGB"), ""
+    except Exception as failure:  # Pillow raises many kinds for damaged files
+        image, error = Image.new("RGB", (256, 256)), f"{type(failure).__name__}: {failure}"
+    return {"path": row["path"], "image": transform(image).numpy(), "error": error}
 
 
 class Classifier:
-    """One network for a worker, fused once."""
+    """One worker: a network, fused once."""
 
     def __init__(self, model: str) -> None:
-        self.network = fused(model)
+        network, _ = load(model)
+        self.network = fused(network)
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         classes, probabilities = classify(self.network, torch.from_numpy(np.stack(batch["image"])))
         failed = batch["error"] != ""
         return {
@@ -49,37 +43,38 @@ class Classifier:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", required=True, help="a folder, or an s3:// or gs:// address")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the Parquet files; must be new")
-    parser.add_argument("--model", default="resnet50", help="of torchvision, or module:function")
-    parser.add_argument("--workers", type=int, default=2, help="networks at a time, each on a GPU of its own")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder, which all machines see")
+    parser.add_argument("--model", default="resnet50", help="a network of torchvision, or module:function")
+    parser.add_argument("--workers", type=int, help="default: one per GPU, or per CPU but one without GPUs")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--cpus", type=int, help="of a local Ray; default: this machine's cores")
+    parser.add_argument("--cpus", type=int, help="CPUs of a local Ray; default: this machine's")
     given = parser.parse_args()
     if given.out.exists():
-        parser.error(f"{given.out} exists already; name a folder that does not")
-    ray.init(num_cpus=given.cpus)
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        parser.error(f"--out {given.out} exists; name a folder that does not")
+    ray.init(num_cpus=given.cpus, include_dashboard=False)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    cpus = int(ray.cluster_resources()["CPU"])
+    workers = given.workers or gpus or max(1, cpus - 1)
+    if not gpus and workers >= cpus:
+        parser.error(f"{workers} workers leave none of {cpus} CPUs to read images; give fewer --workers")
+    _, transform = load(given.model)
     results = (
         ray.data.read_binary_files(given.images, include_paths=True)
-        .map(
-            Decoder,
-            fn_constructor_args=(given.model,),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=8),
-        )
+        .map(decode, fn_kwargs={"transform": transform})
         .map_batches(
             Classifier,
             fn_constructor_args=(given.model,),
             batch_size=given.batch_size,
-            compute=ray.data.ActorPoolStrategy(size=given.workers),
-            num_gpus=gpus,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_gpus=1 if gpus else 0,
         )
     )
-    unfinished = given.out.with_name(given.out.name + ".unfinished")
-    results.write_parquet(str(unfinished.absolute()), mode="overwrite")
+    unfinished = given.out.absolute().with_name(given.out.name + ".unfinished")
+    results.write_parquet(str(unfinished), mode="overwrite")
     unfinished.rename(given.out)
     written = pyarrow.dataset.dataset(given.out)
     failed = written.count_rows(filter=pyarrow.dataset.field("error") != "")
-    print(f"{written.count_rows()} images in {given.out}, of which {failed} could not be decoded")
+    print(f"{written.count_rows()} files in {given.out}, of which {failed} could not be decoded")
 
 
 if __name__ == "__main__":

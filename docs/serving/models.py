@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 import fused_cna
 
+Transform = Callable[[Image.Image], Tensor]
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(name: str) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
-    """A network of torchvision with its weights and their transforms, or what ``module:function`` returns."""
+def load(name: str) -> tuple[nn.Module, Transform]:
+    """A torchvision network with its default weights and transform, or what ``module:function`` returns."""
     module, _, function = name.partition(":")
     if function:
         return getattr(importlib.import_module(module), function)()
@@ -22,9 +24,8 @@ def load(name: str) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
     return torchvision.models.get_model(name, weights=weights), weights.transforms()
 
 
-def fused(name: str) -> nn.Module:
-    """The network, fused, on the GPU where there is one."""
-    network, _ = load(name)
+def fused(network: nn.Module) -> nn.Module:
+    """The network in eval mode, on the GPU where there is one, in channels_last, fused."""
     return fused_cna.fuse(network.eval().to(DEVICE, memory_format=torch.channels_last))
 
 

@@ -4,9 +4,10 @@ import argparse
 import asyncio
 import io
 
+import ray
 import torch
-from models import DEVICE, classify, fused, load
-from PIL import Image, UnidentifiedImageError
+from models import classify, fused, load
+from PIL import Image
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -19,8 +20,8 @@ class Classifier:
     """POST an image file, get its class and probability."""
 
     def __init__(self, model: str) -> None:
-        self.network = fused(model)
-        _, self.transform = load(model)
+        network, self.transform = load(model)
+        self.network = fused(network)
         # Nobody waits for the first call of a size: every batch is filled up to this one.
         self.warm = self.transform(Image.new("RGB", (256, 256))).expand(BATCH, -1, -1, -1)
         classify(self.network, self.warm)
@@ -35,13 +36,13 @@ class Classifier:
     async def __call__(self, request: Request) -> JSONResponse:
         try:
             image = Image.open(io.BytesIO(await request.body())).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # Pillow raises many kinds for damaged files
             return JSONResponse({"error": f"the body must be an image file: {error}"}, status_code=400)
         return JSONResponse(await self.classify(self.transform(image)))
 
     def check_health(self) -> None:
         """Raises where the device is lost; Ray Serve then replaces this replica."""
-        if DEVICE == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args()
     serve.start(http_options={"port": given.port})
-    options = {"num_gpus": 1 if DEVICE == "cuda" else 0}
+    options = {"num_gpus": 1 if ray.cluster_resources().get("GPU") else 0}
     deployment = Classifier.options(num_replicas=given.replicas, ray_actor_options=options)
     serve.run(deployment.bind(given.model), blocking=True)
 
