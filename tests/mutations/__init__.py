@@ -1,0 +1,1 @@
+"""Seeded faults in the kernels, and whether the tests see them."""
