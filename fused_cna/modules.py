@@ -213,7 +213,7 @@ class ConvNormAct(nn.Module):
         """
         if out is None:
             call = None if torch.compiler.is_compiling() else _arrangement.calls.get(id(self))
-            if call is not None:
+            if call is not None and torch._C._get_tracing_state() is None:
                 y = call(self, x, residual)
                 if y is not NotImplemented:
                     return y  # type: ignore[no-any-return]
@@ -279,18 +279,7 @@ class ConvNormAct(nn.Module):
             if torch.is_grad_enabled():
                 self._suggest_inference_mode(x, residual)
         weight, bias = _conv_tensors(conv)
-        stride, dilation = _as_pair(conv.stride, "stride"), _as_pair(conv.dilation, "dilation")
-        padding = conv.padding
-        if self.zero_pad != _NO_PAD:
-            x, padding = self._pad_before(x, padding, conv)
-        if conv.padding_mode != "zeros":
-            x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
-            padding = (0, 0)
-        elif type(conv) is not nn.Conv2d and layers.pads_same(conv):
-            padding = layers.same_padding(x.shape[2:], weight.shape[2:], stride, dilation)
-        elif type(padding) is not tuple or len(padding) not in (2, 4):
-            padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
-        convolution = (stride, padding, dilation, conv.groups)
+        x, convolution = self.pad_and_sizes(x, conv, weight)
 
         fusible = layers.epilogue(norm, act, self.residual_order)
         if fusible is None:
@@ -308,6 +297,21 @@ class ConvNormAct(nn.Module):
             return act(compute(x, weight, bias, *vectors, *convolution, "identity", (), residual, order))
         z = compute(x, weight, bias, *vectors, *convolution, "identity", (), None, order)
         return self._finish(z, residual, act)
+
+    def pad_and_sizes(self, x: Tensor, conv: Any, weight: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """``x`` with the padding that no kernel does; the operator's stride, padding, dilation and groups."""
+        stride, dilation = _as_pair(conv.stride, "stride"), _as_pair(conv.dilation, "dilation")
+        padding = conv.padding
+        if self.zero_pad != _NO_PAD:
+            x, padding = self._pad_before(x, padding, conv)
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
+            padding = (0, 0)
+        elif type(conv) is not nn.Conv2d and layers.pads_same(conv):
+            padding = layers.same_padding(x.shape[2:], weight.shape[2:], stride, dilation)
+        elif type(padding) is not tuple or len(padding) not in (2, 4):
+            padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
+        return x, (stride, padding, dilation, conv.groups)
 
     def _pad_before(self, x: Tensor, padding: Any, conv: Any) -> tuple[Tensor, Any]:
         """``zero_pad`` as more padding of the convolution where that is of zeros too, else around ``x``."""

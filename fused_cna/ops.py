@@ -264,9 +264,14 @@ def _fall_back(reason: str) -> None:
 def takes_kernel(x: Tensor) -> bool:
     """Whether a call with input ``x`` goes to the operator; where a CUDA tensor cannot, says why.
 
+    ONNX has no such operator, so its exporters see plain PyTorch.
+
     Raises:
         RuntimeError: a CUDA tensor cannot and ``fused_cna.config.strict`` is True.
     """
+    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if is_traced and torch.onnx.is_in_onnx_export():
+        return False
     if not x.is_cuda:
         return operator_everywhere
     reason = _obstacle(x.dtype, x.device.index)

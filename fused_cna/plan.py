@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,11 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_cna import _extension, _tuned
-from fused_cna._checks import check_convolution, explicit_padding, pair
+from fused_cna._checks import check_convolution, check_dimensions, check_residual
 from fused_cna.device import Device
 from fused_cna.modules import ConvNormAct, fused_epilogue
 from fused_cna.plan_file import TunedPlan
@@ -132,27 +132,27 @@ def _copies(target: _tuned.Target, question: dict[str, Any], chosen: dict[str, A
             )
 
 
-def _module_question(module: ConvNormAct, x: Tensor | None, with_residual: bool) -> dict[str, Any]:
+def _module_question(module: ConvNormAct, x: object, residual: object) -> dict[str, Any]:
     if not isinstance(x, Tensor):
         raise TypeError(f"explain(module, x) needs an input tensor, but got {type(x).__name__}")
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a Tensor or None, but got {type(residual).__name__}")
+    if x.dim() == 3:
+        x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
     conv = module.conv
-    x = x.unsqueeze(0) if x.dim() == 3 else x
-    _, _, r, s = conv.weight.shape
-    stride, dilation = pair(conv.stride, "stride"), pair(conv.dilation, "dilation")
-    padding = explicit_padding(conv.padding, (r, s), stride, dilation)
-    if conv.padding_mode != "zeros":
-        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode), (0, 0)
-    check_convolution(x, conv.weight, conv.bias, stride, padding, dilation, conv.groups)
-    norm, act, residual = fused_epilogue(module, with_residual)
-    return call_question(
-        x, conv.weight, stride, padding, dilation, conv.groups, norm=norm, act=act, residual=residual
-    )
+    check_dimensions(x, conv.weight)
+    x, convolution = module.pad_and_sizes(x, conv, conv.weight)
+    shape = check_convolution(x, conv.weight, conv.bias, *convolution)
+    if residual is not None:
+        check_residual(residual, shape, x)
+    norm, act, order = fused_epilogue(module, residual is not None)
+    return call_question(x, conv.weight, *convolution, norm=norm, act=act, residual=order)
 
 
-def _question(problem: object, x: Tensor | None, residual: Tensor | None) -> dict[str, Any]:
+def _question(problem: object, x: object, residual: object) -> dict[str, Any]:
     """The problem as the planner takes it, with operands as they lie in memory."""
     if isinstance(problem, ConvNormAct):
-        return _module_question(problem, x, residual is not None)
+        return _module_question(problem, x, residual)
     if not isinstance(problem, ConvProblem):
         raise TypeError(
             "explain takes a ConvProblem, or a ConvNormAct and an input for it, but got "
@@ -165,6 +165,8 @@ def _question(problem: object, x: Tensor | None, residual: Tensor | None) -> dic
         )
     if x is None:
         return problem.question()
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor or None, but got {type(x).__name__}")
     sizes = (problem.n, problem.c, problem.h, problem.w)
     if tuple(x.shape) != sizes or x.dtype != problem.dtype:
         raise ValueError(
@@ -186,23 +188,29 @@ def forced_name() -> str:
 def forced_plan(name: str) -> Iterator[None]:
     """Inside this context every CUDA call of this process runs the best plan whose name begins so.
 
-    For tests and tuning. A call that no such plan can take raises a ``RuntimeError`` with the legal ones.
+    For tests and tuning. Which tiles there are depends on the problem: a call that no such plan can take
+    raises a ``RuntimeError`` with the legal ones.
 
     Args:
-        name: as :func:`explain` prints it or the start of it: "direct", "implicit_gemm_sm80 128x64x32",
-            "implicit_gemm_sm80 128x64x32 split 4 masked".
+        name: as :func:`explain` prints it or its first words: "direct", "implicit_gemm_sm80 128x64x32",
+            "implicit_gemm_sm80 128x64x32 split 4 masked"; empty for the plan that is best.
 
     Raises:
         ImportError: the compiled extension is not available; says why.
-        ValueError: no kernel is called so; lists the kernels.
+        TypeError: ``name`` is no str.
+        ValueError: no kernel is called so (lists them), or what follows it is no tile.
     """
     global _forced
     extension = _extension.module()
-    kernel, is_whole, _ = name.partition(" ")
+    if not isinstance(name, str):
+        raise TypeError(f"forced_plan takes the name of a plan, such as 'direct', but got {name!r}")
+    kernel, _, rest = name.partition(" ")
     known = ("cudnn", *_extension.build_info()["kernels"])
-    if not any(kernel == each or (not is_whole and each.startswith(kernel)) for each in known):
+    if name and kernel not in known:
         close = "".join(f" did you mean {each!r}?" for each in difflib.get_close_matches(kernel, known, 1))
         raise ValueError(f"no plan begins with {name!r};{close} the kernels are {', '.join(known)}")
+    if rest and (kernel == "cudnn" or not re.match(r"\d+x\d+x\d+( |$)", rest)):
+        raise ValueError(f"no plan begins with {name!r}; a kernel is followed by its tile, as 64x64x32")
     before, _forced = extension.force_plan(name), name
     try:
         yield
@@ -221,10 +229,25 @@ def find_target(device: str | torch.device | Device | None, x: Tensor | None) ->
     if isinstance(device, str) and device.partition(":")[0] == "cuda":
         device = torch.device(device)
     if isinstance(device, str):
-        return _tuned.named_target(planner(), device)
+        return _tuned.named_target(planner(), _name_without_brand(device))
+    if not isinstance(device, torch.device):
+        raise TypeError(
+            "device must be a name, a fused_cna.Device or a torch.device, but got " + type(device).__name__
+        )
     if device.type != "cuda":
         raise ValueError(f"there are plans for CUDA devices only, but device is {device}")
     return _tuned.cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _name_without_brand(given: str) -> str:
+    name = re.sub(r"^(nvidia )?(geforce )?", "", given, flags=re.IGNORECASE)
+    known = planner().devices()
+    if name.partition("/")[0].lower() not in map(str.lower, known):
+        raise ValueError(
+            f"no device is called {given!r}; known are {', '.join(known)}; any other can be given by its "
+            "figures, as a fused_cna.Device"
+        )
+    return name
 
 
 # The planner's table of tuned plans is that of the whole process.
@@ -258,15 +281,17 @@ def explain(
         x: an input of the module, [N, C, H, W] or [C, H, W], or of the problem; its strides and alignment
             are taken into account. A module needs it.
         residual: what the module would be called with.
-        device: "A100", "L4", "RTX 4090", "H100", "H200" or "B200", in any case; "H100/16" for a part of one
-            with 16 multiprocessors; a :class:`fused_cna.Device` for any other; or a CUDA device of this
-            machine, such as "cuda:0". By default that of ``x`` if it is on one, else "H100".
+        device: "A100", "L4", "RTX 4090", "H100", "H200" or "B200", in any case, or with "NVIDIA" before it;
+            "H100/16" for a part of one with 16 multiprocessors; a :class:`fused_cna.Device` for any other; or
+            a CUDA device of this machine, such as "cuda:0". By default that of ``x`` if it is on one, else
+            "H100".
 
     Raises:
-        TypeError: neither a problem nor a ``ConvNormAct``, or a module without ``x``.
+        TypeError: neither a problem nor a ``ConvNormAct``, a module without ``x``, or an argument of another
+            type.
         ValueError: a device that is not known (lists the known ones), a dtype that no kernel takes, or
             an ``x`` that is not of the problem's size and dtype.
-        RuntimeError: an ``x`` that the module refuses, or the compiled planner is missing.
+        RuntimeError: an ``x`` or a residual that the module refuses, or the compiled planner is missing.
 
     >>> print(explain(ConvProblem(32, 64, 56, 56, 64, 3, 3, padding=1), device="A100"))
     """

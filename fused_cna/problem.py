@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class ConvProblem:
         n, c, h, w: size of the input.
         k, r, s: output channels, filter height, filter width.
         stride, dilation: in input pixels, one number or (height, width).
-        padding: one number, (height, width) or (top, bottom, left, right).
+        padding: one number, (height, width), (top, bottom, left, right), "same" or "valid".
         groups: divides c and k.
         dtype: of input and weight.
         channels_last: whether both are dense channels_last; else dense contiguous.
@@ -27,9 +28,11 @@ class ConvProblem:
             and the residual's order or None. Only plans that were measured depend on it.
 
     Raises:
+        TypeError: a number that is no int, or a ``dtype`` that is no torch.dtype.
         ValueError: a size, stride or dilation that is not positive, a negative padding, ``groups`` that does
             not divide the channels, a filter larger than the padded input, or an unknown activation or
             residual order.
+        RuntimeError: a stride, dilation or padding with the wrong number of values, or "same" with a stride.
     """
 
     n: int
@@ -40,7 +43,7 @@ class ConvProblem:
     r: int
     s: int
     stride: int | Sequence[int] = 1
-    padding: int | Sequence[int] = 0
+    padding: int | str | Sequence[int] = 0
     dilation: int | Sequence[int] = 1
     groups: int = 1
     dtype: torch.dtype = torch.float16
@@ -51,10 +54,15 @@ class ConvProblem:
 
     def __post_init__(self) -> None:
         for name in ("n", "c", "h", "w", "k", "r", "s", "groups"):
+            if not isinstance(getattr(self, name), Integral):
+                raise TypeError(f"{name} must be an int, but got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, but got {self.dtype!r}")
+        fields = self._fields()
         for name, least in (("stride", 1), ("dilation", 1), ("padding", 0)):
-            if min(self._fields()[name]) < least:
+            if min(fields[name]) < least:
                 raise ValueError(f"{name} must be at least {least}, but got {getattr(self, name)}")
         if self.c % self.groups or self.k % self.groups:
             raise ValueError(
@@ -63,7 +71,6 @@ class ConvProblem:
         for name, known in (("act", tuple(ACTIVATIONS)), ("residual", (None, *RESIDUAL_ORDERS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, but got {getattr(self, name)!r}")
-        fields = self._fields()
         top, bottom, left, right = fields["padding"]
         for size, pads, i in ((self.h, top + bottom, 0), (self.w, left + right, 1)):
             extent = fields["dilation"][i] * ((self.r, self.s)[i] - 1) + 1
@@ -75,13 +82,14 @@ class ConvProblem:
 
     def _fields(self) -> dict[str, Any]:
         """The numbers as the planner takes them."""
-        padding = explicit_padding(self.padding, (self.r, self.s), (1, 1), (1, 1))
+        stride, dilation = pair(self.stride, "stride"), pair(self.dilation, "dilation")
+        padding = explicit_padding(self.padding, (self.r, self.s), stride, dilation)
         sizes = {name: getattr(self, name) for name in ("n", "c", "h", "w", "k", "r", "s", "groups")}
         return {
             **sizes,
-            "stride": pair(self.stride, "stride"),
+            "stride": stride,
             "padding": four_pads(padding),
-            "dilation": pair(self.dilation, "dilation"),
+            "dilation": dilation,
             "dtype": str(self.dtype).removeprefix("torch."),
             "allow_tf32": allows_tf32(),
             "norm": self.norm,

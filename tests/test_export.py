@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_cna
+from fused_cna import ops
 from tests.compiled_networks import randomised
 
 Exported = Callable[..., Tensor]
@@ -41,6 +42,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "a module in a Sequential": lambda: nn.Sequential(fused_cna.ConvNormAct(3, 8, act=nn.GELU)),
     "a network of modules": Residual,
     "a fused network": lambda: fused_cna.fuse(plain().eval()),
+    "a frozen network": lambda: fused_cna.fuse(plain().eval(), freeze=True),
 }
 
 
@@ -79,6 +81,20 @@ def test_what_is_exported_computes_the_same(model: str, exporter: str) -> None:
         for batch in (2, 5):
             x = torch.randn(batch, 3, 9, 8)
             torch.testing.assert_close(exported(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_onnx_has_no_operator_of_ours(exporter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where calls go to the operator, the later ones without Python."""
+    monkeypatch.setattr(ops, "operator_everywhere", True)
+    network, x = randomised(Residual()).eval(), torch.randn(2, 3, 9, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            expected = network(x)
+        exported = EXPORTERS[exporter](network, x)
+        torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)
+    assert exporter.startswith("onnx") or "fused_cna.conv_norm_act" in str(exported.graph)
 
 
 def test_a_residual_may_be_an_input() -> None:

@@ -19,11 +19,10 @@ from torch.nn.utils import parameters_to_vector, prune
 
 import fused_cna
 from fused_cna.fusion.overlay import FusedNetwork
-from tests.fusion_cases import Group, assert_same, randomise
+from tests.fusion_cases import Group, assert_same, every_freeze, randomise
 from tests.zoo.fused_calls import counted_frozen, recorded
 
 TOLERANCE = 1e-5
-every_freeze = pytest.mark.parametrize("freeze", [False, True], ids=["live", "frozen"])
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_cna
-from tests.fusion_cases import DRAWS, assert_equal_answers, assert_same, randomise
+from tests.fusion_cases import assert_equal_answers, assert_same, every_freeze, image, randomise
 from tests.zoo.fused_calls import counted_frozen, recorded
-
-
-def image() -> Tensor:
-    return DRAWS[0].image()
 
 
 class Changeable(nn.Module):
@@ -124,14 +119,14 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 HIDDEN = ("data", "data in place")
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "itself": lambda network: network,
+    # A pickle is made by the same method.
     "deepcopy": copy.deepcopy,
-    "pickle": lambda network: pickle.loads(pickle.dumps(network)),
 }
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("freeze", [False, True], ids=["live", "frozen"])
+@every_freeze
 def test_a_change_is_seen(change: str, copied: Callable[[nn.Module], nn.Module], freeze: bool) -> None:
     torch.manual_seed(0)
     plain = Changeable().eval()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fused_cna
-from tests.fusion_cases import DRAWS, Group, assert_same, randomise
+from tests.fusion_cases import DRAWS, Group, assert_same, every_freeze, randomise
 from tests.fusion_cases.sums import Bottleneck
 
 TOLERANCE = 1e-10
 # Below the last four no hook can be registered for a backward pass: they are overwritten in place.
-PLACES = ["0", "0.conv", "0.norm", "0.act", "1.conv3", "1.relu", "1.downsample.0"]
+PLACES = ["0", "0.conv", "0.norm", "0.act", "1.relu", "1.downsample.0"]
 IN_PLACE = ["", "1", "1.bn3", "1.downsample"]
 
 
@@ -73,7 +73,7 @@ def outcome(module: nn.Module, seen: list[Any], name: str) -> tuple[list[Any], T
 
 @pytest.mark.parametrize(("place", "name"), HOOKS)
 @pytest.mark.parametrize("when", ["before", "after", "after the first call"])
-@pytest.mark.parametrize("freeze", [False, True], ids=["live", "frozen"])
+@every_freeze
 def test_hooks_see_what_they_would_have_seen(place: str, name: str, when: str, freeze: bool) -> None:
     """Feature extractors register them whenever they like: nothing says that a network was fused."""
     if freeze and name in BACKWARD:
@@ -116,7 +116,7 @@ def test_state_dict_hooks_run_once() -> None:
     assert calls == ["save", "load"]
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["live", "frozen"])
+@every_freeze
 def test_global_hooks_see_the_convolutions(freeze: bool) -> None:
     """Profilers and FLOP counters rest on them."""
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 import fused_cna
 from tests.fusion_cases import (
     CASES,
-    DRAWS,
     MODES,
     Group,
     Snapshot,
     assert_equal_answers,
     assert_same,
     compare,
+    every_freeze,
+    image,
     number_fused,
     randomise,
 )
@@ -35,11 +36,6 @@ TOLERANCE = 1e-10
 # Classes of these are importable, so that they pickle: two that FX traces whole, and two that it does not.
 NETWORKS = ["bottlenecks", "yolo_block", "branch_around_traceable_parts", "loop_over_images"]
 every_network = pytest.mark.parametrize("name", NETWORKS)
-every_freeze = pytest.mark.parametrize("freeze", [False, True], ids=["live", "frozen"])
-
-
-def image(seed: int = 0) -> Tensor:
-    return DRAWS[seed].image()
 
 
 def pair(name: str, **options: Any) -> tuple[Any, Any]:

@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling as compiles
-from torch.fx._symbolic_trace import is_fx_tracing as follows
 from torch.jit import is_tracing as traces
 from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
 
 import fused_cna
-from tests.fusion_cases import Group, assert_same, randomise
+from tests.fusion_cases import Group, assert_same, every_freeze, randomise
 from tests.zoo.fused_calls import recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -91,22 +89,15 @@ def followed(module: nn.Module) -> Tensor:
 MODES: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Tensor]]] = {
     "jit.is_tracing": (lambda: torch.jit.is_tracing(), traced),
     "is_tracing, aliased": (lambda: traces(), traced),
-    "is_tracing by getattr": (lambda: getattr(torch.jit, "is_" + "tracing")(), traced),
     "_C._get_tracing_state": (lambda: torch._C._get_tracing_state() is not None, traced),
-    "is_scripting or is_tracing": (lambda: torch.jit.is_scripting() or torch.jit.is_tracing(), traced),
     "is_fx_tracing": (lambda: torch.fx._symbolic_trace.is_fx_tracing(), followed),
-    "is_fx_tracing, aliased": (lambda: follows(), followed),
     "is_exporting": (lambda: torch.compiler.is_exporting(), exported),
-    "is_exporting by getattr": (lambda: getattr(torch.compiler, "is_" + "exporting")(), exported),
     "is_compiling": (lambda: torch.compiler.is_compiling(), compiled),
-    "is_compiling, aliased": (lambda: compiles(), compiled),
     "is_compiling, exported": (lambda: torch.compiler.is_compiling(), exported),
     "is_dynamo_compiling": (lambda: torch.compiler.is_dynamo_compiling(), compiled),
-    "_dynamo.is_compiling": (lambda: torch._dynamo.is_compiling(), compiled),
     "is_in_onnx_export": (lambda: torch.onnx.is_in_onnx_export(), exporting_to_onnx),
     "is_autocast_enabled": (lambda: torch.is_autocast_enabled("cpu"), in_autocast),
     "is_autocast_cpu_enabled": (lambda: torch.is_autocast_cpu_enabled(), in_autocast),
-    "is_autocast by getattr": (lambda: getattr(torch, "is_" + "autocast_cpu_enabled")(), in_autocast),
     "get_autocast_cpu_dtype": (lambda: torch.get_autocast_cpu_dtype() is torch.float16, in_float16),
     "get_autocast_dtype": (lambda: torch.get_autocast_dtype("cpu") == torch.float16, in_float16),
     "get_default_dtype": (lambda: torch.get_default_dtype() is torch.float64, in_float64),
@@ -149,7 +140,7 @@ def test_the_answer_is_that_of_the_call(
 NAMES = {mode: name for name, (_, mode) in MODES.items()}
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["live", "frozen"])
+@every_freeze
 @pytest.mark.parametrize("mode", NAMES, ids=NAMES.values())
 def test_who_does_not_ask_is_right_in_every_mode(mode: Callable[[nn.Module], Tensor], freeze: bool) -> None:
     plain = network(lambda: False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fused_cna
 from tests.conftest import needs_gpu
-from tests.fusion_cases import CASES, DRAWS, MODES, assert_equal_answers, assert_same
+from tests.fusion_cases import CASES, MODES, assert_equal_answers, assert_same, every_freeze, image
 from tests.reference import DTYPES, library_bound, relative_error
 
 TOLERANCE = 1e-10
@@ -20,11 +20,6 @@ TOLERANCE = 1e-10
 TRACED = ["bottlenecks", "yolo_block"]
 every_network = pytest.mark.parametrize("name", [*TRACED, "branch_around_traceable_parts"])
 traced_network = pytest.mark.parametrize("name", TRACED)
-every_freeze = pytest.mark.parametrize("freeze", [False, True], ids=["live", "frozen"])
-
-
-def image(seed: int = 0) -> Tensor:
-    return DRAWS[seed].image()
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any]:

@@ -93,12 +93,19 @@ def scale(module: nn.Module, args: object, y: Tensor) -> Tensor:
 
 
 def test_hooks_and_parametrizations_are_named() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU()).eval()
-    network[0].register_forward_hook(scale)
-    nn.utils.parametrizations.weight_norm(network[2])
-    hooked, parametrized = (layer.reason for layer in report(network).layers)
-    assert f"forward hook {__name__}.scale" in hooked
-    assert "weight by _WeightNorm" in parametrized
+    network = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in "123"))
+    network.append(nn.Conv2d(3, 3, 1))
+    for i in range(3):  # of a convolution, a norm, and an activation
+        network[i][i].register_forward_hook(scale)
+    nn.utils.parametrizations.weight_norm(network[3])
+    result = report(network.eval())
+    *hooked, parametrized = result.layers
+    assert all(f"forward hook {__name__}.scale" in layer.reason for layer in hooked)
+    assert f"forward hook {__name__}.scale" in " ".join(str(result).split())
+    assert [layer.parts for layer in hooked] == ["conv", "conv", "conv + norm"]
+    assert "weight by _WeightNorm" in parametrized.reason
+    for module, named in ((network, True), (network[3], False)):
+        assert ('backend="fused_cna"' in str(report(module))) == named, "it cannot fuse a computed weight"
 
 
 def test_what_changed_runs_as_it_was_written() -> None:

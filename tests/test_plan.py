@@ -150,10 +150,22 @@ A10 = Device("A10", (8, 6), 72, 100 << 10, 99 << 10, clock_ghz=1.7, bandwidth_gb
         (lambda: explain(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 4, 4)), TypeError, r"Conv2d.*report\("),
         (lambda: explain(MODULE, torch.ones(1, 3, 4, 4)), RuntimeError, "4 channels, but got 3"),
         (lambda: explain(MODULE, torch.ones(1, 4, 4, 4).double()), RuntimeError, "should be the same"),
+        (lambda: explain(MODULE, torch.ones(4, 4)), RuntimeError, "Expected 3D"),
+        (lambda: explain(MODULE, torch.ones(1, 4, 4, 4), torch.ones(1, 4, 4, 3)), RuntimeError, "residual"),
+        (lambda: explain(MODULE, torch.ones(1, 4, 4, 4), 1), TypeError, "residual"),
         (lambda: explain(RESNET, torch.ones(1, 3, 9, 9)), ValueError, "of size"),
+        (lambda: explain(RESNET, "image"), TypeError, "x must be"),
+        (lambda: explain(RESNET, device=0), TypeError, "device must be"),
+        (lambda: explain(RESNET, device="NVIDIA H100 PCIe"), ValueError, r"known are .*fused_cna\.Device"),
+        (lambda: replace(RESNET, n=1.5), TypeError, "n must be an int"),
+        (lambda: replace(RESNET, dtype="float16"), TypeError, "dtype"),
+        (lambda: replace(RESNET, padding="same", stride=2), RuntimeError, "same"),
         (lambda: explain(RESNET, residual=torch.ones(1)), TypeError, "residual="),
         (lambda: replace(A10, compute_capability=(7, 5)), ValueError, "compute_capability"),
+        (lambda: replace(A10, compute_capability=8.6), TypeError, "compute_capability"),
         (lambda: replace(A10, bandwidth_gbs=0), ValueError, "bandwidth_gbs must be positive"),
+        (lambda: replace(A10, clock_ghz=float("inf")), ValueError, "finite"),
+        (lambda: replace(A10, multiprocessors=1.5), TypeError, "multiprocessors"),
         (lambda: replace(A10, shared_per_block=1 << 20), ValueError, "shared_per_multiprocessor"),
     ],
 )
@@ -163,14 +175,23 @@ def test_bad_questions(question: Callable[[], object], error: type[Exception], n
 
 
 def test_devices_by_name_and_by_figures() -> None:
-    for name in ("a100", "rtx 4090", "H100/16", "h100/16"):
-        assert explain(RESNET, device=name).device.lower() == name.lower()
+    for name in ("a100", "rtx 4090", "H100/16", "h100/16", "nvidia l4", "NVIDIA GeForce RTX 4090"):
+        assert name.lower().endswith(explain(RESNET, device=name).device.lower())
     explanation = explain(RESNET, device=A10)
     assert explanation.device == "A10"
     assert explanation.estimate_us > explain(RESNET, device="A100").estimate_us
     slower = explain(RESNET, device=replace(A10, multiprocessors=36)).estimate_us
     assert slower > 1.5 * explanation.estimate_us
     assert {c["illegal"] == "" for c in explanation.candidates if c["kernel"] == HOPPER} == {False}
+
+
+def test_padding_is_that_of_the_call() -> None:
+    module = ConvNormAct(64, 64)
+    module.zero_pad = (0, 40, 0, 40)
+    padded = ConvProblem(1, 64, 16, 16, 64, 3, 3, 1, (1, 41, 1, 41), dtype=torch.float32, channels_last=False)
+    assert explain(module, torch.empty(1, 64, 16, 16)) == explain(padded)
+    same = replace(RESNET, padding="same", dilation=2)
+    assert explain(same) == explain(replace(same, padding=2)) != explain(replace(same, padding=1))
 
 
 def test_a_problem_with_an_input_takes_its_strides() -> None:
@@ -185,13 +206,23 @@ def test_a_misspelt_switch_or_plan_is_an_error(monkeypatch: pytest.MonkeyPatch) 
             wrong()
     with pytest.raises(TypeError, match="True or False"):
         fused_cna.config.strict = 1
-    monkeypatch.setattr(fused_cna.config, "strict", True)
-    assert fused_cna.config.strict
+    read = torch.compile(lambda x: x + 1 if fused_cna.config.strict else x, backend="eager")
+    for strict in (False, True):
+        monkeypatch.setattr(fused_cna.config, "strict", strict)
+        assert read(torch.zeros(1)).item() == strict
     if find_extension():
-        for wrong in ("implicit_gem_sm80", "direct64x64"):
-            with pytest.raises(ValueError, match="did you mean"), forced_plan(wrong):
+        wrong_names = {
+            "implicit_gem_sm80": "did you mean",
+            "direct64x64": "did you mean",
+            "implicit": "kernels are",
+            "direct 64x64": "tile",
+            "direct 64x64x32,": "tile",
+            "cudnn 64x64x32": "tile",
+        }
+        for name, said in wrong_names.items():
+            with pytest.raises(ValueError, match=said), forced_plan(name):
                 pass
-        for right in ("", "implicit", "cudnn", "direct 64x64x32"):
+        for right in ("", "direct", "cudnn", "direct 64x64x32", "small_m 4x4x2048 lanes 128"):
             with forced_plan(right):
                 pass
 

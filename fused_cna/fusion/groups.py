@@ -163,6 +163,8 @@ class _Finder:
         if not group.is_fused:
             reason, missed = self._why_nothing(group)
             group.reason, group.missed = group.reason or reason, group.missed or missed
+        elif refused := self._refused_after(group.nodes[-1]):
+            group.reason = group.reason or f"what follows is left alone, as {refused.reason}"
 
     def _following(self, node: Node, kind: type) -> tuple[Node | None, Any]:
         """The only node that takes the result, if it is of a kind, takes it once and is not claimed."""
@@ -220,12 +222,16 @@ class _Finder:
         if len(users) > 1:
             is_missed = any(isinstance(self.calls.get(user), Norm) for user in users)
             return f"its result goes to {len(users)} places: {self._names(users)}", is_missed
-        call = self.calls.get(users[0])
-        if isinstance(call, Refused) and call.kind in (Norm, Act):
-            return f"what follows is left alone: {call.reason}", call.kind is Norm
-        if isinstance(call, Add):
+        if refused := self._refused_after(group.conv):
+            return f"what follows is left alone, as {refused.reason}", refused.kind is Norm
+        if isinstance(self.calls.get(users[0]), Add):
             return "the addition after it belongs to another convolution", False
         return f"nothing that could be fused follows: its result goes to {self._names(users)}", False
+
+    def _refused_after(self, node: Node) -> Refused | None:
+        """The norm or activation that alone takes the result, where it must be left alone."""
+        call = self.calls.get(next(iter(node.users))) if len(node.users) == 1 else None
+        return call if isinstance(call, Refused) and call.kind in (Norm, Act) else None
 
     def _names(self, nodes: Iterable[Node]) -> str:
         kinds = {

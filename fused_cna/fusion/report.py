@@ -17,6 +17,9 @@ from fused_cna.fusion.trace import left_as_it_is
 _STEM_CHANNELS = 4
 """The kernel for so few input channels reads a weight in any layout."""
 
+_PYTHON_CODE = ("hook", "forward of its own")
+"""In the reasons of layers that are left alone since Python code runs around them."""
+
 
 @dataclass(frozen=True)
 class FusionReport:
@@ -149,8 +152,9 @@ def _lines(report: FusionReport) -> Iterator[str]:
         yield f"{len(layers):5}  {what}{f', {seeming} look fusible' if seeming else ''}: {names}"
     for name, reason in report.untraceable.items():
         yield f"Cannot be followed, and runs as it was written: {name or 'the network itself'}: {reason}"
-    if report.untraceable:
-        yield 'torch.compile(model, backend="fused_cna") follows most such code, and fuses what is in it.'
+    by_python = any(words in layer.reason for layer in report.layers for words in _PYTHON_CODE)
+    if report.untraceable or by_python:
+        yield 'torch.compile(model, backend="fused_cna") follows most Python code, hooks too, and fuses that.'
     if report.is_training:
         yield "It is in training mode and runs as it was written, live; once eval() is called it runs fused."
     if report.as_written:

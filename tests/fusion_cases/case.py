@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ ADDED = "conv + norm + add + relu"
 ADDED_AFTER = "conv + norm + relu + add"
 NORMED = "conv + norm"
 
-Maker = TypeVar("Maker", bound=Callable[[], nn.Module])
+Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ EXAMPLE = Draw(1, 2, 8, 9)
 DRAWS = (EXAMPLE, Draw(2, 3, 11, 7), Draw(3, 1, 8, 9), Draw(4, 2, 8, 9))
 
 
+def image(seed: int = 0) -> Tensor:
+    return DRAWS[seed].image()
+
+
 def one_image(draw: Draw) -> tuple[Any, ...]:
     return (draw.image(),)
 
@@ -53,9 +58,9 @@ class Case:
 
     name: str
     make: Callable[[], nn.Module]
-    fused: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    """The parts that a convolution must be fused with, one for each of its calls where these differ."""
-    unfused: Mapping[str, str] = field(default_factory=dict)
+    fused: str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """The parts that a convolution, `conv` or those named, must be fused with; per call if these differ."""
+    unfused: str | Mapping[str, str] = field(default_factory=dict)
     """A pattern for the reason why a convolution must not be fused with anything."""
     inputs: Callable[[Draw], tuple[Any, ...]] = one_image
     keywords: Callable[[Draw], dict[str, Any]] | None = None
@@ -68,8 +73,12 @@ class Case:
     """Attributes that a call changes, compared after each call."""
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-10
-    unused_norms: tuple[str, ...] = ()
-    """Norms whose loss no output can show."""
+
+    def __post_init__(self) -> None:
+        for field_name in ("fused", "unfused"):
+            value = getattr(self, field_name)
+            if not isinstance(value, Mapping):
+                object.__setattr__(self, field_name, {"conv": value})
 
     def __str__(self) -> str:
         return self.name
@@ -101,21 +110,57 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def case(**options: Any) -> Callable[[Maker], Maker]:
-    """Adds what it decorates, a class or function that makes a network, to the cases."""
-
-    def register(make: Maker) -> Maker:
-        words = make.__name__
-        name = "".join("_" + letter.lower() if letter.isupper() else letter for letter in words).lstrip("_")
-        add(name, make, **options)
-        return make
-
-    return register
-
-
 def add(name: str, make: Callable[[], nn.Module], **options: Any) -> None:
     assert name not in CASES, name
     CASES[name] = Case(name, make, **options)
+
+
+def net(
+    forward: Callable[..., Any] | None,
+    base: type[nn.Module] | None = None,
+    modules: Mapping[str, Callable[[], Any] | None] = MappingProxyType({}),
+) -> Callable[[], nn.Module]:
+    """Makes networks of a base class with a forward, and with modules and buffers; None takes one away."""
+
+    def make() -> nn.Module:
+        made = kind()
+        for name, part in modules.items():
+            value = None if part is None else part()
+            if part is None:
+                delattr(made, name)
+            elif type(value) is Tensor:
+                made.register_buffer(name, value)
+            else:
+                setattr(made, name, value)
+        return made
+
+    kind = type("Network", (base or Group,), {} if forward is None else {"forward": forward})
+    return make
+
+
+def add_net(
+    name: str,
+    forward: Callable[..., Any],
+    base: type[nn.Module] | None = None,
+    modules: Mapping[str, Callable[[], Any] | None] = MappingProxyType({}),
+    **options: Any,
+) -> None:
+    add(name, net(forward, base, modules), **options)
+
+
+def case(
+    base: type[nn.Module] | None = None,
+    modules: Mapping[str, Callable[[], Any] | None] = MappingProxyType({}),
+    **options: Any,
+) -> Callable[[Maker], Maker]:
+    """Adds what it decorates to the cases: a class, or the forward of a network that `net` makes."""
+
+    def register(made: Maker) -> Maker:
+        words = "".join("_" + letter.lower() if letter.isupper() else letter for letter in made.__name__)
+        add(words.lstrip("_"), made if isinstance(made, type) else net(made, base, modules), **options)
+        return made
+
+    return register
 
 
 def randomise(network: nn.Module) -> None:
@@ -163,14 +208,20 @@ class Group(nn.Module):
         self.norm = nn.BatchNorm2d(4)
         self.act = nn.ReLU()
 
+    def first(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
 
 
 class TwoGroups(Group):
-    """Two convolutions with a norm each."""
+    """Two convolutions with a norm each; `first` and `second` are what the cases call."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv2 = conv()
         self.norm2 = nn.BatchNorm2d(4)
+
+    def second(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(x))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_cna
-from tests.fusion_cases.case import ADDED, NORMED, WHOLE, Group, TwoGroups, add, case, conv
+from tests.fusion_cases.case import ADDED, NORMED, WHOLE, Group, TwoGroups, add, add_net, case, conv
 
 
 class YoloConv(nn.Module):
@@ -120,15 +120,14 @@ class ConvModules(nn.Module):
         return self.c(self.b(self.a(x), activate=False) + x, norm=False)
 
 
-add("conv_module", ConvModule, fused={"conv": WHOLE})
-add("conv_module_explicit_padding", partial(ConvModule, explicit_padding="reflect"), fused={"conv": WHOLE})
-add("conv_module_norm_first", partial(ConvModule, ("norm", "act", "conv")), unfused={"conv": ""})
-add("conv_module_norm_last", partial(ConvModule, ("conv", "act", "norm")), fused={"conv": "conv + relu"})
+add("conv_module", ConvModule, fused=WHOLE)
+add("conv_module_explicit_padding", partial(ConvModule, explicit_padding="reflect"), fused=WHOLE)
+add("conv_module_norm_first", partial(ConvModule, ("norm", "act", "conv")), unfused="")
+add("conv_module_norm_last", partial(ConvModule, ("conv", "act", "norm")), fused="conv + relu")
 add(
     "conv_modules_by_argument",
     ConvModules,
     fused={"a.conv": WHOLE, "b.conv": "conv + norm + add", "c.conv": "conv + relu"},
-    unused_norms=("c.bn",),
 )
 
 
@@ -142,11 +141,11 @@ class HandWritten(nn.Sequential):
         self.add_module("act", nn.ReLU6(inplace=True))
 
 
-add("hand_written_sequence", HandWritten, fused={"conv": "conv + norm + relu6"})
+add("hand_written_sequence", HandWritten, fused="conv + norm + relu6")
 add("root_is_a_sequence", lambda: nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()), fused={"0": WHOLE})
 add("root_is_a_convolution", conv)
 add("root_is_fused_already", lambda: fused_cna.ConvNormAct(4, 4))
-add("root_is_a_trace", lambda: torch.fx.symbolic_trace(Group().eval()), fused={"conv": WHOLE})
+add("root_is_a_trace", lambda: torch.fx.symbolic_trace(Group().eval()), fused=WHOLE)
 add(
     "root_is_a_residual_trace", lambda: torch.fx.symbolic_trace(TraceMe().eval()), fused={"block.conv": ADDED}
 )
@@ -163,16 +162,14 @@ class TraceMe(nn.Module):
         return torch.relu(self.block.norm(self.block.conv(x)) + x)
 
 
-@case(fused={"conv": WHOLE})
-class WithFusedModulesInside(Group):
-    """One layer was swapped by hand before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ready = fused_cna.ConvNormAct(4, 4, act=nn.SiLU)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ready(self.act(self.norm(self.conv(x))), residual=x)
+# One layer was swapped by hand before.
+add_net(
+    "with_fused_modules_inside",
+    lambda self, x: self.ready(self.first(x), residual=x),
+    Group,
+    {"ready": lambda: fused_cna.ConvNormAct(4, 4, act=nn.SiLU)},
+    fused=WHOLE,
+)
 
 
 @case(fused={"outer.conv": WHOLE})
@@ -327,7 +324,7 @@ for _name, (_make, _fused) in TIMM.items():
 add(
     "timm_batch_norm_act_in_training_mode",
     of("timm.layers", TIMM["batch_norm_act"][0]),
-    unfused={"conv": r"(?i)train"},
+    unfused=r"(?i)train",
     prepare=lambda network: network.norm.train(),
 )
 add(

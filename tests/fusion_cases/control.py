@@ -2,101 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fusion_cases.case import ADDED, Group, TwoGroups, case
+from tests.fusion_cases.case import ADDED, Group, TwoGroups, add_net, case
 
 
-@case()
-class BranchOnValues(TwoGroups):
+@case(TwoGroups)
+def branch_on_values(self: Any, x: Tensor) -> Tensor:
     """Which group runs depends on what is in the image."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.mean() > 0:
-            return self.act(self.norm(self.conv(x)))
-        return self.act(self.norm2(self.conv2(x)))
+    if x.mean() > 0:
+        return self.first(x)
+    return self.act(self.second(x))
 
 
 @case()
-class NormSkippedOnValues(Group):
+def norm_skipped_on_values(self: Any, x: Tensor) -> Tensor:
     """One run shows a convolution and its norm; another image skips the norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        if x.mean() > 0:
-            y = self.norm(y)
-        return self.act(y)
+    y = self.conv(x)
+    if x.mean() > 0:
+        y = self.norm(y)
+    return self.act(y)
 
 
 @case()
-class NormElsewhereOnValues(Group):
-    """On another image the norm is called on something else."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.mean() > 0:
-            return self.act(self.norm(self.conv(x)))
-        return self.act(self.norm(x)) + self.act(self.norm(self.conv(x)))
-
-
-@case()
-class ActivationSkippedOnValues(Group):
-    """On another image there is no activation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        return self.act(z) if x.mean() > 0 else z
-
-
-@case()
-class ConvOutputKeptOnValues(Group):
+def conv_output_kept_on_values(self: Any, x: Tensor) -> Tensor:
     """On another image the convolution's output goes elsewhere as well."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        z = self.act(self.norm(y))
-        return z if x.mean() > 0 else z * y
+    y = self.conv(x)
+    z = self.act(self.norm(y))
+    return z if x.mean() > 0 else z * y
 
 
 @case()
-class NormsSwappedOnValues(TwoGroups):
-    """Which norm follows depends on the image."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm if x.mean() > 0 else self.norm2
-        return self.act(norm(self.conv(x)))
-
-
-@case()
-class ActivationOfAnotherLayerOnValues(Group):
-    """The activation module is also called alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.mean() < 0:
-            x = self.act(x)
-        return self.act(self.norm(self.conv(x)))
-
-
-@case()
-class ChangedBetweenOnValues(Group):
+def changed_between_on_values(self: Any, x: Tensor) -> Tensor:
     """Something is done between the convolution and its norm, for other images only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        if x.mean() < 0:
-            y.mul_(-2)
-        return self.act(self.norm(y))
+    y = self.conv(x)
+    if x.mean() < 0:
+        y.mul_(-2)
+    return self.act(self.norm(y))
 
 
 @case()
-class Repeated(Group):
-    """As often as the image says."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(int(x.abs().sum()) % 3 + 1):
-            x = self.act(self.norm(self.conv(x)))
-        return x
+def repeated(self: Any, x: Tensor) -> Tensor:
+    for _ in range(int(x.abs().sum()) % 3 + 1):
+        x = self.first(x)
+    return x
 
 
 class TraceablePart(nn.Module):
@@ -122,38 +75,26 @@ class BranchAroundTraceableParts(nn.Module):
         return self.part(x) if x.mean() > 0 else self.part(x * 2) - 1
 
 
-@case()
-class BranchOnSizes(TwoGroups):
+@case(TwoGroups)
+def branch_on_sizes(self: Any, x: Tensor) -> Tensor:
     """Which group runs depends on the image's size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] > 9:
-            return self.act(self.norm(self.conv(x)))
-        return self.act(self.norm2(self.conv2(x)))
+    if x.shape[2] > 9:
+        return self.first(x)
+    return self.act(self.second(x))
 
 
-@case()
-class BranchOnTheBatch(Group):
-    """One image is treated otherwise than several."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
-        return y.squeeze(0) if len(x) == 1 else y
+# One image is treated otherwise than several.
+add_net("branch_on_the_batch", lambda self, x: self.first(x).squeeze(0) if len(x) == 1 else self.first(x))
 
 
 @case()
 class LoopOverImages(Group):
-    """One image at a time."""
-
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.act(self.norm(self.conv(image[None])))[0] for image in x])
+        return torch.stack([self.first(image[None])[0] for image in x])
 
 
 @case()
-class Assertion(Group):
-    """A check of the input's shape."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == 4, "four channels"
-        torch._assert(x.dim() == 4, "a batch")
-        return self.act(self.norm(self.conv(x)))
+def assertion(self: Any, x: Tensor) -> Tensor:
+    assert x.shape[1] == 4, "four channels"
+    torch._assert(x.dim() == 4, "a batch")
+    return self.first(x)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from tests.fusion_cases.case import NORMED, WHOLE, Group, add, case, conv
+from tests.fusion_cases.case import NORMED, WHOLE, Group, add, add_net, case, conv
 
 
 class WithConv(Group):
@@ -112,13 +112,9 @@ for _name, _change in PARAMETRIZED.items():
     add(
         f"parametrized_{_name}",
         partial(parametrized, _change, "conv"),
-        unfused={"conv": r"(?i)parametri|hook|computed|weight"},
+        unfused=r"(?i)parametri|hook|computed|weight",
     )
-add(
-    "parametrized_norm",
-    partial(parametrized, PARAMETRIZED["halved"], "norm"),
-    unfused={"conv": r"(?i)parametri|norm"},
-)
+add("parametrized_norm", partial(parametrized, PARAMETRIZED["halved"], "norm"), unfused=r"(?i)parametri|norm")
 
 
 def with_forward(part: str) -> nn.Module:
@@ -133,8 +129,8 @@ def shifted(forward: Any, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 for _part in ("conv", "norm"):
-    add(f"forward_set_on_the_{_part}", partial(with_forward, _part), unfused={"conv": r"(?i)forward"})
-add("forward_set_on_the_act", partial(with_forward, "act"), fused={"conv": NORMED})
+    add(f"forward_set_on_the_{_part}", partial(with_forward, _part), unfused=r"(?i)forward")
+add("forward_set_on_the_act", partial(with_forward, "act"), fused=NORMED)
 
 
 def weight_as_buffer() -> nn.Module:
@@ -149,49 +145,40 @@ add("weight_is_a_buffer", weight_as_buffer)
 
 
 @case()
-class ComputedWeight(Group):
+def computed_weight(self: Any, x: Tensor) -> Tensor:
     """A functional convolution whose weight is computed from the module's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.conv.weight - self.conv.weight.mean((1, 2, 3), keepdim=True)
-        return self.act(self.norm(F.conv2d(x, weight, self.conv.bias, padding=1)))
+    weight = self.conv.weight - self.conv.weight.mean((1, 2, 3), keepdim=True)
+    return self.act(self.norm(F.conv2d(x, weight, self.conv.bias, padding=1)))
 
 
 @case()
-class WeightFromTheInput(Group):
+def weight_from_the_input(self: Any, x: Tensor) -> Tensor:
     """A hypernetwork: the weight depends on the image."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.conv.weight * x.mean((0, 2, 3)).reshape(1, -1, 1, 1)
-        return self.act(self.norm(F.conv2d(x, weight, self.conv.bias, padding=1)))
+    weight = self.conv.weight * x.mean((0, 2, 3)).reshape(1, -1, 1, 1)
+    return self.act(self.norm(F.conv2d(x, weight, self.conv.bias, padding=1)))
 
 
-@case(inputs=lambda draw: (draw.image(), draw.tensor(4, 4, 3, 3, salt=1)))
-class WeightAsInput(Group):
-    """The weight is an argument."""
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.act(self.norm(F.conv2d(x, weight, self.conv.bias, padding=1)))
+add_net(
+    "weight_as_input",
+    lambda self, x, weight: self.act(self.norm(F.conv2d(x, weight, self.conv.bias, padding=1))),
+    inputs=lambda draw: (draw.image(), draw.tensor(4, 4, 3, 3, salt=1)),
+)
 
 
 @case()
-class WeightScaledInForward(Group):
+def weight_scaled_in_forward(self: Any, x: Tensor) -> Tensor:
     """Forward changes the weight in place before using it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.conv.weight.data.mul_(0.9)
-        return self.act(self.norm(self.conv(x)))
+    self.conv.weight.data.mul_(0.9)
+    return self.first(x)
 
 
 @case()
-class WeightScaledAfterUse(Group):
+def weight_scaled_after_use(self: Any, x: Tensor) -> Tensor:
     """Between the convolution and the norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        with torch.no_grad():
-            self.conv.weight.mul_(0.9)
-        return self.act(self.norm(y))
+    y = self.conv(x)
+    with torch.no_grad():
+        self.conv.weight.mul_(0.9)
+    return self.act(self.norm(y))
 
 
 class Functional(nn.Module):
@@ -210,38 +197,25 @@ class Functional(nn.Module):
 add("functional_conv", Functional)
 
 
-@case()
-class FunctionalByKeywords(Functional):
+@case(Functional)
+def functional_by_keywords(self: Any, x: Tensor) -> Tensor:
     """Keywords in another order, a padding in words, a stride of two numbers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.conv2d(weight=self.weight, input=x, padding="same", dilation=(2, 1))
-        return F.relu(self.norm(y + self.bias.reshape(1, -1, 1, 1)))
+    y = torch.conv2d(weight=self.weight, input=x, padding="same", dilation=(2, 1))
+    return F.relu(self.norm(y + self.bias.reshape(1, -1, 1, 1)))
 
 
-@case()
-class FunctionalBelowTorch(Functional):
-    """The operator itself."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.aten.convolution(x, self.weight, self.bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-        return F.relu(self.norm(y))
+@case(Functional)
+def functional_below_torch(self: Any, x: Tensor) -> Tensor:
+    y = torch.ops.aten.convolution(x, self.weight, self.bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    return F.relu(self.norm(y))
 
 
-@case()
-class ModulesForwardCalled(Group):
-    """`forward` called past `__call__`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act.forward(self.norm.forward(self.conv.forward(x)))
-
-
-@case()
-class ModulesTensors(Group):
-    """The module's tensors, without the module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(F.conv2d(x, self.conv.weight, None, self.conv.stride, 2, 2)))
+add_net("modules_forward_called", lambda self, x: self.act.forward(self.norm.forward(self.conv.forward(x))))
+# The module's tensors, without the module.
+add_net(
+    "modules_tensors",
+    lambda self, x: self.act(self.norm(F.conv2d(x, self.conv.weight, None, self.conv.stride, 2, 2))),
+)
 
 
 def transposed() -> nn.Module:
@@ -275,53 +249,37 @@ class Sequences(nn.Module):
 
 add("three_dimensions", Volumes, inputs=lambda draw: (draw.image()[:, :, None].repeat(1, 1, 3, 1, 1),))
 add("one_dimension", Sequences, inputs=lambda draw: (draw.image().flatten(2),))
+# A decoder: the plain convolution is fused, the transposed one is not.
+add_net(
+    "transposed_and_plain",
+    lambda self, x: F.relu(self.norm(self.conv(F.relu(self.up_norm(self.up(x)))))),
+    nn.Module,
+    {
+        "up": lambda: nn.ConvTranspose2d(4, 4, 2, stride=2),
+        "up_norm": lambda: nn.BatchNorm2d(4),
+        "conv": conv,
+        "norm": lambda: nn.BatchNorm2d(4),
+    },
+)
 
 
-@case()
-class TransposedAndPlain(nn.Module):
-    """A decoder: the plain convolution is fused, the transposed one is not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.up_norm = nn.ConvTranspose2d(4, 4, 2, stride=2), nn.BatchNorm2d(4)
-        self.conv, self.norm = conv(), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(F.relu(self.up_norm(self.up(x))))))
-
-
-@case()
-class Unfolded(Group):
+@case(Group, {"linear": lambda: nn.Linear(4, 4)})
+def unfolded(self: Any, x: Tensor) -> Tensor:
     """A linear layer between convolution and norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.act(self.norm(y))
+    y = self.linear(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return self.act(self.norm(y))
 
 
 for _dtype, _tolerance in ((torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)):
-    add(
-        f"in_{str(_dtype).removeprefix('torch.')}",
-        Group,
-        fused={"conv": WHOLE},
-        dtype=_dtype,
-        tolerance=_tolerance,
-    )
+    add(f"in_{str(_dtype).removeprefix('torch.')}", Group, fused=WHOLE, dtype=_dtype, tolerance=_tolerance)
 add(
     "half_with_float32_norm",
     Group,
-    fused={"conv": WHOLE},
+    fused=WHOLE,
     dtype=torch.bfloat16,
     tolerance=4e-2,
     prepare=lambda network: network.norm.float(),
 )
 add(
-    "channels_last",
-    Group,
-    fused={"conv": WHOLE},
-    prepare=lambda network: network.to(memory_format=torch.channels_last),
+    "channels_last", Group, fused=WHOLE, prepare=lambda network: network.to(memory_format=torch.channels_last)
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,220 +12,161 @@ from torch import Tensor, nn
 from tests.fusion_cases.case import ADDED, WHOLE, Group, TwoGroups, case
 
 
-class Stages(TwoGroups):
-    """`first` makes a tensor of the network's own, which `second` is added to."""
-
-    def first(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
-
-    def second(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(x))
-
-
-@case(fused={"conv": WHOLE})
-class AddInPlaceReadLater(Stages):
+@case(TwoGroups, fused=WHOLE)
+def add_in_place_read_later(self: Any, x: Tensor) -> Tensor:
     """`b` is the same tensor as `a`, so it sees the sum."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.first(x)
-        b = a
-        a += self.second(a)
-        return self.act(a) * b.cos()
+    a = self.first(x)
+    b = a
+    a += self.second(a)
+    return self.act(a) * b.cos()
 
 
-@case(fused={"conv": WHOLE})
-class AddInPlaceDiscarded(Stages):
+@case(TwoGroups, fused=WHOLE)
+def add_in_place_discarded(self: Any, x: Tensor) -> Tensor:
     """The sum is read under the old name only; the call's result is dropped."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.first(x)
-        a.add_(self.second(a))
-        return self.act(a)
+    a = self.first(x)
+    a.add_(self.second(a))
+    return self.act(a)
 
 
-@case(fused={"conv": WHOLE})
-class AddInPlaceByFunction(Stages):
+@case(TwoGroups, fused=WHOLE)
+def add_in_place_by_function(self: Any, x: Tensor) -> Tensor:
     """`operator.iadd`, its result dropped as well as used."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.first(x)
-        b = operator.iadd(a, self.second(a))
-        return self.act(b) * a.cos()
+    a = self.first(x)
+    b = operator.iadd(a, self.second(a))
+    return self.act(b) * a.cos()
 
 
-@case(fused={"conv": WHOLE})
-class AddInPlaceReadThroughAView(Stages):
+@case(TwoGroups, fused=WHOLE)
+def add_in_place_read_through_a_view(self: Any, x: Tensor) -> Tensor:
     """A slice taken before the addition sees it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.first(x)
-        view = a[:, :2]
-        a += self.second(a)
-        return torch.cat([self.act(a), view], 1)
+    a = self.first(x)
+    view = a[:, :2]
+    a += self.second(a)
+    return torch.cat([self.act(a), view], 1)
 
 
-@case(fused={"conv": WHOLE, "conv2": ADDED})
-class AddInPlaceReadByNobody(Stages):
+@case(TwoGroups, fused={"conv": WHOLE, "conv2": ADDED})
+def add_in_place_read_by_nobody(self: Any, x: Tensor) -> Tensor:
     """The overwritten tensor is never read again: this is how many networks write a residual."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.first(x)
-        a += self.second(a)
-        return self.act(a)
+    a = self.first(x)
+    a += self.second(a)
+    return self.act(a)
 
 
-@case(fused={"conv": ADDED})
-class AddInPlaceOnTheNorm(Group):
+@case(fused=ADDED)
+def add_in_place_on_the_norm(self: Any, x: Tensor) -> Tensor:
     """torchvision's `out += identity`: the norm's output is the one overwritten."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        z += x
-        return self.act(z)
+    z = self.norm(self.conv(x))
+    z += x
+    return self.act(z)
 
 
 @case()
-class AddInPlaceMethodOnTheNorm(Group):
+def add_in_place_method_on_the_norm(self: Any, x: Tensor) -> Tensor:
     """The same as a method, its result dropped."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        z.add_(x)
-        return F.relu(z, inplace=True)
+    z = self.norm(self.conv(x))
+    z.add_(x)
+    return F.relu(z, inplace=True)
 
 
-@case(fused={"conv": WHOLE})
-class AddOut(Stages):
+@case(TwoGroups, fused=WHOLE)
+def add_out(self: Any, x: Tensor) -> Tensor:
     """The sum written into a tensor that is read later under its own name."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.first(x)
-        z = self.second(a)
-        torch.add(z, a, out=a)
-        return self.act(a)
+    a = self.first(x)
+    z = self.second(a)
+    torch.add(z, a, out=a)
+    return self.act(a)
 
 
 @case()
-class AddInPlaceOnTheInput(Group):
+def add_in_place_on_the_input(self: Any, x: Tensor) -> Tensor:
     """The caller's own tensor is overwritten, and the caller sees it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x += self.norm(self.conv(x))
-        return self.act(x)
+    x += self.norm(self.conv(x))
+    return self.act(x)
 
 
 @case()
-class AddInPlaceOnAViewOfTheInput(Group):
-    """The same through a view."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.view(x.shape)
-        y += self.norm(self.conv(x))
-        return self.act(y)
+def add_in_place_on_a_view_of_the_input(self: Any, x: Tensor) -> Tensor:
+    y = x.view(x.shape)
+    y += self.norm(self.conv(x))
+    return self.act(y)
 
 
-@case()
-class AddInPlaceOnTheInputByAnotherName(Group):
+@case(Group, {"identity": nn.Identity, "dropout": nn.Dropout})
+def add_in_place_on_the_input_by_another_name(self: Any, x: Tensor) -> Tensor:
     """`contiguous`, `to` and an identity return the caller's tensor itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.identity, self.dropout = nn.Identity(), nn.Dropout()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.dropout(self.identity(x.contiguous().to(x.dtype)))
-        y += self.norm(self.conv(x))
-        return self.act(y)
+    y = self.dropout(self.identity(x.contiguous().to(x.dtype)))
+    y += self.norm(self.conv(x))
+    return self.act(y)
 
 
-@case()
-class OwnTensorByAnotherName(Stages):
+@case(TwoGroups, {"identity": lambda: nn.Sequential(nn.Identity(), nn.Dropout())})
+def own_tensor_by_another_name(self: Any, x: Tensor) -> Tensor:
     """A shortcut through an identity is no copy: it sees the sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.identity = nn.Sequential(nn.Identity(), nn.Dropout())
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.first(x)
-        shortcut = self.identity(a)
-        a += self.second(x)
-        return self.act(a) * shortcut.cos()
+    a = self.first(x)
+    shortcut = self.identity(a)
+    a += self.second(x)
+    return self.act(a) * shortcut.cos()
 
 
 @case()
-class NormOutputByAnotherName(Group):
+def norm_output_by_another_name(self: Any, x: Tensor) -> Tensor:
     """The value before the activation, taken through a method that returns the tensor itself."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        before = z.contiguous()
-        return F.relu_(z) + before
+    z = self.norm(self.conv(x))
+    before = z.contiguous()
+    return F.relu_(z) + before
 
 
 @case()
-class ActivationDiscarded(Group):
+def activation_discarded(self: Any, x: Tensor) -> Tensor:
     """`F.relu_(z)` as a statement: nothing uses its result, and yet it counts."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        F.relu_(z)
-        return z
+    z = self.norm(self.conv(x))
+    F.relu_(z)
+    return z
 
 
 @case(prepare=lambda network: setattr(network.act, "inplace", True))
-class ActivationModuleDiscarded(Group):
+def activation_module_discarded(self: Any, x: Tensor) -> Tensor:
     """The same by a module with `inplace=True`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        self.act(z)
-        return z * 2
+    z = self.norm(self.conv(x))
+    self.act(z)
+    return z * 2
 
 
 @case(prepare=lambda network: setattr(network.act, "inplace", True))
-class ActivationModuleInPlaceReadLater(Group):
+def activation_module_in_place_read_later(self: Any, x: Tensor) -> Tensor:
     """The shortcut was taken before the activation, but the activation overwrote it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.norm(self.conv(x))
-        return self.act(shortcut) + shortcut
+    shortcut = self.norm(self.conv(x))
+    return self.act(shortcut) + shortcut
 
 
 @case()
-class ActivationInPlaceAndCopy(Group):
+def activation_in_place_and_copy(self: Any, x: Tensor) -> Tensor:
     """The shortcut is a copy made before: it keeps the value."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        shortcut = z.clone()
-        return F.relu_(z) + shortcut
+    z = self.norm(self.conv(x))
+    shortcut = z.clone()
+    return F.relu_(z) + shortcut
 
 
 @case()
-class ActivationInPlaceOnTheConv(Group):
+def activation_in_place_on_the_conv(self: Any, x: Tensor) -> Tensor:
     """The convolution's output is overwritten before the norm reads it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        F.relu_(y)
-        return self.act(self.norm(y))
+    y = self.conv(x)
+    F.relu_(y)
+    return self.act(self.norm(y))
 
 
 @case()
-class ActivationInPlaceOnTheInput(Group):
+def activation_in_place_on_the_input(self: Any, x: Tensor) -> Tensor:
     """The caller's tensor is rectified, before the convolution and so before the residual."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        F.relu(x, inplace=True)
-        return self.act(self.norm(self.conv(x)) + x)
+    F.relu(x, inplace=True)
+    return self.act(self.norm(self.conv(x)) + x)
 
 
-@case(unused_norms=("norm",))
-class PreActivationInPlace(TwoGroups):
+@case(TwoGroups)
+def pre_activation_in_place(self: Any, x: Tensor) -> Tensor:
     """The shortcut of a pre-activation block sees the in-place activation behind the norm's identity."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.conv(x)
-        b = F.relu_(a)
-        return self.norm2(self.conv2(b)) + a
+    a = self.conv(x)
+    b = F.relu_(a)
+    return self.second(b) + a

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fusion_cases.case import NORMED, WHOLE, Group, TwoGroups, add, case, conv
+from tests.fusion_cases.case import NORMED, WHOLE, Group, TwoGroups, add, add_net, case, conv
 
 
 class WithNorm(Group):
@@ -61,7 +61,7 @@ for _name, _norm in {
     "without_bias": without_bias,
     "sync": nn.SyncBatchNorm,
 }.items():
-    add(f"norm_{_name}", partial(WithNorm, _norm), fused={"conv": WHOLE})
+    add(f"norm_{_name}", partial(WithNorm, _norm), fused=WHOLE)
 
 for _name, _norm, _reason in (
     ("no_statistics", partial(nn.BatchNorm2d, track_running_stats=False), r"statistics|running"),
@@ -69,114 +69,51 @@ for _name, _norm, _reason in (
     ("instance", nn.InstanceNorm2d, r"InstanceNorm"),
     ("overridden", HalvingNorm, r"HalvingNorm|norm"),
 ):
-    add(f"norm_{_name}", partial(WithNorm, _norm), unfused={"conv": _reason})
+    add(f"norm_{_name}", partial(WithNorm, _norm), unfused=_reason)
 
 add("norm_subclass", partial(WithNorm, RenamedNorm))
-add("norm_frozen_by_hand", partial(WithNorm, HandFrozen), fused={"conv": WHOLE})
-add("norm_none", partial(WithNorm, lambda c: nn.Identity()), fused={"conv": "conv + relu"})
-add(
-    "norm_in_training_mode",
-    Group,
-    unfused={"conv": r"(?i)train"},
-    prepare=lambda network: network.norm.train(),
-)
+add("norm_frozen_by_hand", partial(WithNorm, HandFrozen), fused=WHOLE)
+add("norm_none", partial(WithNorm, lambda c: nn.Identity()), fused="conv + relu")
+add("norm_in_training_mode", Group, unfused=r"(?i)train", prepare=lambda network: network.norm.train())
 add(
     "cumulative_norm_in_training_mode",
     partial(WithNorm, partial(nn.BatchNorm2d, momentum=None)),
-    unfused={"conv": r"(?i)train"},
+    unfused=r"(?i)train",
     prepare=lambda network: network.norm.train(),
 )
+add("only_the_root_in_training_mode", Group, prepare=lambda network: setattr(network, "training", True))
+# The usual way to freeze norms while the rest trains.
+add("only_the_norm_in_eval_mode", Group, prepare=lambda network: network.train() and network.norm.eval())
+# Between the norm and the activation there is a product.
+add_net("multiplied", lambda self, x: self.act(self.norm(self.conv(x)) * -1.5), fused=NORMED)
+# Pre-activation order: norm, activation, convolution.
+add_net("norm_first", lambda self, x: self.conv(self.act(self.norm(x))), unfused=r"")
 
 
-@case(prepare=lambda network: setattr(network, "training", True))
-class OnlyTheRootInTrainingMode(Group):
-    """All submodules are in eval mode."""
-
-
-@case(prepare=lambda network: network.train() and network.norm.eval())
-class OnlyTheNormInEvalMode(Group):
-    """The usual way to freeze norms while the rest trains."""
-
-
-@case(fused={"conv": NORMED})
-class Multiplied(Group):
-    """Between the norm and the activation there is a product."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) * -1.5)
-
-
-@case(unfused={"conv": r""})
-class NormFirst(Group):
-    """Pre-activation order: norm, activation, convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.act(self.norm(x)))
-
-
-@case(fused={"conv": WHOLE}, unfused={"conv2": r""})
-class NormFirstTwice(TwoGroups):
+@case(TwoGroups, fused=WHOLE, unfused={"conv2": r""})
+def norm_first_twice(self: Any, x: Tensor) -> Tensor:
     """A pre-activation block: the first norm belongs to nobody, the second to the first convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(self.act(self.norm2(x)))
-        return self.conv2(self.act(self.norm(y)))
+    y = self.conv(self.act(self.norm2(x)))
+    return self.conv2(self.act(self.norm(y)))
 
 
-@case(fused={"conv": "conv + relu"})
-class NormAfterTheActivation(Group):
-    """conv, act, norm: the norm cannot be folded into the convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.act(self.conv(x)))
-
-
-@case(fused={"conv": WHOLE})
-class TwoActivations(Group):
-    """Only the first of two activations belongs to the group."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.act(self.norm(self.conv(x))))
-
-
-@case(fused={"conv": NORMED})
-class TwoNorms(TwoGroups):
-    """Only the first of two norms belongs to the group."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm2(self.norm(self.conv(x))))
-
-
-@case(fused={"conv": NORMED})
-class NoActivation(Group):
-    """A linear projection."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-@case()
-class ConvAlone(nn.Module):
-    """Nothing to fuse with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = conv()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-@case(fused={"conv": NORMED}, unfused={"conv2": r""})
-class TwoConvsInARow(TwoGroups):
-    """A convolution on a convolution: the norm belongs to the second."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(self.conv2(x)))
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.norm2
+# conv, act, norm: the norm cannot be folded into the convolution.
+add_net("norm_after_the_activation", lambda self, x: self.norm(self.act(self.conv(x))), fused="conv + relu")
+# Only the first of two activations belongs to the group.
+add_net("two_activations", lambda self, x: torch.sigmoid(self.first(x)), fused=WHOLE)
+# Only the first of two norms belongs to the group.
+add_net("two_norms", lambda self, x: self.act(self.norm2(self.norm(self.conv(x)))), TwoGroups, fused=NORMED)
+add_net("no_activation", lambda self, x: self.norm(self.conv(x)), fused=NORMED)
+add_net("conv_alone", lambda self, x: self.conv(x), nn.Module, {"conv": conv})
+# A convolution on a convolution: the norm belongs to the second.
+add_net(
+    "two_convs_in_a_row",
+    lambda self, x: self.norm(self.conv(self.conv2(x))),
+    TwoGroups,
+    {"norm2": None},
+    fused=NORMED,
+    unfused={"conv2": r""},
+)
 
 
 class Between(Group):
@@ -227,19 +164,15 @@ for _name, _make in {"conv_and_norm": Between, "norm_and_activation": BeforeTheA
     for _module in (nn.Dropout, nn.Dropout2d, nn.AlphaDropout):
         _label = f"between_{_name}_{_module.__name__.lower()}"
         add(f"{_label}_in_eval_mode", lambda make=_make, module=_module: make(module(0.5)))
-        add(
-            f"{_label}_in_training_mode",
-            lambda make=_make, module=_module: make(module(0.5)),
-            prepare=drops,
-        )
+        add(f"{_label}_in_training_mode", lambda make=_make, module=_module: make(module(0.5)), prepare=drops)
 
 
-@case(prepare=lambda network: network.to(memory_format=torch.channels_last))
-class FunctionalDropout(Group):
-    """`F.dropout` is in training mode unless told otherwise: random even in an eval network."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(F.dropout(self.norm(self.conv(x)), 0.5))
+# `F.dropout` is in training mode unless told otherwise: random even in an eval network.
+add_net(
+    "functional_dropout",
+    lambda self, x: self.act(F.dropout(self.norm(self.conv(x)), 0.5)),
+    prepare=lambda network: network.to(memory_format=torch.channels_last),
+)
 
 
 class FunctionalNorm(nn.Module):
@@ -259,63 +192,52 @@ class FunctionalNorm(nn.Module):
         )
 
 
-add("functional_norm", FunctionalNorm, fused={"conv": WHOLE})
+add("functional_norm", FunctionalNorm, fused=WHOLE)
 
 
-@case(fused={"conv": WHOLE})
-class FunctionalNormByKeywords(FunctionalNorm):
+@case(FunctionalNorm, fused=WHOLE)
+def functional_norm_by_keywords(self: Any, x: Tensor) -> Tensor:
     """Keywords, in another order than the parameters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return F.relu(
-            F.batch_norm(
-                input=y, eps=0.2, running_var=self.running_var, running_mean=self.running_mean, bias=self.bias
-            )
+    y = self.conv(x)
+    return F.relu(
+        F.batch_norm(
+            input=y, eps=0.2, running_var=self.running_var, running_mean=self.running_mean, bias=self.bias
         )
+    )
 
 
-@case()
-class FunctionalNormInTrainingMode(FunctionalNorm):
+@case(FunctionalNorm)
+def functional_norm_in_training_mode(self: Any, x: Tensor) -> Tensor:
     """Statistics of the batch, and the running ones move."""
+    y = self.conv(x)
+    return F.relu(F.batch_norm(y, self.running_mean, self.running_var, self.weight, self.bias, True, 0.3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return F.relu(F.batch_norm(y, self.running_mean, self.running_var, self.weight, self.bias, True, 0.3))
+
+@case(FunctionalNorm)
+def functional_norm_of_other_statistics(self: Any, x: Tensor) -> Tensor:
+    """Statistics computed from the input."""
+    y = self.conv(x)
+    return F.relu(F.batch_norm(y, x.mean((0, 2, 3)), x.var((0, 2, 3)) + 0.1, self.weight, self.bias))
 
 
 @case()
-class FunctionalNormOfOtherStatistics(FunctionalNorm):
-    """Statistics computed from the input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return F.relu(F.batch_norm(y, x.mean((0, 2, 3)), x.var((0, 2, 3)) + 0.1, self.weight, self.bias))
-
-
-@case(unused_norms=("norm",))
-class NormWithScaledWeight(Group):
+def norm_with_scaled_weight(self: Any, x: Tensor) -> Tensor:
     """The norm's own tensors, used by a function and scaled."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        y = F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight * 2, norm.bias)
-        return self.act(y)
+    norm = self.norm
+    y = F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight * 2, norm.bias)
+    return self.act(y)
 
 
-@case(unused_norms=("norm",))
-class NormOfTheNormsTensors(Group):
+@case()
+def norm_of_the_norms_tensors(self: Any, x: Tensor) -> Tensor:
     """The norm module's tensors by a function, with another eps than the module's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        y = F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=0.5)
-        return self.act(y)
+    norm = self.norm
+    y = F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=0.5)
+    return self.act(y)
 
 
-@case(prepare=lambda network: network.norm.float())
-class NormInAnotherPrecision(Group):
-    """A norm between two conversions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x).float()).double())
+add_net(
+    "norm_in_another_precision",
+    lambda self, x: self.act(self.norm(self.conv(x).float()).double()),
+    prepare=lambda network: network.norm.float(),
+)

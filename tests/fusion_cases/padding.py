@@ -9,20 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fusion_cases.case import ADDED, WHOLE, Group, add, case, conv
+from tests.fusion_cases.case import ADDED, WHOLE, Group, TwoGroups, add, add_net, case, conv
 
 
-class PadModule(nn.Module):
+class PadModule(Group):
     """A padding module, then the group."""
 
     def __init__(self, pad: nn.Module, **options: Any) -> None:
         super().__init__()
         self.pad = pad
         self.conv = nn.Conv2d(4, 4, 3, **options)
-        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(self.pad(x))))
+        return self.first(self.pad(x))
 
 
 class PadFunction(PadModule):
@@ -33,7 +32,7 @@ class PadFunction(PadModule):
         self.arguments = (size, mode, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(F.pad(x, *self.arguments))))
+        return self.first(F.pad(x, *self.arguments))
 
 
 for _name, _make in {
@@ -60,13 +59,13 @@ for _name, _make in {
     "function_reflect": lambda: PadFunction((1, 1, 1, 1), "reflect"),
     "function_negative": lambda: PadFunction((-1, -1, 1, 1), padding=1),
 }.items():
-    add(f"pad_{_name}", _make, fused={"conv": WHOLE})
+    add(f"pad_{_name}", _make, fused=WHOLE)
 
 for _mode in ("reflect", "replicate", "circular"):
     add(
         f"padding_mode_{_mode}",
         lambda mode=_mode: PadModule(nn.Identity(), padding=(1, 2), padding_mode=mode, stride=(2, 1)),
-        fused={"conv": WHOLE},
+        fused=WHOLE,
     )
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -90,10 +89,10 @@ class WithConv(Group):
 
 
 for _name, _options in OPTIONS.items():
-    add(f"conv_{_name}", partial(WithConv, **_options), fused={"conv": WHOLE})
+    add(f"conv_{_name}", partial(WithConv, **_options), fused=WHOLE)
 
 
-@case(fused={"conv": WHOLE})
+@case(fused=WHOLE)
 class PadOutputTwice(PadFunction):
     """The padded image is needed by somebody else too."""
 
@@ -102,10 +101,10 @@ class PadOutputTwice(PadFunction):
 
     def forward(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (1, 1, 1, 1))
-        return self.act(self.norm(self.conv(padded))) * padded[:, :, 1:-1, 1:-1].sin()
+        return self.first(padded) * padded[:, :, 1:-1, 1:-1].sin()
 
 
-@case(fused={"conv": ADDED})
+@case(fused=ADDED)
 class PadAsResidual(PadFunction):
     """The padded image is the residual too."""
 
@@ -127,7 +126,7 @@ class PadOutputChanged(PadFunction):
     def forward(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (1, 1, 1, 1))
         padded[:, :, 0] = 0.5
-        return self.act(self.norm(self.conv(padded)))
+        return self.first(padded)
 
 
 @case()
@@ -140,22 +139,19 @@ class InputChangedAfterPadding(PadFunction):
     def forward(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (1, 1, 1, 1))
         x.zero_()
-        return self.act(self.norm(self.conv(padded)))
+        return self.first(padded)
 
 
-@case(fused={"conv": WHOLE})
-class PadChannels(nn.Module):
-    """Zero channels are no border."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = conv(6), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(F.pad(x, (0, 0, 0, 0, 1, 1)))))
+add_net(
+    "pad_channels",
+    lambda self, x: F.relu(self.norm(self.conv(F.pad(x, (0, 0, 0, 0, 1, 1))))),
+    nn.Module,
+    {"conv": lambda: conv(6), "norm": lambda: nn.BatchNorm2d(4)},
+    fused=WHOLE,
+)
 
 
-@case(fused={"conv": WHOLE})
+@case(fused=WHOLE)
 class PadThenActivation(PadFunction):
     """Something between the padding and the convolution: sigmoid(0) is not 0."""
 
@@ -166,10 +162,8 @@ class PadThenActivation(PadFunction):
         return self.act(self.norm(self.conv(torch.sigmoid(F.pad(x, (1, 1, 1, 1))))))
 
 
-@case(fused={"conv": WHOLE})
+@case(fused=WHOLE)
 class PadTwice(PadModule):
-    """Two paddings in a row."""
-
     def __init__(self) -> None:
         super().__init__(nn.Sequential(nn.ZeroPad2d((1, 0, 1, 0)), nn.ZeroPad2d((0, 1, 0, 2))))
 
@@ -186,22 +180,21 @@ class PadByTheImagesSize(PadFunction):
         rows = ((height + 1) // 2 - 1) * 2 + 3 - height
         columns = ((width + 1) // 2 - 1) * 2 + 3 - width
         padded = F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
-        return self.act(self.norm(self.conv(padded)))
+        return self.first(padded)
 
 
-@case()
-class SharedPaddedInput(nn.Module):
+@case(
+    TwoGroups,
+    {
+        "pad": lambda: nn.ZeroPad2d(1),
+        "conv": lambda: nn.Conv2d(4, 4, 3),
+        "conv2": lambda: nn.Conv2d(4, 4, 3),
+    },
+)
+def shared_padded_input(self: Any, x: Tensor) -> Tensor:
     """One padding before two convolutions, which may both take it or neither."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pad = nn.ZeroPad2d((1, 1, 1, 1))
-        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        padded = self.pad(x)
-        return F.relu(self.norm(self.conv(padded))) * F.silu(self.norm2(self.conv2(padded)))
+    padded = self.pad(x)
+    return F.relu(self.norm(self.conv(padded))) * F.silu(self.second(padded))
 
 
 class FunctionalNorm(nn.Module):

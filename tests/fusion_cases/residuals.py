@@ -10,15 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fusion_cases.case import (
-    ADDED,
-    ADDED_AFTER,
-    NORMED,
-    Draw,
-    Group,
-    add,
-    case,
-)
+from tests.fusion_cases.case import ADDED, ADDED_AFTER, NORMED, Draw, Group, add, add_net
 
 
 class Adds(Group):
@@ -36,7 +28,7 @@ class AddsAfter(Adds):
     """The sum of act(z) and x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.sum_of(self.act(self.norm(self.conv(x))), x)
+        return self.sum_of(self.first(x), x)
 
 
 FORMS: dict[str, Callable[[Any, Any], Any]] = {
@@ -53,8 +45,8 @@ FORMS: dict[str, Callable[[Any, Any], Any]] = {
     "operator": lambda z, x: operator.add(x, z),
 }
 for _form, _sum_of in FORMS.items():
-    add(f"add_{_form}", lambda sum_of=_sum_of: Adds(sum_of), fused={"conv": ADDED})
-    add(f"add_after_{_form}", lambda sum_of=_sum_of: AddsAfter(sum_of), fused={"conv": ADDED_AFTER})
+    add(f"add_{_form}", lambda sum_of=_sum_of: Adds(sum_of), fused=ADDED)
+    add(f"add_after_{_form}", lambda sum_of=_sum_of: AddsAfter(sum_of), fused=ADDED_AFTER)
 
 NO_RESIDUALS: dict[str, Callable[[Any, Any], Any]] = {
     "alpha": lambda z, x: torch.add(z, x, alpha=2),
@@ -96,112 +88,65 @@ for _form, _sum_of in NO_RESIDUALS.items():
     )
 
 
-@case(fused={"conv": NORMED})
-class ParameterPerChannel(Group):
-    """A learned offset of shape [1, K, 1, 1]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.offset = nn.Parameter(torch.linspace(-1, 1, 4).reshape(1, 4, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + self.offset)
-
-
-@case(draws=(Draw(1, 1, 8, 9), Draw(2, 3, 8, 9), Draw(3, 1, 8, 9)))
-class ParameterOfTheExamplesShape(Group):
-    """A position embedding: as large as the sum for one image, broadcast for three."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.position = nn.Parameter(torch.linspace(-1, 1, 288).reshape(1, 4, 8, 9))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + self.position)
-
-
-@case(draws=(Draw(1, 2, 1, 1), Draw(2, 3, 8, 9), Draw(3, 1, 1, 7)))
-class PooledResidual(Group):
-    """Pooled to one pixel: as large as the sum for an image of one pixel, broadcast for others."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + F.adaptive_avg_pool2d(x, 1))
-
-
-@case(
+# A learned offset of shape [1, K, 1, 1].
+add_net(
+    "parameter_per_channel",
+    lambda self, x: self.act(self.norm(self.conv(x)) + self.offset),
+    Group,
+    {"offset": lambda: nn.Parameter(torch.linspace(-1, 1, 4).reshape(1, 4, 1, 1))},
+    fused=NORMED,
+)
+# A position embedding: as large as the sum for one image, broadcast for three.
+add_net(
+    "parameter_of_the_examples_shape",
+    lambda self, x: self.act(self.norm(self.conv(x)) + self.position),
+    Group,
+    {"position": lambda: nn.Parameter(torch.linspace(-1, 1, 288).reshape(1, 4, 8, 9))},
+    draws=(Draw(1, 1, 8, 9), Draw(2, 3, 8, 9), Draw(3, 1, 8, 9)),
+)
+# Pooled to one pixel: as large as the sum for an image of one pixel, broadcast for others.
+add_net(
+    "pooled_residual",
+    lambda self, x: self.act(self.norm(self.conv(x)) + F.adaptive_avg_pool2d(x, 1)),
+    draws=(Draw(1, 2, 1, 1), Draw(2, 3, 8, 9), Draw(3, 1, 1, 7)),
+)
+# A second input with a batch of one: the same size in the example only.
+add_net(
+    "input_of_one_image",
+    lambda self, x, residual: self.act(self.norm(self.conv(x)) + residual),
     draws=(Draw(1, 1, 8, 9), Draw(2, 3, 11, 7)),
     inputs=lambda draw: (draw.image(), draw.tensor(1, 4, draw.h, draw.w)),
 )
-class InputOfOneImage(Group):
-    """A second input with a batch of one: the same size in the example only."""
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + residual)
-
-
-@case(inputs=lambda draw: (draw.tensor(draw.n, 4, 3, 3), draw.image(salt=1)))
-class SumBroadcastUp(nn.Module):
-    """The convolution makes one pixel, which the addition spreads over the residual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)) + y)
-
-
-@case(inputs=lambda draw: (draw.tensor(2, 4, 8, 9), draw.tensor(1, 2, 4, 8, 9, salt=1)))
-class SumOfMoreDimensions(Group):
-    """The residual has a dimension more."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)) + y)
-
-
-@case(inputs=lambda draw: (draw.tensor(4, draw.h, draw.w),), fused={"conv": "conv + add + relu"})
-class WithoutBatchDimension(Group):
-    """[C, H, W] in, [K, P, Q] out; nn.BatchNorm2d takes no such image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.conv(x) + x)
-
-
-@case(inputs=lambda draw: (draw.tensor(4, draw.h, draw.w), draw.image(salt=1)))
-class ResidualWithABatchForOneImage(Group):
-    """[K, P, Q] plus [N, K, P, Q]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.norm
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.act(self.conv(x) + y)
-
-
-@case()
-class ResidualOfHigherPrecision(Group):
-    """float32 plus float64 is float64."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + x.double())
-
-
-@case()
-class ResidualOfLowerPrecision(Group):
-    """float64 plus float32 is float64: the residual is converted, not refused."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + x.float())
-
-
-@case()
-class ResidualOfIntegers(Group):
-    """A mask is added."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + (x > 0) + x.int())
+# The convolution makes one pixel, which the addition spreads over the residual.
+add_net(
+    "sum_broadcast_up",
+    lambda self, x, y: F.relu(self.norm(self.conv(x)) + y),
+    nn.Module,
+    {"conv": lambda: nn.Conv2d(4, 4, 3), "norm": lambda: nn.BatchNorm2d(4)},
+    inputs=lambda draw: (draw.tensor(draw.n, 4, 3, 3), draw.image(salt=1)),
+)
+add_net(
+    "sum_of_more_dimensions",
+    lambda self, x, y: F.relu(self.norm(self.conv(x)) + y),
+    inputs=lambda draw: (draw.tensor(2, 4, 8, 9), draw.tensor(1, 2, 4, 8, 9, salt=1)),
+)
+# [C, H, W] in, [K, P, Q] out; nn.BatchNorm2d takes no such image.
+add_net(
+    "without_batch_dimension",
+    lambda self, x: self.act(self.conv(x) + x),
+    Group,
+    {"norm": None},
+    inputs=lambda draw: (draw.tensor(4, draw.h, draw.w),),
+    fused="conv + add + relu",
+)
+add_net(
+    "residual_with_a_batch_for_one_image",
+    lambda self, x, y: self.act(self.conv(x) + y),
+    Group,
+    {"norm": None},
+    inputs=lambda draw: (draw.tensor(4, draw.h, draw.w), draw.image(salt=1)),
+)
+add_net("residual_of_higher_precision", lambda self, x: self.act(self.norm(self.conv(x)) + x.double()))
+# float64 plus float32 is float64: the residual is converted, not refused.
+add_net("residual_of_lower_precision", lambda self, x: self.act(self.norm(self.conv(x)) + x.float()))
+add_net("residual_of_integers", lambda self, x: self.act(self.norm(self.conv(x)) + (x > 0) + x.int()))

@@ -16,78 +16,62 @@ from tests.fusion_cases.case import (
     Group,
     TwoGroups,
     add,
+    add_net,
     case,
     conv,
+    net,
     two_images,
 )
 
 SHARED = r"(?i)twice|more than once|times|shared?|several|elsewhere|again|two|other|also|places"
 
 
-@case(fused={"conv": (WHOLE, ADDED_AFTER)})
-class SharedConv(TwoGroups):
-    """One convolution under two norms, each with a place of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x))) + self.act(self.norm2(self.conv(x * 0.5)))
-
-
-@case(fused={"conv": (WHOLE, "conv + add")})
-class SharedConvOnceBare(Group):
-    """One convolution, once under a norm and once without."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x))) + self.conv(x * 0.5)
+# One convolution under two norms, each with a place of its own.
+add_net(
+    "shared_conv",
+    lambda self, x: self.first(x) + self.act(self.norm2(self.conv(x * 0.5))),
+    TwoGroups,
+    fused=(WHOLE, ADDED_AFTER),
+)
+# One convolution, once under a norm and once without.
+add_net(
+    "shared_conv_once_bare", lambda self, x: self.first(x) + self.conv(x * 0.5), fused=(WHOLE, "conv + add")
+)
 
 
-@case(fused={"conv": (WHOLE, ADDED_AFTER)})
-class SharedConvByAnotherName(TwoGroups):
-    """One convolution under two attribute names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv2 = self.conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x))) + self.act(self.norm2(self.conv2(x * 0.5)))
+add_net(
+    "shared_conv_by_another_name",
+    lambda self, x: self.first(x) + self.act(self.second(x * 0.5)),
+    TwoGroups,
+    fused=(WHOLE, ADDED_AFTER),
+    prepare=lambda network: setattr(network, "conv2", network.conv),
+)
 
 
-@case(fused={"conv": WHOLE, "conv2": ADDED_AFTER})
-class SharedNorm(TwoGroups):
-    """One norm behind two convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.norm2
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x))) + self.act(self.norm(self.conv2(x)))
-
-
-@case(fused={"conv": ADDED_AFTER})
-class SharedNormOnceAlone(Group):
-    """One norm, behind a convolution and on the input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x))) + self.norm(x)
+add_net(
+    "shared_norm",
+    lambda self, x: self.first(x) + self.act(self.norm(self.conv2(x))),
+    TwoGroups,
+    {"norm2": None},
+    fused={"conv": WHOLE, "conv2": ADDED_AFTER},
+)
+# One norm, behind a convolution and on the input.
+add_net("shared_norm_once_alone", lambda self, x: self.first(x) + self.norm(x), fused=ADDED_AFTER)
+# One activation module for all: it holds nothing, so sharing it hinders nothing.
+add_net(
+    "shared_activation",
+    lambda self, x: self.act(self.second(self.first(x))),
+    TwoGroups,
+    fused={"conv": WHOLE, "conv2": WHOLE},
+)
 
 
-@case(fused={"conv": WHOLE, "conv2": WHOLE})
-class SharedActivation(TwoGroups):
-    """One activation module for all: it holds nothing, so sharing it hinders nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm2(self.conv2(self.act(self.norm(self.conv(x))))))
-
-
-@case(fused={"conv": WHOLE})
-class SameGroupThreeTimes(Group):
+@case(fused=WHOLE)
+def same_group_three_times(self: Any, x: Tensor) -> Tensor:
     """Recurrence: the same group each time, so all three places can be fused."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(3):
-            x = self.act(self.norm(self.conv(x)))
-        return x
+    for _ in range(3):
+        x = self.first(x)
+    return x
 
 
 class Branches(nn.Module):
@@ -147,8 +131,6 @@ add(
 
 @case(fused={"embed.conv": (WHOLE, WHOLE), "embed.conv2": (NORMED, NORMED)}, inputs=two_images)
 class Siamese(nn.Module):
-    """Two images through one network."""
-
     def __init__(self) -> None:
         super().__init__()
         self.embed = TwoGroups()
@@ -189,210 +171,149 @@ class FrozenNorms(TwoGroups):
         self.norm, self.norm2 = FrozenBatchNorm2d(4), FrozenBatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm2(self.conv2(super().forward(x))) + x)
+        return self.act(self.second(super().forward(x)) + x)
 
 
-@case(fused={"conv": ("conv + norm", "conv + norm + relu")})
-class FrozenNormShared(FrozenNorms):
-    """One of them behind two calls of a convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(self.norm(self.conv(x)))))
-
-
-@case(fused={"conv": (WHOLE, "conv + norm + silu")})
-class SameConvAndNormOtherActivation(Group):
-    """The same convolution and norm in two places, but not the same group."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.norm(self.conv(self.act(self.norm(self.conv(x))))))
-
-
-@case(fused={"conv": (WHOLE, ADDED)})
-class SameGroupOnceWithResidual(Group):
-    """The same modules, only once with a residual."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
-        return self.act(self.norm(self.conv(y)) + x)
+# One of them behind two calls of a convolution.
+add_net(
+    "frozen_norm_shared",
+    lambda self, x: self.act(self.norm(self.conv(self.norm(self.conv(x))))),
+    FrozenNorms,
+    fused=("conv + norm", "conv + norm + relu"),
+)
+# The same convolution and norm in two places, but not the same group.
+add_net(
+    "same_conv_and_norm_other_activation",
+    lambda self, x: F.silu(self.norm(self.conv(self.first(x)))),
+    fused=(WHOLE, "conv + norm + silu"),
+)
+# The same modules, only once with a residual.
+add_net(
+    "same_group_once_with_residual",
+    lambda self, x: self.act(self.norm(self.conv(self.first(x))) + x),
+    fused=(WHOLE, ADDED),
+)
 
 
-@case(fused={"conv": (WHOLE, "conv")})
-class SameGroupOnceTapped(Group):
+@case(fused=(WHOLE, "conv"))
+def same_group_once_tapped(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The same modules twice, but the second time the convolution's output is returned as well."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.act(self.norm(self.conv(x)))
-        tapped = self.conv(y)
-        return self.act(self.norm(tapped)), tapped
+    y = self.first(x)
+    tapped = self.conv(y)
+    return self.act(self.norm(tapped)), tapped
 
 
-@case(fused={"conv": NORMED})
-class NormOutputTwice(Group):
-    """The norm's output is used before and after the activation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        return self.act(z) * 0.5 + z.sin()
-
-
-@case(unfused={"conv": SHARED})
-class ConvOutputTwice(Group):
-    """The convolution's output is needed without the norm as well."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return self.act(self.norm(y)) * y.cos()
+# The norm's output is used before and after the activation.
+add_net(
+    "norm_output_twice", lambda self, x: self.act(z := self.norm(self.conv(x))) * 0.5 + z.sin(), fused=NORMED
+)
+# The convolution's output is needed without the norm as well.
+add_net("conv_output_twice", lambda self, x: self.act(self.norm(y := self.conv(x))) * y.cos(), unfused=SHARED)
+# A feature tap: the convolution's output is an output of the network.
+add_net(
+    "conv_output_returned",
+    lambda self, x: (self.act(self.norm(y := self.conv(x))), y),
+    unfused=SHARED + "|return|output",
+)
 
 
-@case(unfused={"conv": SHARED + "|return|output"})
-class ConvOutputReturned(Group):
-    """A feature tap: the convolution's output is an output of the network."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.conv(x)
-        return self.act(self.norm(y)), y
+@case(unfused=SHARED + "|return|output")
+def conv_output_in_a_dictionary(self: Any, x: Tensor) -> dict[str, Any]:
+    features = {"raw": [self.conv(x)]}
+    return {"y": self.act(self.norm(features["raw"][0])), "features": features}
 
 
-@case(unfused={"conv": SHARED + "|return|output"})
-class ConvOutputInADictionary(Group):
-    """The same, inside a nested result."""
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        features = {"raw": [self.conv(x)]}
-        return {"y": self.act(self.norm(features["raw"][0])), "features": features}
+# The value before the activation is an output too.
+add_net("norm_output_returned", lambda self, x: (self.act(z := self.norm(self.conv(x))), z), fused=NORMED)
 
 
-@case(fused={"conv": NORMED})
-class NormOutputReturned(Group):
-    """The value before the activation is an output too."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.norm(self.conv(x))
-        return self.act(z), z
-
-
-@case(attributes=("last",))
-class ConvOutputKept(Group):
+@case(Group, {"last": lambda: None}, attributes=("last",))
+def conv_output_kept(self: Any, x: Tensor) -> Tensor:
     """A feature tap by assignment: no data flow shows it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last: Any = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.last = self.conv(x)
-        return self.act(self.norm(self.last))
+    self.last = self.conv(x)
+    return self.act(self.norm(self.last))
 
 
-@case(attributes=("history",))
-class ConvOutputAppended(Group):
+@case(Group, {"history": list}, attributes=("history",))
+def conv_output_appended(self: Any, x: Tensor) -> Tensor:
     """A feature tap into a list that the network keeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.history: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        self.history.append(y.detach().mean())
-        return self.act(self.norm(y))
+    y = self.conv(x)
+    self.history.append(y.detach().mean())
+    return self.act(self.norm(y))
 
 
 @case()
-class ConvOutputForItsShape(Group):
+def conv_output_for_its_shape(self: Any, x: Tensor) -> Tensor:
     """The convolution's output is asked for its size later on."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        z = self.act(self.norm(y))
-        return z.reshape(y.shape[0], y.size(1), -1).mean(-1) * y.shape[2]
+    y = self.conv(x)
+    z = self.act(self.norm(y))
+    return z.reshape(y.shape[0], y.size(1), -1).mean(-1) * y.shape[2]
 
 
-@case(fused={"conv": WHOLE, "conv2": WHOLE})
-class SharedWeight(TwoGroups):
-    """Two convolutions with one weight between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv2.weight = self.conv.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm2(self.conv2(self.act(self.norm(self.conv(x))))))
+add_net(
+    "shared_weight",
+    lambda self, x: self.act(self.second(self.first(x))),
+    TwoGroups,
+    fused={"conv": WHOLE, "conv2": WHOLE},
+    prepare=lambda network: setattr(network.conv2, "weight", network.conv.weight),
+)
 
 
-@case()
-class SharedWeightWithAFunction(Group):
-    """A convolution whose weight a functional call uses as well."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x))) + F.conv2d(x, self.conv.weight.flip(2, 3), None, 1, 1)
-
-
-@case()
-class SharedNormParameters(TwoGroups):
-    """Two norms with their affine parameters in common."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm2.weight, self.norm2.bias = self.norm.weight, self.norm.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm2(self.conv2(self.act(self.norm(self.conv(x))))))
+# A convolution whose weight a functional call uses as well.
+add_net(
+    "shared_weight_with_a_function",
+    lambda self, x: self.first(x) + F.conv2d(x, self.conv.weight.flip(2, 3), None, 1, 1),
+)
 
 
-@case()
-class TwoNamesOnePlace(Group):
-    """Registered under two names, called in one place; checkpoints hold both names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alias, self.norm_alias = self.conv, self.norm
+def tie_norms(network: Any) -> None:
+    network.norm2.weight, network.norm2.bias = network.norm.weight, network.norm.bias
 
 
-@case(fused={"conv": WHOLE}, unused_norms=("norm2",))
-class NeverCalled(TwoGroups):
-    """A head that is only used in training: its parameters have to stay."""
+add_net(
+    "shared_norm_parameters",
+    lambda self, x: self.act(self.second(self.first(x))),
+    TwoGroups,
+    prepare=tie_norms,
+)
 
 
-@case(fused={"conv2": WHOLE}, prepare=lambda network: network.norm.train(), unused_norms=("norm",))
-class ResultNotUsed(TwoGroups):
+# Registered under two names, called in one place; checkpoints hold both names.
+add("two_names_one_place", Group, prepare=lambda network: setattr(network, "alias", network.conv))
+
+
+# A head that is only used in training: its parameters have to stay.
+add("never_called", net(None, TwoGroups), fused=WHOLE)
+
+
+@case(TwoGroups, fused={"conv2": WHOLE}, prepare=lambda network: network.norm.train())
+def result_not_used(self: Any, x: Tensor) -> Tensor:
     """A call for its side effect alone: the norm is in training mode, and its statistics have to move."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.norm(self.conv(x))
-        return self.act(self.norm2(self.conv2(x)))
+    self.norm(self.conv(x))
+    return self.act(self.second(x))
 
 
-@case(unfused={"conv": SHARED})
-class ConvOutputInParts(Group):
+@case(unfused=SHARED)
+def conv_output_in_parts(self: Any, x: Tensor) -> Tensor:
     """Half of the convolution's output goes another way."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        left, _ = y.chunk(2, 1)
-        return self.act(self.norm(y)) + torch.cat([left, left], 1)
+    y = self.conv(x)
+    left, _ = y.chunk(2, 1)
+    return self.act(self.norm(y)) + torch.cat([left, left], 1)
 
 
-@case(fused={"conv": ADDED, "conv2": WHOLE})
-class SharedInput(TwoGroups):
-    """What the convolutions read is shared by all, which is no hindrance."""
+# What the convolutions read is shared by all, which is no hindrance.
+add_net(
+    "shared_input",
+    lambda self, x: self.act(self.norm(self.conv(x)) + x) * self.act(self.second(x)),
+    TwoGroups,
+    fused={"conv": ADDED, "conv2": WHOLE},
+)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + x) * self.act(self.norm2(self.conv2(x)))
 
-
-@case(fused={"conv": WHOLE, "conv2": WHOLE})
-class Dense(nn.Module):
+@case(TwoGroups, {"conv2": lambda: conv(8)}, fused={"conv": WHOLE, "conv2": WHOLE})
+def dense(self: Any, x: Tensor) -> Tensor:
     """Concatenations, each of everything before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = conv(), nn.BatchNorm2d(4)
-        self.conv2, self.norm2 = conv(8), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        features.append(F.relu(self.norm(self.conv(torch.cat(features, 1)))))
-        features.append(F.relu(self.norm2(self.conv2(torch.cat(features, 1)))))
-        return torch.cat(features, 1)
+    features = [x]
+    features.append(F.relu(self.norm(self.conv(torch.cat(features, 1)))))
+    features.append(F.relu(self.second(torch.cat(features, 1))))
+    return torch.cat(features, 1)

@@ -41,14 +41,14 @@ for name, hold in HOLDERS.items():
     add(
         f"features_in_a_{name}",
         Features,
-        fused={"conv": ADDED},
+        fused=ADDED,
         inputs=lambda draw, hold=hold: (hold(*two_images(draw)),),
     )
     add(f"features_missing_in_a_{name}", Features, inputs=lambda draw, hold=hold: (hold(draw.image(), None),))
 add(
     "features_in_a_dict",
     lambda: Features(("x", "y")),
-    fused={"conv": ADDED},
+    fused=ADDED,
     inputs=lambda draw: (dict(zip("xy", two_images(draw), strict=True)),),
 )
 add(
@@ -66,13 +66,11 @@ add(
 
 
 @case(inputs=lambda draw: ([[draw.image(), {"deep": (draw.image(salt=1), None)}], draw.image(salt=2)],))
-class NestedFeatures(Group):
+def nested_features(self: Any, nested: Any) -> Any:
     """Containers in containers, None among them."""
-
-    def forward(self, nested: Any) -> Any:
-        (x, rest), last = nested
-        y, nothing = rest["deep"]
-        return [self.act(self.norm(self.conv(x)) + y), nothing], last
+    (x, rest), last = nested
+    y, nothing = rest["deep"]
+    return [self.act(self.norm(self.conv(x)) + y), nothing], last
 
 
 class Options(Group):
@@ -81,7 +79,7 @@ class Options(Group):
     def forward(
         self, x: Tensor, size: Any = None, flag: bool = False, mode: str = "nearest", scale: float = 1
     ) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
+        y = self.first(x)
         if size is not None:
             y = F.interpolate(y, size, mode=mode)
         return (-y if flag else y) * scale
@@ -104,7 +102,7 @@ for name, (positional, keywords) in OPTIONS.items():
     add(
         f"option_{name}",
         Options,
-        fused={"conv": WHOLE},
+        fused=WHOLE,
         inputs=lambda draw, positional=positional: (draw.image(), *positional),
         keywords=(lambda draw, keywords=keywords: keywords) if keywords else None,
     )
@@ -129,21 +127,19 @@ add(
     inputs=lambda draw: (draw.image(), *[draw.image(salt=i) for i in range(1, draw.seed)]),
     keywords=lambda draw: {name: draw.image(salt=9) for name in ("ab", "ba", "a", "b")[draw.seed - 1]},
 )
-class AnyTensors(Group):
+def any_tensors(self: Any, x: Tensor, *more: Tensor, **named: Tensor) -> Any:
     """`*args` and `**kwargs` of tensors, as many as there are, in the order in which they are given."""
-
-    def forward(self, x: Tensor, *more: Tensor, **named: Tensor) -> Any:
-        y = self.act(self.norm(self.conv(x)))
-        for one in more:
-            y = y + one
-        return y, {name: value * 2 for name, value in named.items()}
+    y = self.first(x)
+    for one in more:
+        y = y + one
+    return y, {name: value * 2 for name, value in named.items()}
 
 
 class Skip(Group):
     """The block of a decoder, with a skip connection that may be missing."""
 
     def forward(self, x: Tensor, skip: Tensor | None = None, *, double: bool = False) -> Tensor:
-        z = self.act(self.norm(self.conv(x)))
+        z = self.first(x)
         z = z if skip is None else z + skip
         return z * 2 if double else z
 
@@ -177,7 +173,7 @@ class Aliased(TwoGroups):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         first = self.act(self.norm(self.conv(x)) + y)
         x.mul_(0.5)
-        return first, self.act(self.norm2(self.conv2(y)) + x)
+        return first, self.act(self.second(y) + x)
 
 
 def twice(draw: Draw) -> tuple[Tensor, Tensor]:
@@ -198,10 +194,8 @@ add("inputs_that_are_one_in_a_list", Features, inputs=lambda draw: (list(twice(d
 
 
 @case(inputs=lambda draw: (draw.image(), [draw.image(salt=1)]))
-class ListGrows(Group):
+def list_grows(self: Any, x: Tensor, kept: list[Any]) -> Tensor:
     """What the network does to a list of the caller's is seen by the caller."""
-
-    def forward(self, x: Tensor, kept: list[Any]) -> Tensor:
-        y = self.act(self.norm(self.conv(x)) + kept[0])
-        kept.append(y)
-        return torch.cat(kept, 1)
+    y = self.act(self.norm(self.conv(x)) + kept[0])
+    kept.append(y)
+    return torch.cat(kept, 1)

@@ -12,71 +12,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fusion_cases.case import WHOLE, Draw, Group, TwoGroups, case, conv
+from tests.fusion_cases.case import WHOLE, Draw, Group, TwoGroups, add_net, case, conv
+
+# Whether gradients are recorded is no property of the network.
+add_net("branch_on_grad_mode", lambda self, x: self.first(x) * (1 if torch.is_grad_enabled() else 2))
 
 
-@case()
-class BranchOnGradMode(Group):
-    """Whether gradients are recorded is no property of the network."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
-        return y if torch.is_grad_enabled() else y * 2
-
-
-@case()
-class WithoutGradients(TwoGroups):
+@case(TwoGroups)
+def without_gradients(self: Any, x: Tensor) -> Tensor:
     """The stem is kept from gradients by a context, which is no operation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            x = self.act(self.norm(self.conv(x)))
-        return self.act(self.norm2(self.conv2(x)))
+    with torch.no_grad():
+        x = self.first(x)
+    return self.act(self.second(x))
 
 
 @case()
 class DecoratedForward(Group):
-    """The whole of it is."""
-
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        return self.first(x)
 
 
 @case()
-class ContextAroundTheConv(Group):
+def context_around_the_conv(self: Any, x: Tensor) -> Tensor:
     """The norm's parameters have gradients, the convolution's have none."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y = self.conv(x)
-        return self.act(self.norm(y))
+    with torch.no_grad():
+        y = self.conv(x)
+    return self.act(self.norm(y))
 
 
-@case(dtype=torch.float32, tolerance=1e-5)
-class AutocastInside(TwoGroups):
-    """A part in bfloat16, by a context."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            y = self.act(self.norm(self.conv(x)))
-        return self.act(self.norm2(self.conv2(y.float())))
+@case(TwoGroups, dtype=torch.float32, tolerance=1e-5)
+def autocast_inside(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = self.first(x)
+    return self.act(self.second(y.float()))
 
 
-@case()
-class Random(Group):
-    """Noise drawn in every call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + torch.rand(4, 1, 1, dtype=x.dtype))
-
-
-@case()
-class RandomLikeTheInput(Group):
-    """The same with the input's size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + torch.randn_like(x))
+add_net("random", lambda self, x: self.act(self.norm(self.conv(x)) + torch.rand(4, 1, 1, dtype=x.dtype)))
+add_net("random_like_the_input", lambda self, x: self.act(self.norm(self.conv(x)) + torch.randn_like(x)))
 
 
 @case()
@@ -84,192 +57,126 @@ class RandomInPython(TwoGroups):
     """Which group runs is drawn by Python."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
+        y = self.first(x)
         if random.random() < x.shape[0] / 4:
             return y
-        return self.act(self.norm2(self.conv2(x)))
+        return self.act(self.second(x))
 
     def __init__(self) -> None:
         super().__init__()
         self.norm2.eps = 0.1
 
 
-@case()
-class RandomDepth(TwoGroups):
+@case(TwoGroups)
+def random_depth(self: Any, x: Tensor) -> Tensor:
     """Stochastic depth by Python's generator alone: no tensor takes part in the choice."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
-        for _ in range(random.randint(1, 4)):
-            y = self.act(self.norm2(self.conv2(y)))
-        return y
+    y = self.first(x)
+    for _ in range(random.randint(1, 4)):
+        y = self.act(self.second(y))
+    return y
 
 
 @case()
-class Constants(Group):
+def constants(self: Any, x: Tensor) -> Tensor:
     """Tensors made in forward, of fixed size and of the image's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = torch.arange(x.shape[2], device=x.device, dtype=x.dtype).reshape(1, 1, -1, 1)
-        z = self.act(self.norm(self.conv(x + rows * 0.1)) + torch.ones_like(x))
-        return z * torch.linspace(-1, 1, 4, dtype=x.dtype).reshape(4, 1, 1) + torch.tensor(0.5)
+    rows = torch.arange(x.shape[2], device=x.device, dtype=x.dtype).reshape(1, 1, -1, 1)
+    z = self.act(self.norm(self.conv(x + rows * 0.1)) + torch.ones_like(x))
+    return z * torch.linspace(-1, 1, 4, dtype=x.dtype).reshape(4, 1, 1) + torch.tensor(0.5)
 
 
 @case()
 class Counting(Group):
-    """A buffer that counts calls."""
-
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return self.act(self.norm(self.conv(x))) * self.calls
+        return self.first(x) * self.calls
 
 
-@case()
-class CountingInPlace(Counting):
+@case(Counting)
+def counting_in_place(self: Any, x: Tensor) -> Tensor:
     """The same by a method, whose result nothing uses."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls.add_(1)
-        return self.act(self.norm(self.conv(x)))
+    self.calls.add_(1)
+    return self.first(x)
 
 
-@case()
-class BufferReplaced(Group):
+@case(Group, {"mean": lambda: torch.zeros(1, 4, 1, 1)})
+def buffer_replaced(self: Any, x: Tensor) -> Tensor:
     """A buffer that holds the last mean, a new tensor each time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(1, 4, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)) - self.mean)
-        self.mean = x.detach().mean((0, 2, 3), keepdim=True)
-        return y
+    y = self.act(self.norm(self.conv(x)) - self.mean)
+    self.mean = x.detach().mean((0, 2, 3), keepdim=True)
+    return y
 
 
-@case(attributes=("calls",))
-class CountingInPython(Group):
-    """An attribute that counts calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.act(self.norm(self.conv(x))) * self.calls
+@case(Group, {"calls": lambda: 0}, attributes=("calls",))
+def counting_in_python(self: Any, x: Tensor) -> Tensor:
+    self.calls += 1
+    return self.first(x) * self.calls
 
 
-@case(attributes=("previous",))
-class Recurrent(Group):
+@case(Group, {"previous": lambda: None}, attributes=("previous",))
+def recurrent(self: Any, x: Tensor) -> Tensor:
     """The result depends on the last call's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.previous: Any = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
-        if self.previous is not None:
-            y = y + self.previous
-        self.previous = y.detach().mean()
-        return y
+    y = self.first(x)
+    if self.previous is not None:
+        y = y + self.previous
+    self.previous = y.detach().mean()
+    return y
 
 
 @case()
-class Warns(Group):
+def warns(self: Any, x: Tensor) -> Tensor:
     """Python that has no part in the result."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.warn("a remark", stacklevel=1)
-        return self.act(self.norm(self.conv(x)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.warn("a remark", stacklevel=1)
+    return self.first(x)
 
 
-@case()
-class FlattenedByView(Group):
-    """`view` takes the layout that a contiguous image has, which channels_last has not."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
-        return y.view(y.shape[0], -1)
-
-
-@case()
-class ReadsStrides(Group):
-    """The memory read as it lies."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
-        return torch.as_strided(y, (y.shape[0], 12), (y.shape[1] * y.shape[2] * y.shape[3], 1))
+# `view` takes the layout that a contiguous image has, which channels_last has not.
+add_net("flattened_by_view", lambda self, x: (y := self.first(x)).view(y.shape[0], -1))
+add_net(
+    "reads_strides",
+    lambda self, x: torch.as_strided(
+        (y := self.first(x)), (y.shape[0], 12), (y.shape[1] * y.shape[2] * y.shape[3], 1)
+    ),
+)
+add_net("branch_on_layout", lambda self, x: (y := self.first(x)) * (2 if y.is_contiguous() else 3))
 
 
-@case()
-class BranchOnLayout(Group):
-    """Layout decides."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
-        return y * 2 if y.is_contiguous() else y * 3
-
-
-@case(fused={"conv": WHOLE})
-class BranchOnTheNetwork(Group):
+@case(fused=WHOLE)
+def branch_on_the_network(self: Any, x: Tensor) -> Tensor:
     """Branches on what the network is are fixed, and can be traced."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        if hasattr(self, "norm") and isinstance(self.norm, nn.BatchNorm2d) and not self.training:
-            y = self.norm(y)
-        return self.act(y)
+    y = self.conv(x)
+    if hasattr(self, "norm") and isinstance(self.norm, nn.BatchNorm2d) and not self.training:
+        y = self.norm(y)
+    return self.act(y)
 
 
-@case()
-class TypeOfTheInput(Group):
-    """A list of features is concatenated first, as DenseNet does."""
-
-    def forward(self, x: Any) -> Tensor:
-        features = [x] if isinstance(x, Tensor) else x
-        return self.act(self.norm(self.conv(torch.cat(features, 1))))
-
-
-@case()
-class Checkpointed(nn.Module):
-    """A block under activation checkpointing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.group = Group()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.utils.checkpoint.checkpoint(self.group, x, use_reentrant=False)
+# A list of features is concatenated first, as DenseNet does.
+add_net("type_of_the_input", lambda self, x: self.first(torch.cat(([x] if isinstance(x, Tensor) else x), 1)))
+# A block under activation checkpointing.
+add_net(
+    "checkpointed",
+    lambda self, x: torch.utils.checkpoint.checkpoint(self.group, x, use_reentrant=False),
+    nn.Module,
+    {"group": Group},
+)
 
 
 @case(draws=(Draw(1, 2, 8, 9), Draw(2, 2, 8, 9), Draw(4, 2, 8, 9)))
-class NumbersOut(Group):
-    """Results that are no tensors."""
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        y = self.act(self.norm(self.conv(x)))
-        return {"mean": y.mean().item(), "size": tuple(y.shape), "name": "y", "y": y}
+def numbers_out(self: Any, x: Tensor) -> dict[str, Any]:
+    y = self.first(x)
+    return {"mean": y.mean().item(), "size": tuple(y.shape), "name": "y", "y": y}
 
 
-@case()
-class Upsampled(nn.Module):
+@case(nn.Module, {"conv": lambda: conv(stride=2), "norm": lambda: nn.BatchNorm2d(4)})
+def upsampled(self: Any, x: Tensor) -> Tensor:
     """A size computed from another tensor's, as segmenters do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = conv(stride=2), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm(self.conv(x)))
-        return F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+    y = F.relu(self.norm(self.conv(x)))
+    return F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
 OUTSIDE: dict[int, list[Tensor]] = {}
@@ -295,18 +202,14 @@ class KeptOutside(Group):
 
 
 @case()
-class SetsData(Group):
-    """No operation does it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        y.data = y.data * 2
-        return y
+def sets_data(self: Any, x: Tensor) -> Tensor:
+    y = Group.forward(self, x)
+    y.data = y.data * 2
+    return y
 
 
-@case()
-class AsksForParameters(Group):
-    """The usual way to ask for a dtype, and how many there are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(next(self.parameters()).dtype)) * len(self.state_dict())
+# The usual way to ask for a dtype, and how many there are.
+add_net(
+    "asks_for_parameters",
+    lambda self, x: Group.forward(self, x.to(next(self.parameters()).dtype)) * len(self.state_dict()),
+)

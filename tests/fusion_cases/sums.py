@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,169 +15,72 @@ from tests.fusion_cases.case import (
     Group,
     TwoGroups,
     add,
+    add_net,
     case,
     conv,
     two_images,
 )
 
-
-@case()
-class NormOutputPlusItself(Group):
-    """z + z."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        return self.act(z + z)
-
-
-@case()
-class ActivatedPlusItself(Group):
-    """act(z) + act(z)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.norm(self.conv(x)))
-        return y + y
+add_net("norm_output_plus_itself", lambda self, x: self.act((z := self.norm(self.conv(x))) + z))
+add_net("activated_plus_itself", lambda self, x: (y := self.first(x)) + y)
+# The residual waits for the norm's output.
+add_net(
+    "residual_from_the_norm_output",
+    lambda self, x: self.act((z := self.norm(self.conv(x))) + torch.sigmoid(z)),
+    fused=NORMED,
+)
+# The residual waits for the convolution's output.
+add_net("residual_from_the_conv_output", lambda self, x: self.act(self.norm(y := self.conv(x)) + y.tanh()))
 
 
-@case(fused={"conv": NORMED})
-class ResidualFromTheNormOutput(Group):
-    """The residual waits for the norm's output."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(self.conv(x))
-        return self.act(z + torch.sigmoid(z))
-
-
-@case()
-class ResidualFromTheConvOutput(Group):
-    """The residual waits for the convolution's output."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return self.act(self.norm(y) + y.tanh())
-
-
-@case(fused={"conv": WHOLE, "conv2": ADDED})
-class ResidualThroughAnotherGroup(TwoGroups):
+@case(TwoGroups, fused={"conv": WHOLE, "conv2": ADDED})
+def residual_through_another_group(self: Any, x: Tensor) -> Tensor:
     """a + second(a): the second can take the sum, the first cannot, since the second waits for it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.act(self.norm(self.conv(x)))
-        return self.act(a + self.norm2(self.conv2(a)))
+    a = self.first(x)
+    return self.act(a + self.second(a))
 
 
-@case()
-class BothAreConvolutions(TwoGroups):
-    """Only one of the two can take the addition; the other is its residual."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + self.norm2(self.conv2(x)))
-
-
-@case()
-class BothAreActivated(TwoGroups):
-    """relu(a) + relu(b): neither activation may be lost or done twice."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x))) + self.act(self.norm2(self.conv2(x)))
-
-
-@case()
-class OneIsActivated(TwoGroups):
-    """relu(relu(a) + b)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.act(self.norm(self.conv(x))) + self.norm2(self.conv2(x)))
-
-
-@case()
-class BothAreTheSameGroup(Group):
-    """The same modules on both sides of the addition."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + self.norm(self.conv(x.flip(3))))
-
-
-@case(fused={"conv": "conv + norm + add"})
-class SumUsedTwice(Group):
-    """The sum is needed before and after the activation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.conv(x)) + x
-        return self.act(y) * y.cos()
-
-
-@case()
-class SumReturned(Group):
-    """The sum is an output as well."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.norm(self.conv(x)) + x
-        return self.act(y), y
-
-
-@case(inputs=two_images)
-class ThreeOperands(Group):
-    """z + x + y."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + x + y)
-
-
-@case(inputs=two_images)
-class PythonSum(Group):
-    """`sum` starts with 0 + z."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.act(sum([self.norm(self.conv(x)), x, y]))
-
-
-@case()
-class AddThenActThenActAgain(Group):
-    """silu(relu(z) + x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.act(self.norm(self.conv(x))) + x)
-
-
-@case()
-class AddThenNorm(Group):
-    """The norm stands behind the addition, so it is not the convolution's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x) + x))
-
-
-@case(fused={"conv": "conv + add + relu"})
-class AddWithoutNorm(Group):
-    """A residual block without a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.conv(x) + x)
-
-
-@case()
-class ExpandedResidual(Group):
-    """The residual has the shape of the sum, but one row in memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)) + x[:, :, :1].expand_as(x))
-
-
-@case(fused={"conv": NORMED})
-class ScaledBranch(Group):
-    """A layer scale between the norm and the addition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.linspace(0.1, 0.9, 4).reshape(4, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x + self.gamma * self.norm(self.conv(x)))
+# Only one of the two can take the addition; the other is its residual.
+add_net(
+    "both_are_convolutions", lambda self, x: self.act(self.norm(self.conv(x)) + self.second(x)), TwoGroups
+)
+# relu(a) + relu(b): neither activation may be lost or done twice.
+add_net("both_are_activated", lambda self, x: self.first(x) + self.act(self.second(x)), TwoGroups)
+add_net("one_is_activated", lambda self, x: F.silu(self.first(x) + self.second(x)), TwoGroups)
+# The same modules on both sides of the addition.
+add_net(
+    "both_are_the_same_group",
+    lambda self, x: self.act(self.norm(self.conv(x)) + self.norm(self.conv(x.flip(3)))),
+)
+# The sum is needed before and after the activation.
+add_net(
+    "sum_used_twice",
+    lambda self, x: self.act(y := self.norm(self.conv(x)) + x) * y.cos(),
+    fused="conv + norm + add",
+)
+add_net("sum_returned", lambda self, x: (self.act(y := self.norm(self.conv(x)) + x), y))
+add_net("three_operands", lambda self, x, y: self.act(self.norm(self.conv(x)) + x + y), inputs=two_images)
+add_net("python_sum", lambda self, x, y: self.act(sum([self.norm(self.conv(x)), x, y])), inputs=two_images)
+add_net("add_then_act_then_act_again", lambda self, x: F.silu(self.first(x) + x))
+# The norm stands behind the addition, so it is not the convolution's.
+add_net("add_then_norm", lambda self, x: self.act(self.norm(self.conv(x) + x)))
+add_net(
+    "add_without_norm",
+    lambda self, x: self.act(self.conv(x) + x),
+    Group,
+    {"norm": None},
+    fused="conv + add + relu",
+)
+# The residual has the shape of the sum, but one row in memory.
+add_net("expanded_residual", lambda self, x: self.act(self.norm(self.conv(x)) + x[:, :, :1].expand_as(x)))
+# A layer scale between the norm and the addition.
+add_net(
+    "scaled_branch",
+    lambda self, x: self.act(x + self.gamma * self.norm(self.conv(x))),
+    Group,
+    {"gamma": lambda: nn.Parameter(torch.linspace(0.1, 0.9, 4).reshape(4, 1, 1))},
+    fused=NORMED,
+)
 
 
 class DropPath(nn.Module):
@@ -198,26 +103,20 @@ class DroppedBranch(Group):
         return self.act(self.drop_path(self.norm(self.conv(x))) + x)
 
 
-add("drop_path_in_eval_mode", DroppedBranch, fused={"conv": ADDED})
+add("drop_path_in_eval_mode", DroppedBranch, fused=ADDED)
 add(
     "drop_path_in_training_mode",
     DroppedBranch,
-    fused={"conv": NORMED},
+    fused=NORMED,
     prepare=lambda network: network.drop_path.train(),
 )
 
 
-@case()
-class ShortcutWithMoreChannels(nn.Module):
+@case(nn.Module, {"conv": lambda: conv(4, 6, stride=2), "norm": lambda: nn.BatchNorm2d(6)})
+def shortcut_with_more_channels(self: Any, x: Tensor) -> Tensor:
     """A shortcut padded in its channels, by a size that depends on the layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = conv(4, 6, stride=2), nn.BatchNorm2d(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
-        return F.relu(self.norm(self.conv(x)) + shortcut)
+    shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
+    return F.relu(self.norm(self.conv(x)) + shortcut)
 
 
 class Bottleneck(nn.Module):

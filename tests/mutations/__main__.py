@@ -62,8 +62,12 @@ def check(faults: list[Fault], workers: int) -> list[Result]:
                 trees.put(tree)
 
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        ended = track(pool.map(run, faults), "faults", len(faults), console=Console(stderr=True))
-        return list(ended)
+        console = Console(stderr=True)
+        results = []
+        for result in track(pool.map(run, faults), "faults", len(faults), console=console):
+            console.print(f"{result.outcome}: {result.fault.name}", markup=False)
+            results.append(result)
+        return results
 
 
 def report(results: list[Result], console: Console) -> None:
