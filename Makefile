@@ -24,11 +24,16 @@ GPU_TARGETS := gpu-first gpu-second gpu-build gpu-test gpu-sanitize gpu-profile 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
 
-venv: .venv/installed  ## .venv with everything in requirements/
+venv: .venv/tools  ## .venv with everything in requirements/
 
-.venv/installed: $(wildcard requirements/*.txt)
+# What building and measuring need; the tests need as much again.
+.venv/installed: requirements/build.txt requirements/bench.txt
 	$(PYTHON) -m venv .venv
 	$(VENV) -m pip install $(foreach file,$^,-r $(file))
+	touch $@
+
+.venv/tools: .venv/installed requirements/test.txt requirements/lint.txt
+	$(VENV) -m pip install -r requirements/test.txt -r requirements/lint.txt
 	touch $@
 
 build: .venv/installed  ## install fused_cna into .venv, editable, with the CUDA extension where nvcc is
@@ -44,7 +49,7 @@ build: .venv/installed  ## install fused_cna into .venv, editable, with the CUDA
 	FUSED_CNA_CUDA=0 $(VENV) -m pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
-simt: .venv/built  ## build the simulator that runs the kernels on the CPU
+simt: .venv/tools .venv/built  ## build the simulator that runs the kernels on the CPU
 	$(VENV) -m tests.simt
 
 bench: .venv/$(if $(GPU)$(wildcard .venv/built),built,planner)  ## measure networks and layers against eager PyTorch (and cuDNN, on a GPU)
@@ -53,28 +58,28 @@ bench: .venv/$(if $(GPU)$(wildcard .venv/built),built,planner)  ## measure netwo
 # Without a GPU one architecture does, whose machine code the tests read. TORCH_CUDA_ARCH_LIST="8.0;9.0" reads both.
 test test-quick: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),$(if $(GPU),,9.0))
 
-test: .venv/built simt  ## the whole test suite; what needs a GPU is skipped without one
+test: .venv/tools .venv/built simt  ## the whole test suite; what needs a GPU is skipped without one
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist worksteal
 
-test-quick: .venv/built simt  ## every third case of each test, and none that is slow: for daily work
+test-quick: .venv/tools .venv/built simt  ## every third case of each test, and none that is slow: for daily work
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist worksteal --quick
 
-kernel-report: .venv/built  ## registers, blocks, main loop, prologue and epilogue of every kernel in the built extension
+kernel-report: .venv/tools .venv/built  ## registers, blocks, main loop, prologue and epilogue of every kernel in the built extension
 	$(VENV) -m tests.kernel_report
 
-coverage: .venv/built  ## what the simulator never reaches in the kernels and the plan, and why
+coverage: .venv/tools .venv/built  ## what the simulator never reaches in the kernels and the plan, and why
 	OMP_NUM_THREADS=1 $(VENV) -m tests.coverage_report
 
-zoo: .venv/built  ## fuse every network of the zoo, compare it with the original, and write docs/zoo.md
+zoo: .venv/tools .venv/built  ## fuse every network of the zoo, compare it with the original, and write docs/zoo.md
 	$(VENV) -m tests.zoo --workers $(WORKERS)
 
-lint: .venv/built  ## ruff, clang-format and mypy; changes nothing
+lint: .venv/tools .venv/built  ## ruff, clang-format and mypy; changes nothing
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $(NATIVE)
 	$(VENV) -m mypy
 
-format: .venv/installed  ## format Python and C++ in place
+format: .venv/tools  ## format Python and C++ in place
 	$(VENV) -m ruff check --fix .
 	$(VENV) -m ruff format .
 	.venv/bin/clang-format -i $(NATIVE)
