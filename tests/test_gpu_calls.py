@@ -36,7 +36,7 @@ FAULTS = {
 }
 """Planted in the first plan of these kernels, and what is said of it."""
 
-LOST = {"chosen float16 nchw x[1, 9, 7, 6]": "lost"}
+LOST = {"chosen float16 nhwc x[1, 9, 7, 6]": "lost"}
 LOST_BY = "tests/test_conformance.py::test_integers_are_exact[cuda-chosen-float16-groups_odd]"
 
 
