@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 PORTABLE = "8.0+PTX;9.0"
-"""Machine code for 8.x and 9.0, and PTX for newer GPUs: that of 8.0, since what the kernels do beyond it is for
+"""Machine code for 8.x and 9.0, and PTX for newer GPUs: that of 8.0, as what the kernels do beyond it is for
 9.0 alone, and PTX of 9.0 would be a third compilation of every kernel."""
 
 HOW_TO_BUILD = (
