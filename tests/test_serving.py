@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import fused_cna
 from tests.compiled_networks import randomised
 
 pytest.importorskip("ray", reason="needs the extra: pip install 'fused_cna[serve]'")
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 24
-PATIENCE = 120  # seconds until a test gives up
+PATIENCE = 300  # seconds until a test gives up
 
 
 class Net(nn.Module):
@@ -56,17 +58,41 @@ def make() -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
 
 def wait_to_be_killed(network: nn.Module, inputs: object) -> None:
     """The first of all workers to come here waits, in its first batch."""
+    assert fused_cna.report(network).is_fused
     with contextlib.suppress(FileExistsError):
-        (Path(os.environ["PIDS"]) / "victim").symlink_to(f"{os.getpid()}")
+        (Path(os.environ["MARKS"]) / "victim").symlink_to(f"{os.getpid()}")
         time.sleep(PATIENCE)
 
 
 def make_mortal() -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
     """Writes down which processes load the network."""
-    (Path(os.environ["PIDS"]) / f"{os.getpid()}").touch()
+    (Path(os.environ["MARKS"]) / f"{os.getpid()}").touch()
     network, prepare = make()
     network.register_forward_pre_hook(wait_to_be_killed)
     return network, prepare
+
+
+def wait_to_be_released(network: nn.Module, inputs: object) -> None:
+    """A batch waits as long as there is a file "hold"."""
+    assert fused_cna.report(network).is_fused
+    marks = Path(os.environ["MARKS"])
+    while (marks / "hold").exists():
+        (marks / "held").touch()
+        time.sleep(0.1)
+
+
+def make_slow() -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
+    network, prepare = make()
+    network.register_forward_pre_hook(wait_to_be_released)
+    return network, prepare
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> Path:
+    """A folder in which the test and the processes of Ray leave each other signs."""
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture
@@ -91,12 +117,12 @@ def expected(folder: Path) -> dict[str, tuple[int, float]]:
 
 
 @contextlib.contextmanager
-def running(recipe: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def running(recipe: str, *arguments: str, marks: Path) -> Iterator[subprocess.Popen[str]]:
     ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ours |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    ours |= {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "docs" / "serving" / recipe), *arguments],
-        env=os.environ | ours | environment,
+        env=os.environ | ours | {"MARKS": str(marks)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -120,27 +146,26 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
         time.sleep(0.1)
 
 
-def test_a_batch_job_survives_the_death_of_a_worker(images: Path, tmp_path: Path) -> None:
+def test_a_batch_job_survives_the_death_of_a_worker(images: Path, marks: Path, tmp_path: Path) -> None:
     """One of two workers is killed in its first batch: every file once, as the plain network answers."""
     import pyarrow.parquet
 
     answers = expected(images)
     (images / "broken.png").write_bytes(b"no image")
-    out, pids = tmp_path / "out", tmp_path / "pids"
-    pids.mkdir()
+    out = tmp_path / "out"
     arguments = ["--images", str(images), "--out", str(out), "--model", f"{__name__}:make_mortal"]
     arguments += ["--workers", "2", "--batch-size", "3", "--cpus", "3"]
-    with running("batch.py", *arguments, PIDS=str(pids)) as process:
+    with running("batch.py", *arguments, marks=marks) as process:
         # The recipe itself, both workers, and the link.
-        wait_for(lambda: len(list(pids.iterdir())) == 4, process)
-        before = set(pids.iterdir())
+        wait_for(lambda: len(list(marks.iterdir())) == 4, process)
+        before = set(marks.iterdir())
         assert not out.exists()
-        os.kill(int(os.readlink(pids / "victim")), signal.SIGKILL)
+        os.kill(int(os.readlink(marks / "victim")), signal.SIGKILL)
         said, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, said
     assert f"{IMAGES + 1} files" in said
     assert "1 could not be decoded" in said
-    assert len(set(pids.iterdir()) - before) == 1, "one process takes the place of the one killed"
+    assert len(set(marks.iterdir()) - before) == 1, "one process takes the place of the one killed"
 
     rows = pyarrow.parquet.read_table(out).to_pylist()
     found = {Path(row["path"]).name: row for row in rows}
@@ -153,7 +178,8 @@ def test_a_batch_job_survives_the_death_of_a_worker(images: Path, tmp_path: Path
         assert found[name]["probability"] == pytest.approx(probability, rel=1e-4), name
 
 
-def test_concurrent_requests_get_their_own_answers(images: Path) -> None:
+def test_requests_get_their_own_answers_and_the_last_is_not_dropped(images: Path, marks: Path) -> None:
+    """Concurrent requests; then one that still runs when the service is told to stop."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,17 +190,31 @@ def test_concurrent_requests_get_their_own_answers(images: Path) -> None:
             said = json.load(answer)
         return said["label"], said["probability"]
 
-    def is_up() -> bool:
-        with contextlib.suppress(OSError):
-            return bool(ask(images / "00.png"))
-        return False
+    def refusal() -> int:
+        """The status of a request without an image, 0 where nobody listens."""
+        try:
+            urllib.request.urlopen(address, b"no image", timeout=PATIENCE)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return 0
+        raise AssertionError("a request without an image was accepted")
 
-    with running("online.py", "--port", str(port), "--model", "tests.test_serving:make") as process:
-        wait_for(is_up, process)
+    arguments = ["--port", str(port), "--model", f"{__name__}:make_slow"]
+    with running("online.py", *arguments, marks=marks) as process, ThreadPoolExecutor(8) as pool:
+        wait_for(lambda: refusal() == 400, process)
         answers = expected(images)
-        with ThreadPoolExecutor(8) as pool:
-            found = dict(zip(answers, pool.map(ask, [images / name for name in answers]), strict=True))
+        found = dict(zip(answers, pool.map(ask, [images / name for name in answers]), strict=True))
         for name, (label, probability) in answers.items():
             assert found[name] == (label, pytest.approx(probability, rel=1e-4)), name
-        with pytest.raises(urllib.error.HTTPError, match="400"):
-            urllib.request.urlopen(address, b"no image", timeout=PATIENCE)
+
+        (marks / "hold").touch()
+        last = pool.submit(ask, images / "00.png")
+        wait_for((marks / "held").exists, process)
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: refusal() == 404, process)  # it takes no more requests
+        assert not last.done()
+        (marks / "hold").unlink()
+        label, probability = answers["00.png"]
+        assert last.result() == (label, pytest.approx(probability, rel=1e-4))
+        process.communicate(timeout=PATIENCE)

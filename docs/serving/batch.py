@@ -55,8 +55,8 @@ def main() -> None:
     gpus = int(ray.cluster_resources().get("GPU", 0))
     cpus = int(ray.cluster_resources()["CPU"])
     workers = given.workers or gpus or max(1, cpus - 1)
-    if not gpus and workers >= cpus:
-        parser.error(f"{workers} workers leave none of {cpus} CPUs to read images; give fewer --workers")
+    if min(workers, gpus or workers) >= cpus:  # a worker takes a CPU beside its GPU: Ray would wait for ever
+        parser.error(f"{workers} workers leave none of {cpus} CPUs to read images; there must be one more")
     _, transform = load(given.model)
     results = (
         ray.data.read_binary_files(given.images, include_paths=True)

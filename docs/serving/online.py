@@ -52,10 +52,14 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1, help="networks, each on a GPU of its own")
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args()
+    ray.init(include_dashboard=False)
     serve.start(http_options={"port": given.port})
     options = {"num_gpus": 1 if ray.cluster_resources().get("GPU") else 0}
     deployment = Classifier.options(num_replicas=given.replicas, ray_actor_options=options)
-    serve.run(deployment.bind(given.model), blocking=True)
+    try:
+        serve.run(deployment.bind(given.model), blocking=True)
+    finally:
+        serve.delete("default")  # waits for the requests that run
 
 
 if __name__ == "__main__":
