@@ -6,11 +6,11 @@ from fused_cna._extension import build_info
 from fused_cna._version import __version__
 from fused_cna.config import FusionFallbackWarning, PlanFileWarning
 from fused_cna.device import Device
+from fused_cna.functional import conv_norm_act
 from fused_cna.fusion.fuse import fuse, unfuse
 from fused_cna.fusion.records import FusionError
 from fused_cna.fusion.report import FusionReport, report
 from fused_cna.modules import ConvNormAct
-from fused_cna.ops import conv_norm_act
 from fused_cna.plan import Explanation, explain, forced_plan
 from fused_cna.plan_file import PlanFileError
 from fused_cna.problem import ConvProblem

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fused_cna import ops
+from fused_cna import functional, ops
 from fused_cna.fusion import compiler
 from tests.reference import relative_error
 
@@ -32,7 +32,7 @@ class Graphs:
     @property
     def calls(self) -> list[dict[str, Any]]:
         """The arguments of all calls of the operator, in order."""
-        names = list(inspect.signature(ops.conv_norm_act).parameters)[:-1]
+        names = list(inspect.signature(functional.conv_norm_act).parameters)[:-1]
         nodes = [node for graph_module in self.made for node in graph_module.graph.nodes]
         return [dict(zip(names, node.args, strict=True)) for node in nodes if node.target is ops.operator]
 

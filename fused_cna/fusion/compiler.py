@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fused_cna import ops
+from fused_cna import functional, ops
 from fused_cna._checks import explicit_padding
 from fused_cna.fusion.groups import Group, Matches, match
 from fused_cna.fusion.nodes import Refused, call_of
@@ -26,7 +26,7 @@ from fused_cna.fusion.rewrite import Rewriter
 from fused_cna.fusion.written_out import gather_norms
 
 _WITH_NUMBERS = {F.batch_norm, F.elu, F.elu_, F.hardtanh, F.hardtanh_, F.leaky_relu, F.leaky_relu_}
-_FRONT = inspect.signature(ops.conv_norm_act)
+_FRONT = inspect.signature(functional.conv_norm_act)
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
 from torch.fx import Node
 
-from fused_cna import activation, eager, layers, ops
+from fused_cna import activation, eager, functional, layers
 from fused_cna._checks import explicit_padding, output_shape, pair
 from fused_cna.fusion.aliasing import KEEPING_LAYOUT
 from fused_cna.fusion.groups import RESIDUAL_FIRST
@@ -147,7 +147,7 @@ class FrozenConv(nn.Module):
         adds_first = residual is not None and self.residual_order == "add_act"
         if (weight := self._packed_weight(x, residual)) is None:
             options: Any = {"residual": residual, "residual_order": self.residual_order, **self.geometry}
-            return ops.conv_norm_act(x, self.weight, self.bias, act=act, act_params=params, **options)
+            return functional.conv_norm_act(x, self.weight, self.bias, act=act, act_params=params, **options)
         conv = (x, weight, self.bias, *self.geometry.values())
         if adds_first and act in ("identity", "relu") and self.geometry["groups"] == 1:
             post = ("add", 1.0, None if act == "identity" else act, (), "")

@@ -11,6 +11,7 @@ from torch.fx import Node
 from fused_cna import activation, eager, layers
 from fused_cna._checks import explicit_padding, output_shape, pair
 from fused_cna.activation import ACTIVATIONS
+from fused_cna.functional import conv_norm_act
 from fused_cna.fusion.frozen import FrozenConv, keep_layout, reuse_memory
 from fused_cna.fusion.groups import RESIDUAL_FIRST, Group, Matches
 from fused_cna.fusion.guards import Guard
@@ -19,7 +20,6 @@ from fused_cna.fusion.overlay import Overlay
 from fused_cna.fusion.records import LayerRecord
 from fused_cna.fusion.trace import Trace
 from fused_cna.modules import ConvNormAct
-from fused_cna.ops import conv_norm_act
 
 
 class FusedBlock(ConvNormAct):
