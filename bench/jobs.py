@@ -35,11 +35,10 @@ from bench.result import Entry, Record
 from bench.routes import Route
 from fused_cna._device_timer import no_search
 from fused_cna.activation import describe
-from fused_cna.plan import DEFAULT_DEVICE, explain
+from fused_cna.plan import DEFAULT_DEVICE, explain, planner
 from fused_cna.problem import ConvProblem
 
 LAYER_BATCHES = (1, 8, 32, 128)
-PLANNED_DEVICES = ("A100", "L4", "RTX 4090", "H100", "H200", "B200")
 CALL_LAYER = Layer(16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 8, 8, "BatchNorm2d", "ReLU", "none", False)
 
 
@@ -159,9 +158,13 @@ def _left_out(route: Route, setting: Setting) -> str | None:
 def plan_of(row: Row, setting: Setting) -> tuple[dict[str, Any] | None, str | None]:
     """The planner's choice, or None and why there is none. On a CPU the one for its default GPU."""
     name = device_name(setting.device) if setting.gpu else DEFAULT_DEVICE
-    device = next((known for known in PLANNED_DEVICES if re.search(rf"\b{known}\b", name)), None)
+    try:
+        known = planner().devices()
+    except RuntimeError as error:
+        return None, str(error)
+    device = next((one for one in known if re.search(rf"\b{one}\b", name)), None)
     if device is None:
-        return None, f"the planner does not know {name!r}; it knows {', '.join(PLANNED_DEVICES)}"
+        return None, f"the planner does not know {name!r}; it knows {', '.join(known)}"
     layer, precision = row.layer, PRECISIONS[row.precision]
     act, _ = describe(routes.activation_module(layer.act) or nn.Identity()) or ("identity", ())
     sizes = (row.batch, layer.cin, layer.h, layer.w, layer.cout, layer.kh, layer.kw, *layer.geometry)

@@ -1,5 +1,6 @@
 """Which plans were tuned for a device, and how the compiled code gets to know them."""
 
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,14 +31,19 @@ class Target:
 
 
 def named_target(planner: ModuleType, name: str) -> Target:
-    """A device that the planner knows by name, in upper or lower case.
+    """A device that the planner knows by name, in any case and with or without its brand.
 
     Raises:
         ValueError: it does not (lists those that it knows).
     """
-    given, slash, part = name.partition("/")
+    whole, slash, part = re.sub(r"^(nvidia )?(geforce )?", "", name, flags=re.IGNORECASE).partition("/")
     known = {each.lower(): each for each in planner.devices()}
-    name = known.get(given.lower(), given) + slash + part
+    if whole.lower() not in known:
+        raise ValueError(
+            f"no device is called {name!r}; known are {', '.join(known.values())}; any other can be given by "
+            "its figures, as a fused_cna.Device"
+        )
+    name = known[whole.lower()] + slash + part
     info = planner.device(name)
     capability = f"{info['compute_major']}.{info['compute_minor']}"
     return Target(Device(name, capability, info["multiprocessors"]), info)

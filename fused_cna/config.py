@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 
 strict: bool = False
@@ -19,9 +20,14 @@ class PlanFileWarning(UserWarning):
 _SWITCHES = ("strict",)
 
 
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """A question for an error message, with a space before it; empty where no known name is close."""
+    return "".join(f" did you mean {each!r}?" for each in difflib.get_close_matches(name, known, 1))
+
+
 def _unknown(name: str) -> AttributeError:
-    close = "".join(f" did you mean {each!r}?" for each in difflib.get_close_matches(name, _SWITCHES, 1))
-    return AttributeError(f"no switch is called {name!r};{close} fused_cna.config has {', '.join(_SWITCHES)}")
+    words = f"no switch is called {name!r};{did_you_mean(name, _SWITCHES)}"
+    return AttributeError(f"{words} fused_cna.config has {', '.join(_SWITCHES)}")
 
 
 class _Config(ModuleType):

@@ -1,7 +1,6 @@
 """What would run for a convolution, on which device, and why: :func:`explain`."""
 
 import contextlib
-import difflib
 import importlib
 import re
 import threading
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from fused_cna import _extension, _tuned
 from fused_cna._checks import check_convolution, check_dimensions, check_residual
+from fused_cna.config import did_you_mean
 from fused_cna.device import Device
 from fused_cna.modules import ConvNormAct, fused_epilogue
 from fused_cna.plan_file import TunedPlan
-from fused_cna.problem import ConvProblem, call_question, dense_strides
+from fused_cna.problem import ConvProblem, call_question
 
 DEFAULT_DEVICE = "H100"
 
@@ -109,15 +109,20 @@ class Explanation:
         ]
 
 
+def _channels_last(channels: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """The strides of a dense tensor."""
+    return height * width * channels, 1, width * channels, channels
+
+
 def _copies(target: _tuned.Target, question: dict[str, Any], chosen: dict[str, Any]) -> Iterator[str]:
     """Which operands the chosen plan first copies, for how long by its estimate, and what to do about it."""
     c, h, w, r, s = (question[name] for name in ("c", "h", "w", "r", "s"))
     for operand, words, strides, advice in (
-        ("x", "x", dense_strides(c, h, w, True), "giving it in that format"),
+        ("x", "x", _channels_last(c, h, w), "giving it in that format"),
         (
             "weight",
             "the weight",
-            dense_strides(c // question["groups"], r, s, True),
+            _channels_last(c // question["groups"], r, s),
             "module.to(memory_format=torch.channels_last)",
         ),
     ):
@@ -163,17 +168,15 @@ def _question(problem: object, x: object, residual: object) -> dict[str, Any]:
         raise TypeError(
             "a ConvProblem says itself whether there is a residual: ConvProblem(residual='add_act')"
         )
-    if x is None:
-        return problem.question()
-    if not isinstance(x, Tensor):
+    if x is not None and not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor or None, but got {type(x).__name__}")
     sizes = (problem.n, problem.c, problem.h, problem.w)
-    if tuple(x.shape) != sizes or x.dtype != problem.dtype:
+    if x is not None and (tuple(x.shape) != sizes or x.dtype != problem.dtype):
         raise ValueError(
             f"x must be what the problem says, of size {sizes} and {problem.dtype}, "
             f"but got {tuple(x.shape)} and {x.dtype}"
         )
-    return {**problem.question(), "x_address": 0 if x.is_meta else x.data_ptr(), "x_strides": x.stride()}
+    return problem.question(x)
 
 
 _forced = ""
@@ -207,8 +210,9 @@ def forced_plan(name: str) -> Iterator[None]:
     kernel, _, rest = name.partition(" ")
     known = ("cudnn", *_extension.build_info()["kernels"])
     if name and kernel not in known:
-        close = "".join(f" did you mean {each!r}?" for each in difflib.get_close_matches(kernel, known, 1))
-        raise ValueError(f"no plan begins with {name!r};{close} the kernels are {', '.join(known)}")
+        raise ValueError(
+            f"no plan begins with {name!r};{did_you_mean(kernel, known)} the kernels are {', '.join(known)}"
+        )
     if rest and (kernel == "cudnn" or not re.match(r"\d+x\d+x\d+( |$)", rest)):
         raise ValueError(f"no plan begins with {name!r}; a kernel is followed by its tile, as 64x64x32")
     before, _forced = extension.force_plan(name), name
@@ -229,7 +233,7 @@ def find_target(device: str | torch.device | Device | None, x: Tensor | None) ->
     if isinstance(device, str) and device.partition(":")[0] == "cuda":
         device = torch.device(device)
     if isinstance(device, str):
-        return _tuned.named_target(planner(), _name_without_brand(device))
+        return _tuned.named_target(planner(), device)
     if not isinstance(device, torch.device):
         raise TypeError(
             "device must be a name, a fused_cna.Device or a torch.device, but got " + type(device).__name__
@@ -237,17 +241,6 @@ def find_target(device: str | torch.device | Device | None, x: Tensor | None) ->
     if device.type != "cuda":
         raise ValueError(f"there are plans for CUDA devices only, but device is {device}")
     return _tuned.cuda_target(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _name_without_brand(given: str) -> str:
-    name = re.sub(r"^(nvidia )?(geforce )?", "", given, flags=re.IGNORECASE)
-    known = planner().devices()
-    if name.partition("/")[0].lower() not in map(str.lower, known):
-        raise ValueError(
-            f"no device is called {given!r}; known are {', '.join(known)}; any other can be given by its "
-            "figures, as a fused_cna.Device"
-        )
-    return name
 
 
 # The planner's table of tuned plans is that of the whole process.

@@ -60,9 +60,13 @@ class ConvProblem:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
         if not isinstance(self.dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, but got {self.dtype!r}")
-        fields = self._fields()
-        for name, least in (("stride", 1), ("dilation", 1), ("padding", 0)):
-            if min(fields[name]) < least:
+        stride, padding, dilation = self._geometry()
+        for name, values, least in (
+            ("stride", stride, 1),
+            ("dilation", dilation, 1),
+            ("padding", padding, 0),
+        ):
+            if min(values) < least:
                 raise ValueError(f"{name} must be at least {least}, but got {getattr(self, name)}")
         if self.c % self.groups or self.k % self.groups:
             raise ValueError(
@@ -71,43 +75,36 @@ class ConvProblem:
         for name, known in (("act", tuple(ACTIVATIONS)), ("residual", (None, *RESIDUAL_ORDERS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, but got {getattr(self, name)!r}")
-        top, bottom, left, right = fields["padding"]
+        top, bottom, left, right = padding
         for size, pads, i in ((self.h, top + bottom, 0), (self.w, left + right, 1)):
-            extent = fields["dilation"][i] * ((self.r, self.s)[i] - 1) + 1
+            extent = dilation[i] * ((self.r, self.s)[i] - 1) + 1
             if extent > size + pads:
                 raise ValueError(
                     f"the filter must fit the padded input, but it spans {extent} pixels of {size + pads} "
                     f"in {self}"
                 )
 
-    def _fields(self) -> dict[str, Any]:
-        """The numbers as the planner takes them."""
+    def _geometry(self) -> tuple[tuple[int, int], tuple[int, ...], tuple[int, int]]:
+        """Stride, the four pads, and dilation."""
         stride, dilation = pair(self.stride, "stride"), pair(self.dilation, "dilation")
-        padding = explicit_padding(self.padding, (self.r, self.s), stride, dilation)
-        sizes = {name: getattr(self, name) for name in ("n", "c", "h", "w", "k", "r", "s", "groups")}
-        return {
-            **sizes,
-            "stride": stride,
-            "padding": four_pads(padding),
-            "dilation": dilation,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "allow_tf32": allows_tf32(),
-            "norm": self.norm,
-            "act": self.act,
-            "residual": self.residual,
-        }
+        return stride, four_pads(explicit_padding(self.padding, (self.r, self.s), stride, dilation)), dilation
 
-    def question(self) -> dict[str, Any]:
-        """The problem as the planner takes it, with operands that lie as ``channels_last`` says."""
-        x = dense_strides(self.c, self.h, self.w, self.channels_last)
-        weight = dense_strides(self.c // self.groups, self.r, self.s, self.channels_last)
-        return {
-            **self._fields(),
-            "x_address": 0,
-            "x_strides": x,
-            "weight_address": 0,
-            "weight_strides": weight,
-        }
+    def question(self, x: Tensor | None = None) -> dict[str, Any]:
+        """The problem as the planner takes it. Without ``x`` both operands lie as ``channels_last`` says."""
+
+        def placed(*size: int) -> Tensor:
+            memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+            return torch.empty(size, dtype=self.dtype, device="meta", memory_format=memory_format)
+
+        stride, padding, dilation = self._geometry()
+        return call_question(
+            placed(self.n, self.c, self.h, self.w) if x is None else x,
+            placed(self.k, self.c // self.groups, self.r, self.s),
+            *(stride, padding, dilation, self.groups),
+            norm=self.norm,
+            act=self.act,
+            residual=self.residual,
+        )
 
 
 def allows_tf32() -> bool:
@@ -117,12 +114,6 @@ def allows_tf32() -> bool:
 
 def four_pads(padding: Sequence[int]) -> tuple[int, ...]:
     return tuple(padding) if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1])
-
-
-def dense_strides(channels: int, height: int, width: int, channels_last: bool) -> tuple[int, int, int, int]:
-    if channels_last:
-        return height * width * channels, 1, width * channels, channels
-    return channels * height * width, height * width, width, 1
 
 
 def call_question(
@@ -140,7 +131,6 @@ def call_question(
     """The problem of an operator's call as the planner takes it, x and the weight as they lie in memory."""
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
-    meta = x.is_meta or weight.is_meta
     sizes = {"n": n, "c": c, "h": h, "w": w, "k": k, "r": r, "s": s, "groups": groups}
     return {
         **sizes,
@@ -149,9 +139,9 @@ def call_question(
         "dilation": tuple(dilation),
         "dtype": str(x.dtype).removeprefix("torch."),
         "allow_tf32": allows_tf32(),
-        "x_address": 0 if meta else x.data_ptr(),
+        "x_address": 0 if x.is_meta else x.data_ptr(),
         "x_strides": x.stride(),
-        "weight_address": 0 if meta else weight.data_ptr(),
+        "weight_address": 0 if weight.is_meta else weight.data_ptr(),
         "weight_strides": weight.stride(),
         "norm": norm,
         "act": act,

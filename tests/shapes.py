@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fused_cna.problem import four_pads
+
 Pair = tuple[int, int]
 
 
@@ -38,10 +40,7 @@ class ConvShape:
     @property
     def pads(self) -> tuple[int, int, int, int]:
         """(top, bottom, left, right)"""
-        if len(self.padding) == 2:
-            pad_h, pad_w = self.padding
-            return (pad_h, pad_h, pad_w, pad_w)
-        top, bottom, left, right = self.padding
+        top, bottom, left, right = four_pads(self.padding)
         return (top, bottom, left, right)
 
     @property

@@ -84,8 +84,8 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
         name = type(module).__qualname__
         if module.training:
             raise NotNowError(f"a {name} of it is in training mode")
-        if layers.has_hooks(module):
-            raise NotNowError(f"a {name} of it has {layers.hooks_of(module)}")
+        if hooks := layers.hooks_of(module):
+            raise NotNowError(f"a {name} of it has {hooks}")
         if any(isinstance(value, Tensor) for value in vars(module).values()):
             raise NotNowError(f"a {name} of it has a tensor that is neither parameter nor buffer")
 

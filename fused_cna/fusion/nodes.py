@@ -153,8 +153,8 @@ def _why_left_alone(module: nn.Module) -> str:
         said = ", ".join(f"its {which} by {' and '.join(_classes(made[which]))}" for which in made)
         return f"{layers.class_of(module).__name__} is parametrized, {said}"
     for part in (module, *module.children()):
-        if layers.has_hooks(part):
-            return f"{type(part).__name__} has {layers.hooks_of(part)}"
+        if hooks := layers.hooks_of(part):
+            return f"{type(part).__name__} has {hooks}"
     for base, is_known in ((nn.Conv2d, layers.is_conv), (nn.BatchNorm2d, layers.is_batch_norm)):
         if isinstance(module, base) and not is_known(module):
             return f"{name} is a subclass of {base.__name__} with a forward of its own"

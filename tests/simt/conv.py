@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_cna import ops
 from fused_cna._checks import check_arguments, check_out, explicit_padding, pair, unsqueeze
 from fused_cna._memory import check_out_memory
+from fused_cna.problem import four_pads
 from tests.simt import binding
 
 DTYPES = {torch.float32: b"float32", torch.float16: b"float16", torch.bfloat16: b"bfloat16"}
@@ -166,7 +167,7 @@ def _geometry(
         "x": _view(x),
         "weight": _view(weight),
         "stride": tuple(stride),
-        "padding": tuple(padding) if len(padding) == 4 else (padding[0], padding[0], padding[1], padding[1]),
+        "padding": four_pads(padding),
         "dilation": tuple(dilation),
         "groups": groups,
         "dtype": DTYPES[x.dtype],
