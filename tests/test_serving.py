@@ -131,7 +131,7 @@ def running(recipe: str, *arguments: str, marks: Path) -> Iterator[subprocess.Po
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=20)
         with contextlib.suppress(ProcessLookupError):
@@ -211,7 +211,7 @@ def test_requests_get_their_own_answers_and_the_last_is_not_dropped(images: Path
         (marks / "hold").touch()
         last = pool.submit(ask, images / "00.png")
         wait_for((marks / "held").exists, process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         wait_for(lambda: refusal() == 404, process)  # it takes no more requests
         assert not last.done()
         (marks / "hold").unlink()

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import io
+import signal
 
 import ray
 import torch
@@ -53,6 +54,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args()
     ray.init(include_dashboard=False)
+    # Ctrl-C and what supervisors send, also where the shell that started this ignores one of them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     serve.start(http_options={"port": given.port})
     options = {"num_gpus": 1 if ray.cluster_resources().get("GPU") else 0}
     deployment = Classifier.options(num_replicas=given.replicas, ray_actor_options=options)
