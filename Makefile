@@ -58,10 +58,10 @@ bench: .venv/$(if $(GPU)$(wildcard .venv/built),built,planner)  ## measure netwo
 # Without a GPU one architecture does, whose machine code the tests read. TORCH_CUDA_ARCH_LIST="8.0;9.0" reads both.
 test test-quick: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),$(if $(GPU),,9.0))
 
-test: .venv/tools .venv/built simt  ## the whole test suite; what needs a GPU is skipped without one
+test: simt  ## the whole test suite; what needs a GPU is skipped without one
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist worksteal
 
-test-quick: .venv/tools .venv/built simt  ## every third case of each test, and none that is slow: for daily work
+test-quick: simt  ## every fourth case of each test, and none that is slow: for daily work
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(WORKERS) --dist worksteal --quick
 
 kernel-report: .venv/tools .venv/built  ## registers, blocks, main loop, prologue and epilogue of every kernel in the built extension
