@@ -17,7 +17,7 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 NATIVE := $(shell find csrc tests/simt tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EXTENSION := setup.py cuda_build.py pyproject.toml $(filter csrc/%,$(NATIVE))
 
-GPU_TARGETS := gpu-first gpu-second gpu-build gpu-test gpu-sanitize gpu-profile gpu-bench
+GPU_TARGETS := gpu-first gpu-second gpu-third gpu-build gpu-test gpu-sanitize gpu-profile gpu-bench
 
 .PHONY: help venv build bench test test-quick zoo lint format simt kernel-report coverage clean $(GPU_TARGETS)
 
@@ -98,6 +98,9 @@ gpu-first:  ## first contact in 330 s: does it run, is it right, how fast is one
 
 gpu-second:  ## then in 480 s: what failed in BEFORE, more networks, layers against every route of cuDNN
 	$(PYTHON) -m tests.gpu second $(OUT) --before $(BEFORE)
+
+gpu-third:  ## where 300 s are left: races in every kernel, layers at batch 1 and 128 and in other dtypes
+	$(PYTHON) -m tests.gpu third $(OUT)
 
 gpu-build:  ## the extension, for this machine's GPU
 	$(PYTHON) -m tests.gpu build $(OUT)

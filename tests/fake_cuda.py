@@ -70,7 +70,8 @@ class Device:
     """The state of the pretended GPU."""
 
     lost = False
-    capturing = False
+    memory = 1.0
+    """The part of it that may be used: no call of the operator has enough of less than all."""
 
     def check(self, *ignored: object) -> None:
         if self.lost:
@@ -188,6 +189,8 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 def run_operator(*arguments: Any) -> Tensor:
     DEVICE.check()
+    if DEVICE.memory < 1:
+        raise torch.OutOfMemoryError("CUDA out of memory")
     x, weight = arguments[0], arguments[1]
     case = describe(forced(), x, weight)
     fault = next((f for start, f in json.loads(os.environ[FAULTS]).items() if case.startswith(start)), "")
@@ -247,6 +250,10 @@ def install() -> None:
         "mem_get_info": lambda *device: (1 << 29, 1 << 30),
         "synchronize": DEVICE.check,
         "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 1 << 20,
+        "set_per_process_memory_fraction": lambda part: setattr(DEVICE, "memory", part),
         "device": lambda *device: contextlib.nullcontext(),
         "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),

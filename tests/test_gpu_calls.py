@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import bench.__main__
 from fused_cna import _extension
 from tests.fake_cuda import environment, write_nvcc
-from tests.gpu import hopper, probes, sanitize
+from tests.gpu import hopper, networks, probes, sanitize
 from tests.gpu.__main__ import main
-from tests.gpu.calls import CALLS, LAYERS, MODELS, Call, Step
+from tests.gpu.calls import CALLS, Call, Step
 from tests.gpu.plans import kernel_of, list_cases
 from tests.gpu.run import LOG_BYTES, run_call
 from tests.gpu.summary import MOST_BYTES, summarise
@@ -37,6 +38,7 @@ FAULTS = {
 """Planted in the first plan of these kernels, and what is said of it."""
 
 LOST = {"chosen float16 nhwc x[1, 9, 7, 6]": "lost"}
+SPOILED = {"chosen bfloat16 nhwc x[4, 3, 64, 64]": "nan"}
 LOST_BY = "tests/test_conformance.py::test_integers_are_exact[cuda-chosen-float16-groups_odd]"
 
 
@@ -58,9 +60,10 @@ def test_a_first_call_finds_the_faults_and_a_second_runs_what_failed(
         "plans": "--limit 1 --patience 5",
         "tests": "-n 1 tests/test_conformance.py -k 'test_integers_are_exact and chosen-float16'",
         "times": "--image 32 --limit 3",
+        "networks": "tv/mobilenet_v3_small --times 2 --copies 1",
     }
     more = [argument for step, words in limits.items() for argument in ("--more", step, words)]
-    steps, said = call("first", faults | LOST | {"cudnn float16": "refused"}, *more)
+    steps, said = call("first", faults | LOST | SPOILED | {"cudnn float16": "refused"}, *more)
 
     plans = steps["plans"]["result"]
     assert set(plans["wrong"]) == set(faults)
@@ -81,6 +84,12 @@ def test_a_first_call_finds_the_faults_and_a_second_runs_what_failed(
     assert "find an engine" in steps["probes"]["result"]["poisoned_addend"]["error"]
     assert all("error" not in a for n, a in steps["probes"]["result"].items() if n != "poisoned_addend")
     assert steps["probes"]["result"]["hopper"]["text"].startswith("all is as the code assumes")
+
+    compared = steps["networks"]["result"]["rows"]
+    wrong = {name.split()[1]: row["wrong"] for name, row in compared.items()}
+    assert [precision for precision, why in wrong.items() if why] == ["bf16"]
+    assert wrong["bf16"][0].startswith("error inf at (64, 64)")
+    assert "3 of 4 right, 0 not run" in said
 
     again, _ = call("second", {}, "--steps", "plans,tests", "--more", "tests", "-n 0")
     assert [step["status"] for step in again.values()] == [0, 0]
@@ -138,10 +147,12 @@ def test_the_summary_stays_short_whatever_fails() -> None:
     assert "0 passed, 200 failed" in odd
 
 
-@pytest.mark.parametrize("command", [LAYERS, MODELS], ids=["layers", "models"])
+BENCHED = {f"{n} {s.name}": s.command for n, c in CALLS.items() for s in c.steps if s.command[0] == "bench"}
+
+
+@pytest.mark.parametrize("command", BENCHED.values(), ids=BENCHED)
 def test_the_bench_takes_what_it_is_asked_for(command: tuple[str, ...]) -> None:
-    assert any(step.command[: len(command)] == command for step in CALLS["second"].steps)
-    bench.__main__.parser().parse_args([*command[1:], "--budget", "100", "--out", "somewhere"])
+    bench.__main__.parser().parse_args([word.format(seconds=100, out="somewhere") for word in command[1:]])
 
 
 def test_a_sanitizer_is_found_beside_nvcc_and_missing_is_a_failure(
@@ -160,6 +171,45 @@ def test_a_sanitizer_is_found_beside_nvcc_and_missing_is_a_failure(
     for arguments, status in (["9"], 1), (["9", "--optional"], 0):
         monkeypatch.setattr(sys, "argv", ["sanitize", *arguments])
         assert sanitize.main() == status
+
+
+def test_a_sanitizer_sees_every_kind_before_any_twice() -> None:
+    kinds = "aaaaabbbc"
+    order = sanitize.in_rounds(kinds)
+    assert sorted(order) == list(range(9))
+    assert [len({kinds[i] for i in order[:count]}) for count in (3, 9)] == [3, 3]
+
+
+def test_a_network_is_to_repeat_itself_and_to_outlive_a_lack_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, capped, raised, counted = torch.zeros(1), [1.0], [], iter((0, 1, 0))
+    for name, value in {
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 200,
+        "get_device_properties": lambda index: SimpleNamespace(total_memory=1000),
+        "set_per_process_memory_fraction": capped.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def sound(x: Tensor) -> Tensor:
+        if capped[-1] < 1:
+            raised.append(capped[-1])
+            raise torch.OutOfMemoryError
+        return x
+
+    def forgets(x: Tensor) -> Tensor:
+        return sound(x) + len(raised)
+
+    assert networks.repeats(sound, x, x, 3) == []
+    assert networks.repeats(lambda x: x + next(counted), x, x, 3) == ["1 of 3 runs differ from the first"]
+    assert networks.survives(sound, x) == []
+    assert raised == [0.18]
+    assert networks.survives(forgets, x) == ["it differs after that"]
+    assert networks.survives(lambda x: x, x) == ["80% of 0 MiB were enough"]
+    assert capped[-1] == 1
 
 
 def ask_hopper(

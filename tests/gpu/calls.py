@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The bench's part of a second call, in one place.
-LAYERS = ("bench", "layers", "--suite", "networks", "--dtype", "fp16", "--batch", "32", "--no-compile")
-MODELS = ("bench", "models", "--batch", "32", "--no-compile")
+# What the calls ask of the bench.
+LAYERS = ("bench", "layers", "--suite", "networks", "--no-compile", "--budget", "{seconds}")
+MODELS = ("bench", "models", "--batch", "32", "--no-compile", "--budget", "{seconds}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ CALLS = {
             Step("tests", ("tests.gpu.suite", "{result}"), 110),
             Step("probes", ("tests.gpu.probes", "{result}"), 60),
             Step("times", ("tests.gpu.times", "{result}", "{seconds}", "resnet50:32"), 85, least=20),
+            Step("networks", ("tests.gpu.networks", "{result}", "{seconds}"), 90, least=15),
         ),
     ),
     "second": Call(
@@ -61,9 +62,28 @@ CALLS = {
                 ),
                 130,
             ),
-            Step("layers", (*LAYERS, "--budget", "{seconds}", "--out", "{out}"), 140, tail=16),
-            Step("models", (*MODELS, "--budget", "{seconds}", "--out", "{out}"), 130, tail=16),
+            Step("layers", (*LAYERS, "--dtype", "fp16", "--batch", "32", "--out", "{out}"), 140, tail=16),
+            Step("models", (*MODELS, "--out", "{out}"), 130, tail=16),
             Step("memcheck", ("tests.gpu.sanitize", "{seconds}", "memcheck"), 120, least=90, tail=6),
+        ),
+    ),
+    "third": Call(
+        300,
+        (
+            USABLE,
+            Step("racecheck", ("tests.gpu.sanitize", "{seconds}", "racecheck"), 90, tail=6),
+            Step(
+                "batches",
+                (*LAYERS, "--dtype", "fp16", "--batch", "1,128", "--out", "{out}/batches"),
+                100,
+                tail=16,
+            ),
+            Step(
+                "dtypes",
+                (*LAYERS, "--dtype", "bf16,tf32,fp32", "--batch", "32", "--out", "{out}/dtypes"),
+                100,
+                tail=16,
+            ),
         ),
     ),
     "build": Call(470, (BUILT,)),

@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,16 +37,27 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
+def in_rounds(kinds: Sequence[object]) -> list[int]:
+    """The indices of all, by chance, but the first of each kind before the second of any."""
+    shuffled, seen = random.Random(0).sample(range(len(kinds)), len(kinds)), Counter[object]()
+    rounds = {}
+    for index in shuffled:
+        rounds[index] = seen[kinds[index]]
+        seen[kinds[index]] += 1
+    return sorted(shuffled, key=rounds.__getitem__)
+
+
 def run_cases(seconds: float) -> int:
-    """Runs the kernels' plans on the GPU, in any order, until the time is over; how many are wrong.
+    """Runs the kernels' plans on the GPU until the time is over, one of each instantiation first.
 
     And kernels that write into a slice of what they read. The results are compared bit for bit, on the CPU.
+    Returns how many are wrong.
     """
     import torch
     from torch import Tensor
 
     import fused_cna
-    from tests.families import plans_of_every_kernel
+    from tests.families import FAMILIES, plans_of_every_kernel
     from tests.gpu.plans import run_on_gpu
     from tests.plans import describe
     from tests.reference import DTYPES, Problem, Wanted, difference, expected_rounded, integer_problem
@@ -68,26 +80,29 @@ def run_cases(seconds: float) -> int:
             placed.replace(x=big[:, :c, :h, :w], residual=out).call(fused_cna.conv_norm_act, out=out)
         return difference(out.cpu(), expected)
 
-    def cases() -> Iterator[tuple[str, partial[str]]]:
+    def cases() -> Iterator[tuple[object, str, partial[str]]]:
         for problem, plan in plans_of_every_kernel():
-            yield describe(plan, problem.x, problem.weight), partial(run_on_gpu, problem, plan)
+            family = next(one for one in FAMILIES if one.name == (plan.partition(" ")[0] or "chosen"))
+            kind = family.name, problem.x.dtype, family.instantiation(plan)
+            yield kind, describe(plan, problem.x, problem.weight), partial(run_on_gpu, problem, plan)
         for shape in TELLING_SHAPES:
             for dtype in DTYPES:
                 problem = integer_problem(shape, dtype, Wanted("relu", residual_order="add_act"))
-                yield f"in a slice: {shape} {dtype}", partial(run_in_slice, problem)
+                yield "in a slice", f"in a slice: {shape} {dtype}", partial(run_in_slice, problem)
 
     todo = list(cases())
-    random.Random(0).shuffle(todo)
-    done = wrong = 0
-    for name, run in todo:
+    done, wrong = [], 0
+    for index in in_rounds([kind for kind, _, _ in todo]):
         if time.monotonic() > end:
             break
+        kind, name, run = todo[index]
         if why := run():
             wrong += 1
             print(f"{name}: {why}", flush=True)
-        done += 1
+        done.append(kind)
     torch.cuda.synchronize()
-    print(f"{done} of {len(todo)} plans and slices run, {wrong} of them wrong")
+    kinds = f"{len(set(done))} of {len({kind for kind, _, _ in todo})} instantiations"
+    print(f"{len(done)} of {len(todo)} plans and slices run, {kinds}, {wrong} wrong")
     return wrong
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 from tests.gpu.predictions import LAYERS, NETWORKS
@@ -81,6 +82,17 @@ def about_probes(said: Result) -> Iterator[str]:
         yield f"{name}: {answer['text']}"
 
 
+def about_networks(said: Result) -> Iterator[str]:
+    rows = said["rows"]
+    wrong = {name: row["wrong"] for name, row in rows.items() if row["wrong"]}
+    yield f"{len(rows) - len(wrong)} of {len(rows)} right, {len(said['not_run'])} not run"
+    errors = [error for row in rows.values() for error in row["errors"]]
+    ratios = [error["fused"] / error["eager"] for error in errors if error["eager"]]
+    if ratios:
+        yield f"error over eager's: {min(ratios):.2f} to {max(ratios):.2f}, median {median(ratios):.2f}"
+    yield from (f"{name}: {'; '.join(why)}" for name, why in wrong.items())
+
+
 def about_times(said: Result) -> Iterator[str]:
     rows = said["rows"]
     for one in said["networks"]:
@@ -136,5 +148,6 @@ SECTIONS: dict[str, Callable[[Result], Iterator[str]]] = {
     "plans": about_plans,
     "tests": about_tests,
     "probes": about_probes,
+    "networks": about_networks,
     "times": about_times,
 }
