@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import bench.__main__
-from fused_cna import _extension
+from fused_cna import ConvProblem, _extension, _tuned, plan_file
+from fused_cna.plan import planner
 from tests.fake_cuda import environment, write_nvcc
-from tests.gpu import hopper, networks, probes, sanitize
+from tests.gpu import fit, hopper, networks, probes, sanitize
 from tests.gpu.__main__ import main
 from tests.gpu.calls import CALLS, Call, Step
 from tests.gpu.plans import kernel_of, list_cases
@@ -210,6 +211,31 @@ def test_a_network_is_to_repeat_itself_and_to_outlive_a_lack_of_memory(
     assert networks.survives(forgets, x) == ["it differs after that"]
     assert networks.survives(lambda x: x, x) == ["80% of 0 MiB were enough"]
     assert capped[-1] == 1
+
+
+def test_times_are_held_against_the_plan_and_the_fastest_are_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, rows = _tuned.named_target(planner(), "H100"), []
+    for n, first in ((32, 10.0), (1, 30.0)):
+        problem = planner().problem(ConvProblem(n, 64, 56, 56, 64, 3, 3).question())
+        row = {"network": "net", "uses": 2, "problem": problem}
+        planned, other, *_ = fit.estimates(target, row)
+        rows.append(row | {"us": {planned: first, other: 20.0, "no plan": 1.0}})
+    gpu = {"name": "NVIDIA H100", "capability": "9.0", "multiprocessors": 132}
+    steps = {"extension": {"result": {"gpu": gpu}}, "times": {"result": {"rows": rows}}}
+    (tmp_path / "first.json").write_text(json.dumps({"steps": steps}))
+    shipped = tmp_path / "plans.json"
+    monkeypatch.setattr(sys, "argv", ["fit", str(tmp_path / "first.json"), "--ship", str(shipped)])
+    fit.main()
+    said = capsys.readouterr().out
+    assert "net: 80.0 us as chosen, 60.0 us at best, regret 33.3%; of 2 convolutions" in said
+    ((device, _),) = plan_file.read(shipped)
+    assert device == plan_file.Device("NVIDIA H100", "9.0", 132)
+    (plans,) = plan_file.read(shipped).values()
+    assert [plan.plan for plan in plans.values()] == [other]
+    assert _tuned.set_plan(planner(), target, *plans.values()) == ""
+    planner().clear_tuned_plans()
 
 
 def ask_hopper(
