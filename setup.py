@@ -56,9 +56,11 @@ def with_cuda(record: dict[str, Any]) -> dict[str, Any]:
 
     sources = sorted(map(str, {*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")} - {CSRC / "plan" / "module.cpp"}))
     hopper = ["-DFUSED_CNA_HAS_SM90A"] if "sm_90a" in record["architectures"] else []
+    # Every driver for CUDA 13 can unpack this; some for CUDA 12 cannot.
+    packed = ["-compress-mode=size"] if int(record["cuda"].partition(".")[0]) >= 13 else []
     flags = {
         "cxx": [*CXX_FLAGS, *hopper],
-        "nvcc": [*NVCC_FLAGS, *map(cuda_build.gencode, record["architectures"])],
+        "nvcc": [*NVCC_FLAGS, *packed, *map(cuda_build.gencode, record["architectures"])],
     }
     kernels = CUDAExtension("fused_cna._C", sources, include_dirs=[INCLUDE], extra_compile_args=flags)
     kernels.include_dirs += cuda_build.library_headers(record)  # last: what the toolkit has comes from there
