@@ -95,7 +95,7 @@ def fuse(
             "freeze=True is for inference on a CPU and cuda_graphs=True for a GPU, but got both; give one"
         )
     with lock:
-        network = model if inplace else _copy(model)
+        network = model if inplace else copy_of(model)
         try:
             fuse_in_place(network, freeze=freeze, cuda_graphs=cuda_graphs)
             if inputs is not None:
@@ -195,20 +195,22 @@ def unfuse(model: Network, *, inplace: bool = False) -> Network:
     """
     checks.check_module(model, "unfuse")
     with lock:
-        network = model if inplace else _copy(model)
+        network = model if inplace else copy_of(model)
         for module in list(network.modules()):
             if isinstance(module, FusedNetwork):
                 take_off(module)
     return network
 
 
-def _copy(model: Network) -> Network:
+def copy_of(model: Network) -> Network:
+    """A deep copy; a FusionError where the network refuses to be copied."""
     try:
         return copy.deepcopy(model)
-    # Modules may refuse to be copied.
+    # Modules raise what they like.
     except Exception as error:
         raise FusionError(
-            f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to change it itself"
+            f"{type(model).__name__} cannot be copied ({error}); "
+            "fuse and unfuse change it itself where they are called with inplace=True"
         ) from error
 
 

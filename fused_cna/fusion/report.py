@@ -1,6 +1,5 @@
 """``report``: what of a network is fused, and why the rest is not."""
 
-import copy
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fused_cna.fusion import checks
-from fused_cna.fusion.fuse import fuse_in_place, run_once, trace_ahead
+from fused_cna.fusion.fuse import copy_of, fuse_in_place, run_once, trace_ahead
 from fused_cna.fusion.records import OVERLAYS, LayerRecord, records_of, traces_of
 from fused_cna.fusion.trace import left_as_it_is
 
@@ -82,7 +81,8 @@ def report(model: nn.Module, example_inputs: Any = None) -> FusionReport:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``example_inputs`` no tensors.
-        FusionError: a plain network that :func:`fuse` refuses, or that does not run on the example inputs.
+        FusionError: a plain network that :func:`fuse` refuses or that cannot be copied, or one that does not
+            run on the example inputs.
     """
     checks.check_module(model, "report")
     inputs = checks.as_arguments(example_inputs)
@@ -91,7 +91,7 @@ def report(model: nn.Module, example_inputs: Any = None) -> FusionReport:
     if not overlays:
         checks.check_network(model)
     if not overlays or (inputs is not None and any(module.training for module in model.modules())):
-        network = copy.deepcopy(model)
+        network = copy_of(model)
     if not overlays:
         fuse_in_place(network, freeze=False)
     elif not any(one.made for one in overlays):
