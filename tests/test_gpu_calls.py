@@ -222,7 +222,7 @@ def test_times_are_held_against_the_plan_and_the_fastest_are_shipped(
         row = {"network": "net", "uses": 2, "problem": problem}
         planned, other, *_ = fit.estimates(target, row)
         rows.append(row | {"us": {planned: first, other: 20.0, "no plan": 1.0}})
-    gpu = {"name": "NVIDIA H100", "capability": "9.0", "multiprocessors": 132}
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "multiprocessors": 132}
     steps = {"extension": {"result": {"gpu": gpu}}, "times": {"result": {"rows": rows}}}
     (tmp_path / "first.json").write_text(json.dumps({"steps": steps}))
     shipped = tmp_path / "plans.json"
@@ -231,7 +231,7 @@ def test_times_are_held_against_the_plan_and_the_fastest_are_shipped(
     said = capsys.readouterr().out
     assert "net: 80.0 us as chosen, 60.0 us at best, regret 33.3%; of 2 convolutions" in said
     ((device, _),) = plan_file.read(shipped)
-    assert device == plan_file.Device("NVIDIA H100", "9.0", 132)
+    assert device == plan_file.Device("NVIDIA H100 80GB HBM3", "9.0", 132)
     (plans,) = plan_file.read(shipped).values()
     assert [plan.plan for plan in plans.values()] == [other]
     assert _tuned.set_plan(planner(), target, *plans.values()) == ""

@@ -89,7 +89,10 @@ def main() -> None:
         device, rows = read_rows(path)
         by_device[device] += rows
     for device, rows in by_device.items():
-        target = _tuned.named_target(planner(), device.name)
+        known = (_tuned.named_target(planner(), name) for name in planner().devices())
+        target = next((one for one in known if one.device.stands_for(device)), None)
+        if target is None:
+            raise SystemExit(f"the planner knows no {device}; it knows {', '.join(planner().devices())}")
         print("\n".join([device.name, *regrets(target, rows), *ratios(target, rows)]))
         if options.ship:
             plans = list(winners(target, rows))
