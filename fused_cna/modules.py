@@ -213,7 +213,7 @@ class ConvNormAct(nn.Module):
         """
         if out is None:
             call = None if torch.compiler.is_compiling() else _arrangement.calls.get(id(self))
-            if call is not None and torch._C._get_tracing_state() is None:
+            if call is not None:
                 y = call(self, x, residual)
                 if y is not NotImplemented:
                     return y  # type: ignore[no-any-return]
