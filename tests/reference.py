@@ -206,10 +206,11 @@ def difference(actual: Tensor, expected: Tensor) -> str:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error; infinite where `actual` has a NaN, 0 for empty tensors."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    difference = torch.linalg.vector_norm(actual.detach().cpu().double() - expected.double())
+    actual, expected = (tensor.detach().cpu().double() for tensor in (actual, expected))
+    difference = torch.linalg.vector_norm(actual - expected)
     if difference == 0:
         return 0.0
-    error = float(difference / torch.linalg.vector_norm(expected.double()))
+    error = float(difference / torch.linalg.vector_norm(expected))
     return math.inf if math.isnan(error) else error
 
 
