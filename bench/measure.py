@@ -17,6 +17,7 @@ from bench.cases import PRECISIONS, Precision
 from bench.result import Entry, Outcome, Record, summarize
 from fused_cna._accuracy import error_bound, relative_error
 from fused_cna._device_timer import CACHES_TO_OUTRUN, MOST_INPUT_SETS
+from fused_cna._graphs import capturing
 
 FEWEST_ROUNDS, FEWEST_SETS = 3, 2
 SAMPLE_SECONDS = 2e-3
@@ -211,8 +212,7 @@ def captured(calls: Sequence[Call]) -> tuple["torch.cuda.CUDAGraph", Tensor]:
     current.wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # The outer of the two restores the stream, which torch leaves at its own where a capture fails.
-    with torch.cuda.stream(current), torch.cuda.graph(graph):
+    with capturing(graph):
         # All are kept until the last is made, or they would share memory.
         outputs = [call() for call in calls]
     return graph, outputs[0]

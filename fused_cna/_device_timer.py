@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_cna import _accuracy, eager
+from fused_cna._graphs import capturing
 from fused_cna._recording import RecordedCall
 from fused_cna.ops import operator
 from fused_cna.plan import forced_plan
@@ -203,24 +204,13 @@ def _run(name: str, arguments: Sequence[Any]) -> Tensor:
     return y
 
 
-@contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    stream = torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            yield
-    finally:
-        # torch leaves the stream of a capture that failed current.
-        torch.cuda.set_stream(stream)
-
-
 class _Sampler:
     """One plan in a CUDA graph, a call for each set of operands."""
 
     def __init__(self, name: str, sets: Sequence[tuple[Any, ...]], pool: Any) -> None:
         self._calls = len(sets)
         self._graph = torch.cuda.CUDAGraph()
-        with forced_plan(name), _capturing(self._graph, pool):
+        with forced_plan(name), capturing(self._graph, pool=pool):
             # All of them are kept until the last is made, or they would share memory.
             outputs = [operator(*arguments) for arguments in sets]
         del outputs

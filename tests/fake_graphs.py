@@ -7,6 +7,7 @@ where its results lay.
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -89,10 +90,13 @@ class FakeGpu:
     def __init__(self) -> None:
         self.graphs: list[Graph] = []
         self.pools: list[object] = []
+        self.ended: list[object] = []
+        """Pools to which the allocator was told to allocate no more."""
         self.fails = False
         """Whether an operator that is captured invalidates the capture."""
         self.generator = Generator()
         self.autocast_keeps_casts: list[bool] = []
+        self._captures = 0
         self._thread = threading.local()
         self._default = Stream()
         self.pause: Any = lambda: None
@@ -115,6 +119,10 @@ class FakeGpu:
 
     @contextlib.contextmanager
     def capture(self, graph: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        is_own = capture_error_mode == "thread_local"
+        assert not (is_own and gc.isenabled()), "the collector may destroy a graph"
+        self._captures += 1
+        assert self._captures == 1, "two captures at a time"
         self.pools.append(pool)
         self.autocast_keeps_casts.append(torch.is_autocast_cache_enabled())
         before, self._thread.stream = self.current_stream(), stream
@@ -123,12 +131,16 @@ class FakeGpu:
             with graph:
                 yield
         finally:
+            self._captures -= 1
             self._thread.capturing = False
             if self.fails:
                 self.generator.state = "waits for the end of the capture"
                 # As torch 2.11 does, without the stream as it was.
                 raise RuntimeError("operation failed due to a previous error during capture")
             self._thread.stream = before
+
+    def set_stream(self, stream: Stream) -> None:
+        self._thread.stream = stream
 
     def is_current_stream_capturing(self) -> bool:
         return getattr(self._thread, "capturing", False)
@@ -145,6 +157,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
         "is_current_stream_capturing": fake.is_current_stream_capturing,
         "current_stream": fake.current_stream,
         "stream": fake.stream,
+        "set_stream": fake.set_stream,
         "Stream": Stream,
         "Event": Event,
         "device": lambda device: contextlib.nullcontext(),
@@ -152,5 +165,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     }
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: fake.ended.append(pool))
     monkeypatch.setattr(replay, "_is_on_gpu", lambda x: True)
     return fake

@@ -3,7 +3,8 @@
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -269,28 +270,19 @@ class TestTiming:
     def test_a_graph_holds_every_output_and_a_failed_capture_restores_the_stream(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        current = ["main"]
-
-        @contextmanager
-        def entered(stream: str) -> Iterator[None]:
-            before, current[0] = current[0], stream
-            try:
-                yield
-            finally:
-                current[0] = before
+        main = SimpleNamespace(wait_stream=lambda other: None)
+        current: list[object] = [main]
 
         @contextmanager
         def graph(made: object) -> Iterator[None]:
             current[0] = "capture"  # as torch's, it stays current where the body raises
             yield
-            current[0] = "main"
+            current[0] = main
 
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-        monkeypatch.setattr(
-            torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=lambda other: None)
-        )
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered("main"))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: main)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+        monkeypatch.setattr(torch.cuda, "set_stream", partial(current.__setitem__, 0))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
         monkeypatch.setattr(torch.cuda, "graph", graph)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -304,7 +296,7 @@ class TestTiming:
 
         with pytest.raises(RuntimeError, match="not permitted"):
             captured([refuse])
-        assert current[0] == "main"
+        assert current[0] is main
 
     def test_budget(self) -> None:
         clock = FakeClock()

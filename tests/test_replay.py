@@ -233,6 +233,7 @@ def test_a_capture_that_fails(gpu: FakeGpu) -> None:
         check(fused, plain)
     assert gpu.current_stream() is before
     assert gpu.generator.state == "before"
+    assert gpu.ended == gpu.pools
     gpu.fails = False
     check(fused, plain)
     check(fused, plain, image()[:1])

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_cna import _tuned, layers
+from fused_cna._graphs import capturing
 from fused_cna.fusion.guards import MemoryGuard
 from fused_cna.fusion.records import first_line
 from fused_cna.fusion.signatures import is_constant
@@ -199,10 +200,8 @@ class Captured:
             current.wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             with (
-                _no_trace_of_failure(self._graph, device),
-                # Restores the stream, which torch 2.11 leaves at its own where a capture fails.
-                torch.cuda.stream(current),
-                torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+                _no_trace_of_failure(self._graph, device, pool),
+                capturing(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
                 result = overlay(network, self._inputs)
             self._results = _Results(result)
@@ -242,8 +241,8 @@ def _without_kept_casts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_trace_of_failure(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
-    """A context for a capture, which leaves random numbers usable where it fails."""
+def _no_trace_of_failure(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> Iterator[None]:
+    """A context for a capture, which leaves random numbers and memory usable where it fails."""
     generator = torch.cuda.default_generators[device.index]
     before = generator.clone_state()
     try:
@@ -252,5 +251,8 @@ def _no_trace_of_failure(graph: torch.cuda.CUDAGraph, device: torch.device) -> I
         _failed.append(graph)
         # Else it goes on to wait for the end of the capture.
         generator.graphsafe_set_state(before)
+        # Else the allocator takes it for a capture under way, and frees nothing. It raises where it does not.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
         # What made the capture fail comes before the error at its end.
         raise CaptureFailedError(first_line(error.__context__ or error)) from error
