@@ -75,7 +75,7 @@ common/epilogue.cuh | conformance integers_are_exact and direct-float16
 + order == ResidualOrder::act_add
 
 epilogue: 16 bytes stored past the last channel
-common/epilogue.cuh | conformance integers_are_exact and small_m-float16
+common/epilogue.cuh | conformance writes_where_it_is_told and small_m
 - return valid == Width && stride == 1 && are_aligned;
 + return stride == 1 && are_aligned;
 
@@ -95,7 +95,7 @@ common/gather_rows.cuh | conformance integers_are_exact and sm80-float16-filter_
 + return (1u << end) - 1;
 
 gather: the image's offset in 32 bits
-common/gather_rows.cuh | layouts offsets_beyond_32_bits
+common/gather_rows.cuh | layouts reaches_beyond_32_bits and sm80
 - offsets_[i] = pixel.n * x.n_bytes +
 + offsets_[i] = static_cast<int>(pixel.n * x.n_bytes) +
 
