@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.simt import SimulatorError
+from tests.simt import NAN_SEEDS, SimulatorError
 from tests.simt.binding import run_test_kernel
 from tests.simt_faults import assert_reported
 
@@ -36,7 +36,7 @@ def test_blocks_read_what_their_cluster_wrote(cluster: int) -> None:
 
 
 def test_reading_before_the_others_have_written_shows() -> None:
-    assert all(run("read_too_early", 8, 4, 2, seed)[:, :, 0].isnan().any() for seed in SEEDS)
+    assert all(run("read_too_early", 8, 4, 2, seed)[:, :, 0].isnan().any() for seed in NAN_SEEDS)
 
 
 def test_the_memory_of_a_block_that_has_ended_is_gone() -> None:

@@ -63,7 +63,8 @@ def conv_norm_act(
             "implicit_gemm_sm80 64x64x32", "implicit_gemm_sm80 64x64x32 split 2 masked".
         device: whose plan: a name of csrc/plan/device.h.
         allow_tf32: whether float32 products may be rounded to tf32, for which PyTorch has a global switch.
-        seed: chooses the order of threads and blocks; a right kernel gives the same bits for every seed.
+        seed: chooses the order of threads and blocks, and what shared memory holds before it is written: NaN
+            where it is even, large numbers where it is odd. A right kernel gives the same bits for all.
         starts_early: every launch begins before the kernel ahead of it has ended; until a kernel has waited
             for that, all tensors and the workspace hold NaN, and nothing may be written.
         sanitized: run in a process built with AddressSanitizer and UndefinedBehaviorSanitizer, every tensor

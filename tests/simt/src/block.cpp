@@ -22,7 +22,7 @@ void Block::start(const BlockWork& work) {
     for (LaneGroup& warp : warps_) warp.reset(work.threads);
     warpgroups.reset(work.threads);
     phases.reset();
-    shared.begin_block(work.shared_bytes);
+    shared.begin_block(work.shared_bytes, work.garbage);
     proxy.reset(work.threads);
     copies.reset(work.threads);
     tensor_copies.reset(work.threads);

@@ -31,7 +31,8 @@ std::string ClusterBarrier::status() const {
            std::to_string(cluster_.live_threads()) + " threads arrived";
 }
 
-void Cluster::run(int64_t first, const LaunchRequest& request, Random& random, const std::function<void()>& kernel) {
+void Cluster::run(int64_t first, const LaunchRequest& request, Garbage garbage, Random& random,
+                  const std::function<void()>& kernel) {
     size_ = request.cluster;
     while (static_cast<int>(blocks_.size()) < size_)
         blocks_.push_back(std::make_unique<Block>(*this, static_cast<int>(blocks_.size())));
@@ -42,7 +43,13 @@ void Cluster::run(int64_t first, const LaunchRequest& request, Random& random, c
         ~AtExit() { prerequisites.put_back(); }
     } at_exit{prerequisites};
     for (int rank = 0; rank < size_; ++rank) {
-        block(rank).start({first + rank, request.blocks, request.threads, request.shared_bytes, random.next(), &kernel});
+        block(rank).start({.index = first + rank,
+                           .grid = request.blocks,
+                           .threads = request.threads,
+                           .shared_bytes = request.shared_bytes,
+                           .garbage = garbage,
+                           .seed = random.next(),
+                           .kernel = &kernel});
     }
     advance(random);
     if (prerequisites.are_pending()) {

@@ -86,11 +86,12 @@ const char* launch(const LaunchRequest& request, const std::function<void()>& ke
 
     std::lock_guard lock(one_launch_at_a_time);
     Random random(launch_seed);
+    const Garbage garbage = launch_seed % 2 == 0 ? Garbage::nan : Garbage::finite;
     const int64_t clusters = request.blocks / request.cluster;
     const Order order(clusters, random);
     for (int64_t i = 0; i < clusters; ++i) {
         try {
-            cluster.run(order[i] * request.cluster, request, random, kernel);
+            cluster.run(order[i] * request.cluster, request, garbage, random, kernel);
         } catch (const SimulatorError& error) {
             fail(kernel_name(request.kernel_address) + ", block " + std::to_string(block().index()) + " of " +
                  std::to_string(request.blocks) + ", seed " + std::to_string(launch_seed) + ": " + error.what());

@@ -16,6 +16,8 @@ namespace {
 
 // As float, half or bfloat16 these bytes are a NaN; as an index or pointer they are far outside.
 constexpr int poison_byte = 0xFF;
+// As half 6.1e4, as bfloat16 or float 1.3e36; as an index or pointer far outside too.
+constexpr int finite_byte = 0x7B;
 constexpr int redzone_byte = 0xA5;
 constexpr int64_t redzone_bytes = 1024;
 
@@ -36,11 +38,11 @@ void SharedMemory::allocate() {
     data_ = static_cast<std::byte*>(mapping) + redzone_bytes;
 }
 
-void SharedMemory::begin_block(int64_t bytes) {
+void SharedMemory::begin_block(int64_t bytes, Garbage garbage) {
     if (!data_) allocate();
     bytes_ = bytes;
     sanitizer::unpoison(data_ - redzone_bytes, mapping_bytes);
-    poison(data_, bytes);
+    std::memset(data_, garbage == Garbage::nan ? poison_byte : finite_byte, bytes);
     std::memset(data_ + bytes, redzone_byte, redzone_bytes);
     sanitizer::poison(data_ - redzone_bytes, redzone_bytes);
     sanitizer::poison(data_ + bytes, mapping_bytes - redzone_bytes - bytes);

@@ -33,6 +33,7 @@ struct BlockWork {
     int64_t grid;
     int threads;
     int64_t shared_bytes;
+    Garbage garbage;
     uint64_t seed;
     const std::function<void()>* kernel;  // called by every thread
 };

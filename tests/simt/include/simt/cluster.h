@@ -41,7 +41,8 @@ class Cluster {
 
     // Runs the blocks from `first` on to their end, interleaved in an order drawn from `random`. Throws SimulatorError when
     // none can go on.
-    void run(int64_t first, const LaunchRequest& request, Random& random, const std::function<void()>& kernel);
+    void run(int64_t first, const LaunchRequest& request, Garbage garbage, Random& random,
+             const std::function<void()>& kernel);
 
     int size() const { return size_; }
     Block& block(int rank) const { return *blocks_[rank]; }

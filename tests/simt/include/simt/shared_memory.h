@@ -7,7 +7,13 @@
 
 namespace simt {
 
-// Exactly as large as the launch requested, 1024-byte aligned, poisoned for each block.
+// What is in a block's memory before anything is written there. On a GPU that is what an earlier block left.
+enum class Garbage {
+    nan,    // shows wherever it gets into a result
+    finite  // large, for kernels that compute again what is not finite, and so hide a NaN
+};
+
+// Exactly as large as the launch requested, 1024-byte aligned, full of garbage for each block.
 class SharedMemory {
    public:
     // The most that a block may have, as on compute capability 9.0 (CUDA C++ Programming Guide, "Compute Capabilities").
@@ -21,8 +27,8 @@ class SharedMemory {
     SharedMemory(const SharedMemory&) = delete;
     SharedMemory& operator=(const SharedMemory&) = delete;
 
-    // Poisons `bytes` of memory; everything outside is a redzone.
-    void begin_block(int64_t bytes);
+    // Fills `bytes` of memory; everything outside is a redzone.
+    void begin_block(int64_t bytes, Garbage garbage);
 
     // Reports a write after the end, which builds without AddressSanitizer notice only here.
     void check_redzone() const;
