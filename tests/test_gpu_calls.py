@@ -283,6 +283,14 @@ def test_the_hopper_probe_needs_a_hopper_and_nvcc(tmp_path: Path, monkeypatch: p
     assert "there is no nvcc" in (tmp_path / "result.json").read_text()
 
 
+def test_a_hopper_probe_that_hangs_keeps_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\necho \'"registers": {"answer": "right", "seen": ""},\'\nsleep 60\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(hopper, "LIMIT", 0.5)
+    assert hopper.answers_in(hopper.run_program([str(program)]))["registers"]["answer"] == "right"
+
+
 def test_the_hopper_probe_is_judged_by_the_constants() -> None:
     right = {one.questions: {"answer": one.word, "seen": ""} for one in hopper.ASSUMPTIONS}
     constants = (hopper.ROOT / hopper.CONSTANTS).read_text()

@@ -43,7 +43,7 @@ CALLS = {
             USABLE,
             Step("plans", ("tests.gpu.plans", "{result}", "{seconds}"), 95),
             Step("tests", ("tests.gpu.suite", "{result}"), 110),
-            Step("probes", ("tests.gpu.probes", "{result}"), 60),
+            Step("probes", ("tests.gpu.probes", "{result}"), 80),
             Step("times", ("tests.gpu.times", "{result}", "{seconds}", "resnet50:32"), 85, least=20),
             Step("networks", ("tests.gpu.networks", "{result}", "{seconds}"), 90, least=15),
         ),

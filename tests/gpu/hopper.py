@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -17,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("hopper_probe.cu")
 CONSTANTS = Path("csrc/kernels/implicit_gemm_sm90/hardware.h")
 FLAGS = ("-std=c++20", "-O2", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a")
-LIMIT = 60.0
+LIMIT = 40.0
+"""Seconds for each of the two programs, nvcc and the probe."""
 
 Answers = dict[str, dict[str, str]]
 
@@ -71,10 +74,23 @@ def compilation(nvcc: str, program: Path) -> list[str]:
 
 
 def run_program(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{Path(command[0]).name}: status {done.returncode}, {done.stderr.strip()}")
-    return done.stdout
+    """What it prints, until it ends or its time does."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its processes write to the same pipe
+            return str(process.communicate()[0])
+    if process.returncode != 0:
+        raise RuntimeError(f"{Path(command[0]).name}: status {process.returncode}, {errors.strip()}")
+    return output
+
+
+def answers_in(output: str) -> Answers:
+    """Those of a probe that may not have ended: a line each."""
+    lines = (line.strip().rstrip(",") for line in output.splitlines() if ": {" in line)
+    return {name: answer for line in lines for name, answer in json.loads(f"{{{line}}}").items()}
 
 
 def hopper() -> dict[str, Any]:
@@ -87,7 +103,7 @@ def hopper() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, PROBE.stem)
         run_program(compilation(nvcc, program))
-        answers: Answers = json.loads(run_program([str(program)]))
+        answers = answers_in(run_program([str(program)]))
     failures = contradictions(answers, (ROOT / CONSTANTS).read_text())
     map_rounding = f"maps of tf32: {answers.get('tf32_map', {}).get('answer', 'no answer')}"
     text = "; ".join([*failures, map_rounding]) if failures else f"all is as the code assumes; {map_rounding}"
