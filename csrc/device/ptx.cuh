@@ -40,6 +40,22 @@ __device__ __forceinline__ float clamp(float x, float low, float high) {
     return clamped;
 }
 
+// ex2.approx.ftz of x log2(e): e^x, off by 2 ulp and those that the rounded product makes of it, |x| / 2. expf is more
+// accurate for large |x| and takes four times the instructions. What is below the normal numbers becomes 0.
+__device__ __forceinline__ float exponential(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+    return result;
+}
+
+// rcp.approx.ftz: 1 / x, at most 1 ulp off, where division takes four times the instructions and a branch. 0 for what is
+// above 2^126.
+__device__ __forceinline__ float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // The 32-bit shared-memory address that the instructions below take.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

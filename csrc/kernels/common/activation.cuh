@@ -9,13 +9,15 @@
 
 namespace fused_cna {
 
+inline constexpr float sixth = 1.0f / 6.0f;
+
 // x * tanh(log(1 + e^x)). With u = e^x the tanh is u(u + 2) / (u(u + 2) + 2): one exponential instead of three functions.
 // Above 20 the tanh rounds to 1, and u would soon overflow.
 __device__ __forceinline__ float mish(float x) {
     if (x > 20.0f) return x;
-    const float u = expf(x);
+    const float u = device::exponential(x);
     const float v = u * (u + 2.0f);
-    return x * (v / (v + 2.0f));
+    return x * v * device::reciprocal(v + 2.0f);
 }
 
 template <class Function, int Width>
@@ -56,7 +58,8 @@ __device__ __forceinline__ void activate(float (&values)[Width], const Activatio
         case Activation::relu6: return;
         case Activation::leaky_relu: return apply(values, [=](float x) { return x > 0.0f ? x : x * param; });
         case Activation::elu: return apply(values, [=](float x) { return x > 0.0f ? x : param * expm1f(x); });
-        case Activation::silu: return apply(values, [](float x) { return x / (1.0f + expf(-x)); });
+        case Activation::silu:
+            return apply(values, [](float x) { return x * device::reciprocal(1.0f + device::exponential(-x)); });
         case Activation::gelu:
             return apply(values, [](float x) {
                 constexpr float sqrt_half = 0.70710678118654752f;
@@ -68,10 +71,11 @@ __device__ __forceinline__ void activate(float (&values)[Width], const Activatio
                 return 0.5f * x * (1.0f + tanhf(sqrt_two_over_pi * fmaf(0.044715f * x * x, x, x)));
             });
         case Activation::hardswish:
-            return apply(values, [](float x) { return x * device::clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; });
+            return apply(values, [](float x) { return x * device::clamp(x + 3.0f, 0.0f, 6.0f) * sixth; });
         case Activation::hardsigmoid:
-            return apply(values, [](float x) { return device::clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; });
-        case Activation::sigmoid: return apply(values, [](float x) { return 1.0f / (1.0f + expf(-x)); });
+            return apply(values, [](float x) { return device::clamp(x + 3.0f, 0.0f, 6.0f) * sixth; });
+        case Activation::sigmoid:
+            return apply(values, [](float x) { return device::reciprocal(1.0f + device::exponential(-x)); });
         case Activation::tanh: return apply(values, [](float x) { return tanhf(x); });
         case Activation::mish: return apply(values, [](float x) { return mish(x); });
     }
