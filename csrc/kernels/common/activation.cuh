@@ -9,6 +9,8 @@
 
 namespace fused_cna {
 
+inline constexpr float sixth = 1.0f / 6.0f;
+
 // x * tanh(log(1 + e^x)). With u = e^x the tanh is u(u + 2) / (u(u + 2) + 2): one exponential instead of three functions.
 // Above 20 the tanh rounds to 1, and u would soon overflow.
 __device__ __forceinline__ float mish(float x) {
@@ -18,31 +20,31 @@ __device__ __forceinline__ float mish(float x) {
     return x * v * device::reciprocal(v + 2.0f);
 }
 
-template <class Function, int Width>
+template <int AtATime = 8, class Function, int Width>
 __device__ __forceinline__ void apply(float (&values)[Width], Function function) {
-    if constexpr (Width <= 8) {
+    if constexpr (Width <= AtATime) {
 #pragma unroll
         for (float& value : values) value = function(value);
     } else {
-        // Eight at a time in a rolled loop, because most functions are long. Registers cannot be indexed, so the array is
-        // rotated by eight each turn.
-        static_assert(Width % 8 == 0, "values go round by eights");
+        // Some at a time in a rolled loop, because most functions are long. Registers cannot be indexed, so the array is
+        // rotated by as many each turn.
+        static_assert(Width % AtATime == 0, "values go round by as many as are done at a time");
 #pragma unroll 1
-        for (int turn = 0; turn < Width / 8; ++turn) {
-            float done[8];
+        for (int turn = 0; turn < Width / AtATime; ++turn) {
+            float done[AtATime];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) done[i] = function(values[i]);
+            for (int i = 0; i < AtATime; ++i) done[i] = function(values[i]);
 #pragma unroll
-            for (int i = 0; i < Width - 8; ++i) values[i] = values[i + 8];
+            for (int i = 0; i < Width - AtATime; ++i) values[i] = values[i + AtATime];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) values[Width - 8 + i] = done[i];
+            for (int i = 0; i < AtATime; ++i) values[Width - AtATime + i] = done[i];
         }
     }
 }
 
 // The switch is uniform across the grid and runs once per Width values. A template parameter would multiply the number of
-// kernels by 13.
-template <int Width>
+// kernels by 13. erff takes most registers, so a kernel that is short of them asks for fewer at a time.
+template <int ErfAtATime = 8, int Width>
 __device__ __forceinline__ void activate(float (&values)[Width], const ActivationArgs& activation) {
     if (activation.is_clamp) {
 #pragma unroll
@@ -59,7 +61,7 @@ __device__ __forceinline__ void activate(float (&values)[Width], const Activatio
         case Activation::silu:
             return apply(values, [](float x) { return x * device::reciprocal(1.0f + device::exponential(-x)); });
         case Activation::gelu:
-            return apply(values, [](float x) {
+            return apply<ErfAtATime>(values, [](float x) {
                 constexpr float sqrt_half = 0.70710678118654752f;
                 return 0.5f * x * (1.0f + erff(x * sqrt_half));
             });
@@ -69,10 +71,9 @@ __device__ __forceinline__ void activate(float (&values)[Width], const Activatio
                 return 0.5f * x * (1.0f + tanhf(sqrt_two_over_pi * fmaf(0.044715f * x * x, x, x)));
             });
         case Activation::hardswish:
-            return apply(values, [](float x) { return x * device::clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); });
-        // Follows layers of few outputs, and keeps its division: without, the compiler spills in a tile of stem for 8.0.
+            return apply(values, [](float x) { return x * device::clamp(x + 3.0f, 0.0f, 6.0f) * sixth; });
         case Activation::hardsigmoid:
-            return apply(values, [](float x) { return device::clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; });
+            return apply(values, [](float x) { return device::clamp(x + 3.0f, 0.0f, 6.0f) * sixth; });
         case Activation::sigmoid:
             return apply(values, [](float x) { return device::reciprocal(1.0f + device::exponential(-x)); });
         case Activation::tanh: return apply(values, [](float x) { return tanhf(x); });

@@ -101,12 +101,12 @@ __device__ __forceinline__ void finish_values(float (&values)[Rows * Width], con
     if (has_residual && !add_first) add_residual();
 }
 
-template <int Rows, int Width, class T>
+template <int Rows, int Width, class T, int ErfAtATime = 8>
 __device__ __forceinline__ void finish_values(float (&values)[Rows * Width], const ChannelFold (&folds)[Width],
                                               bool has_residual, const device::Packed<Rows * Width, T>& residual,
                                               const Epilogue& epilogue) {
     finish_values<Rows, Width, T>(values, folds, has_residual, residual, epilogue.residual_order,
-                                  [&](float (&all)[Rows* Width]) { activate(all, epilogue.activation); });
+                                  [&](float (&all)[Rows* Width]) { activate<ErfAtATime>(all, epilogue.activation); });
 }
 
 // The residual of a pixel's channels from `channel` on; null where the layer has none.
@@ -124,13 +124,13 @@ __device__ __forceinline__ void prefetch_pixel_residual(const ConvArgs& args, co
 
 // Finishes and stores a pixel's Width neighbouring channels, of which `valid` exist. The residual may be y itself, so all of
 // it is read before anything is stored.
-template <int Width, class T>
+template <int Width, class T, int ErfAtATime = 8>
 __device__ __forceinline__ void finish_channels(float (&accumulators)[Width], const ChannelFold (&folds)[Width],
                                                 const ConvArgs& args, const RowPlace& place, int64_t channel, int valid) {
     device::Packed<Width, T> added;
     const T* residual = residual_at<T>(args, place, channel);
     if (residual) load_channels<Width, 1, T>({{{residual}}, args.residual_strides.c, valid}, added);
-    finish_values<1, Width, T>(accumulators, folds, residual != nullptr, added, args.epilogue);
+    finish_values<1, Width, T, ErfAtATime>(accumulators, folds, residual != nullptr, added, args.epilogue);
     T* y = static_cast<T*>(args.y) + place.y + channel * args.y_strides.c;
     store_channels<Width, 1, T>({{{y}}, args.y_strides.c, valid}, accumulators);
 }
