@@ -153,7 +153,8 @@ BENCHED = {f"{n} {s.name}": s.command for n, c in CALLS.items() for s in c.steps
 
 @pytest.mark.parametrize("command", BENCHED.values(), ids=BENCHED)
 def test_the_bench_takes_what_it_is_asked_for(command: tuple[str, ...]) -> None:
-    bench.__main__.parser().parse_args([word.format(seconds=100, out="somewhere") for word in command[1:]])
+    words = [word.format(seconds=100, out="somewhere") for word in command[1:]]
+    assert bench.__main__.parser().parse_args(words).budget == 100
 
 
 def test_a_sanitizer_is_found_beside_nvcc_and_missing_is_a_failure(

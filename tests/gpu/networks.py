@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fused_cna
 from bench.cases import PRECISIONS, Precision
-from fused_cna._accuracy import error_bound
+from bench.measure import allowed_error
 from tests.gpu.evidence import write_json
 from tests.reference import relative_error
 from tests.zoo.catalogue import Entry, arguments_of, entry
@@ -82,7 +82,7 @@ def judge(
             x = x.contiguous(memory_format=torch.channels_last)
             expected, actual = exact(x.double()), fused(x)
             eager, mine = (relative_error(y, expected) for y in (network(x), actual))
-            allowed = 2 * error_bound(precision.dtype, precision.float32_products == "tf32", eager)
+            allowed = allowed_error(eager, precision, room=2)
             errors.append({"eager": eager, "fused": mine, "allowed": allowed})
             if not mine <= allowed:
                 wrong.append(f"error {mine:.2g} at {size}, of eager {eager:.2g}")
